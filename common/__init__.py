@@ -1,0 +1,1 @@
+"""What two or more recipes need; never imports a recipe."""

@@ -1,0 +1,255 @@
+"""Callbacks of every recipe: throughput, pictures and texts, predictions, the run's record."""
+
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from common.errors import InputError, nearest
+from common.module import BaseModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Throughput(Callback):
+    """Logs ``perf/``: samples or tokens per second over all ranks, step time, peak memory, and MFU where known.
+
+    Times are taken between two logged steps, validation left out, so no step waits for the device. MFU is the share of
+    the device's peak that the net's own operations reach (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+    """
+
+    def __init__(self) -> None:
+        self._items, self._steps, self._since = 0, 0, 0.0
+        self._peak: float | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        self._items, self._steps, self._since = 0, trainer.global_step, time.perf_counter()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            half = "16" in str(trainer.precision)
+            self._peak = get_available_flops(pl_module.device, torch.bfloat16 if half else torch.float32)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since -= time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since += time.perf_counter()
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._items += pl_module.num_items(batch)
+        steps = trainer.global_step - self._steps
+        if steps < trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        rate = self._items / (now - self._since)
+        metrics = {f"perf/{pl_module.unit}_per_s": rate * trainer.world_size, "perf/step_ms": (now - self._since) / steps * 1e3}
+        if pl_module.device.type == "cuda":
+            metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            import resource  # not on Windows
+
+            unit = 1 if platform.system() == "Darwin" else 1024
+            metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        if self._peak and pl_module.flops_per_item:
+            metrics["perf/mfu"] = rate * pl_module.flops_per_item / self._peak
+        pl_module.log_dict(metrics)
+        self._items, self._steps, self._since = 0, trainer.global_step, now
+
+
+class Media(Callback):
+    """Sends a module's pictures and texts to the run's folder and to every logger.
+
+    Args:
+        every_n_validations: how often during training; the last state is always sent when training ends.
+    """
+
+    def __init__(self, every_n_validations: int = 1):
+        if every_n_validations < 1:
+            raise InputError(f"Media.every_n_validations must be at least 1, got {every_n_validations}")
+        self.every_n_validations = every_n_validations
+        self._validations = 0
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if trainer.state.fn != "fit" or self._validations % self.every_n_validations == 0:
+            self._publish(trainer, pl_module, "val")
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        if self._validations % self.every_n_validations:
+            self._publish(trainer, pl_module, "val")
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        self._publish(trainer, pl_module, "test")
+
+    @staticmethod
+    def _publish(trainer: L.Trainer, module: BaseModule, stage: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for name, item in module.media(stage).items():
+            if isinstance(item, str):
+                _write_text(trainer, f"{stage}-{name}", item)
+            else:
+                _write_figure(trainer, f"{stage}-{name}", item)
+
+
+def _write_text(trainer: L.Trainer, name: str, text: str) -> None:
+    path = run_folder(trainer) / "texts" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    key, step = name.replace("-", "/", 1), trainer.global_step
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(key, f"```\n{text}\n```", step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_table(key, columns=["step", "text"], data=[[step, text]])
+
+
+def _write_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
+    path = run_folder(trainer) / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    key, step = name.replace("-", "/", 1), trainer.global_step
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(key, figure, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(key, [str(path)])
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where the run's files lie: ``runs/<recipe>/<name>``."""
+    return Path(trainer.default_root_dir)
+
+
+class RunRecord(Callback):
+    """Writes what the run is (config, versions, commit) when it starts and its report when it ends.
+
+    Args:
+        config: the resolved config.
+        folder: where this command writes; the run's folder for ``fit``, a folder in it otherwise.
+    """
+
+    def __init__(self, config: dict[str, Any], folder: Path):
+        self.config, self.folder = config, folder
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        environment = describe_environment()
+        (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
+                logger.log_hyperparams({**self.config, "environment": environment})
+
+    @override
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None) if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
+            known = [*trainer.callback_metrics, "train/loss"]
+            if monitor is not None and monitor not in known:
+                name = type(callback).__name__
+                raise InputError(f"trainer.callbacks: {name}.monitor {monitor!r} is not logged{nearest(monitor, known)}")
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        from common.report import write_report
+
+        for logger in trainer.loggers:
+            logger.save()
+        folder = run_folder(trainer)
+        report = write_report(folder, f"{folder.parent.name} / {folder.name}")
+        console, table = Console(), Table(show_header=False, box=None)
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(("val/", "test/")):
+                table.add_row(name, f"{value.item():.4f}")
+        console.print(table)
+        for text in sorted((folder / "texts").glob("*.txt")):
+            console.print(f"\n{text.stem}", style="bold")
+            console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
+        console.print(f"report: {report}", soft_wrap=True)
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, the machine and the git commit."""
+    packages = ("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "deepspeed", "kornia", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "device": device, "commit": git.stdout.strip(), **versions}
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Collects what ``predict_step`` returns, a column name to values mapping, in one table ``predictions.csv``.
+
+    Args:
+        folder: where the table is written.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(write_interval="epoch")
+        self.folder = folder
+
+    @override
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[dict[str, Sequence[Any]]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        everyone: list[Any] = [predictions]
+        if trainer.world_size > 1:
+            everyone = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, list(predictions))
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "predictions.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(everyone[0][0])
+            for batches in zip(*everyone, strict=True):
+                # Ranks took every world-th sample, so the rows interleave; zip stops where padding was masked out.
+                rows = [list(zip(*batch.values(), strict=True)) for batch in batches]
+                for position in range(len(rows[0])):
+                    table.writerows(rank[position] for rank in rows if position < len(rank))
+        Console().print(f"predictions: {path}", soft_wrap=True)

@@ -1,0 +1,249 @@
+"""One command line for every recipe: LightningCLI with a run folder, layered configs and errors in one line."""
+
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import jsonargparse._typehints as _typehints
+import lightning as L
+import yaml
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from common.callbacks import PredictionWriter, RunRecord
+from common.checkpoint import AtomicCheckpointIO, read_checkpoint
+from common.data import BaseDataModule
+from common.errors import InputError, nearest
+from common.messages import check_sources, explain
+from common.module import BaseModule
+
+# A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
+ALLOWED = ("torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "common", "recipes")
+
+
+def _forget_init_args(parser: Any, previous: Any, value: Any) -> None:
+    """Drop every argument of the class that a config named before, when another class takes its place.
+
+    jsonargparse keeps those that the new class accepts as well: SGD would get AdamW's weight decay (jsonargparse#460).
+    """
+    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+        for key in list(previous["init_args"].keys()):
+            previous["init_args"].pop(key)
+
+
+_typehints.discard_init_args_on_class_path_change = _forget_init_args
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser that raises instead of printing its usage."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise jsonargparse.ArgumentError(None, message) from ex
+
+
+class RecipeCLI(LightningCLI):
+    """The command line of a recipe.
+
+    ``config.yaml`` beside the module's file is loaded by default. What a run writes lies in
+    ``runs/<recipe>/<name>/`` under the current directory (or ``trainer.default_root_dir``); relative ``save_dir`` of
+    loggers and ``dirpath`` of checkpoints are in there. ``--ckpt_path last`` and ``best`` look in there too, and start
+    from the config that the run was made with; flags given now win over it.
+
+    Args:
+        module_class: the recipe's LightningModule.
+        datamodule_class: the recipe's DataModule.
+        links: facts of the built DataModule that become arguments of the module, by their full keys.
+        args: command-line arguments; None for the process's own.
+    """
+
+    def __init__(
+        self,
+        module_class: type[BaseModule],
+        datamodule_class: type[BaseDataModule],
+        links: Mapping[str, str],
+        args: list[str] | None = None,
+    ):
+        if args is None:
+            _chatter_to_stdout()
+        argv = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in argv
+        self.argv = [arg for arg in argv if arg != "--debug"]
+        self.links = links
+        self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
+        allowed = [*ALLOWED, *filter(None, os.environ.get("RECIPES_ALLOW", "").split(","))]
+        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
+        default = {"default_config_files": [str(self.recipe_dir / "config.yaml")], "exit_on_error": False}
+        with one_line_errors(self, debug):
+            super().__init__(
+                module_class,
+                datamodule_class,
+                save_config_callback=None,
+                seed_everything_default=1,
+                parser_class=RecipeParser,
+                parser_kwargs={name: dict(default) for name in self.subcommands()},
+                auto_configure_optimizers=False,
+                args=self.argv,
+            )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # Checkpoints are always loaded with weights only.
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="default", help="Name of the run, its folder in runs/<recipe>/.")
+        for source, target in self.links.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        check_sources(self.argv, self.links)
+        self.config = parser.parse_args(self.argv)
+        self.subcommand = self.config["subcommand"]
+        config = self.config[self.subcommand]
+        self.run_dir = Path(config.trainer.default_root_dir or ".").resolve() / "runs" / self.recipe_dir.name / config.name
+        if Path(config.name).name != config.name or config.name in ("", ".", ".."):
+            raise InputError(f"--name {config.name!r} must be a plain folder name")
+        if config.get("ckpt_path"):
+            checkpoint = self._find_checkpoint(str(config.ckpt_path))
+            where = self.argv.index(self.subcommand) + 1
+            # The config of the checkpoint's run comes first, so whatever is given now wins over it.
+            layered = [*self.argv[:where], "--config", self._config_of(checkpoint), *self.argv[where:]]
+            self.config = parser.parse_args(layered)
+            self.config[self.subcommand].ckpt_path = str(checkpoint)
+        self._check_trainer(self.config[self.subcommand].trainer)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Done in ``parse_arguments``; Lightning's lets a checkpoint's hyper-parameters win over the user's flags."""
+
+    def _find_checkpoint(self, name: str) -> Path:
+        if name not in ("last", "best"):
+            if not Path(name).exists():
+                raise InputError(f"--ckpt_path {name}: no such file; give last, best or the path of a checkpoint")
+            return Path(name).resolve()
+        path = self.run_dir / "checkpoints" / f"{name}.ckpt"
+        if not path.exists():
+            found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+            raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); run fit first or give --name")
+        return path
+
+    def _config_of(self, checkpoint: Path) -> str:
+        """The config that a checkpoint was trained with: its run's own, or else the hyper-parameters in it."""
+        beside = checkpoint.parent.parent / "config.yaml"
+        if beside.is_file():
+            return str(beside)
+        state = read_checkpoint(checkpoint)
+        targets = {target.removeprefix("model.") for target in self.links.values()}
+        model = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in targets and k != "_instantiator"}
+        data = {k: v for k, v in state.get("datamodule_hyper_parameters", {}).items() if k != "_instantiator"}
+        return yaml.safe_dump({"model": model, "data": data})
+
+    def _check_trainer(self, trainer: Any) -> None:
+        if trainer.overfit_batches:
+            raise InputError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        keep = ("seed_everything", "name", "trainer", "model", "data")
+        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"))
+        self.resolved = {key: resolved[key] for key in keep}
+        self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
+        config.trainer.default_root_dir = str(self.run_dir)
+        config.trainer.logger = _without_repeats(config.trainer.logger)
+        config.trainer.callbacks = _without_repeats(config.trainer.callbacks)
+        for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
+            for key, base in (("save_dir", self.folder), ("dirpath", self.run_dir)):
+                if (path := item.get("init_args", {}).get(key)) is not None:
+                    item.init_args[key] = str(base / path)
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and not _get_rank():
+            self._make_room(resuming=config.ckpt_path is not None)
+
+    def _make_room(self, resuming: bool) -> None:
+        """Move an earlier run of the same name aside, or keep its metrics when it goes on: the logger starts a new file."""
+        metrics = self.run_dir / "metrics.csv"
+        if resuming and metrics.exists():
+            step = read_checkpoint(self.config.fit.ckpt_path)["global_step"]
+            segment = metrics.with_name(f"metrics.until-step-{step}.csv")
+            number = 1
+            while segment.exists():
+                segment, number = metrics.with_name(f"metrics.until-step-{step}.{number}.csv"), number + 1
+            metrics.rename(segment)
+        elif not resuming and self.run_dir.exists():
+            numbers = [int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()]
+            self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}"))
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = [*_as_list(settings.get("callbacks")), RunRecord(self.resolved, self.folder)]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(self.folder))
+        plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise InputError(_trainer_mistake(str(error))) from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
+
+
+def _without_repeats(items: Any) -> Any:
+    """A layer that is given again when a run is resumed must not append its callbacks a second time."""
+    if not isinstance(items, list):
+        return items
+    return [item for number, item in enumerate(items) if item not in items[:number]]
+
+
+def _trainer_mistake(message: str) -> str:
+    """Lightning's refusal of a trainer argument, with the key and the nearest name."""
+    if m := re.search(r"`(strategy|accelerator)='([^']+)'`", message):
+        names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto"]
+        return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{nearest(m[2], names)}"
+    return f"trainer.{m[1]}: {message}" if (m := re.search(r"`(\w+)`", message)) else f"trainer: {message}"
+
+
+@contextmanager
+def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
+    """Turn an anticipated mistake into one line on stderr and exit code 2; ``--debug`` keeps its traceback.
+
+    Any other exception passes: people edit recipes, and their own bugs need a traceback.
+    """
+    try:
+        yield
+    except (InputError, MisconfigurationException, jsonargparse.ArgumentError) as error:
+        if debug:
+            raise
+        parsers = getattr(cli, "_subcommand_parsers", {})
+        known = {action.dest for parser in parsers.values() for action in parser._actions}
+        print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _chatter_to_stdout() -> None:
+    """What libraries log or warn is progress, not an error: stderr is for the one line that matters."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers = [logging.StreamHandler(sys.stdout)]
+        logger.propagate = False
+    logging.captureWarnings(True)
+    warnings = logging.getLogger("py.warnings")
+    warnings.handlers = [logging.StreamHandler(sys.stdout)]
+    warnings.propagate = False

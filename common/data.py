@@ -1,0 +1,200 @@
+"""The shared DataModule: loaders whose order is a pure function of the seed, and evaluation that counts every sample once.
+
+A data set here is indexed by a list of positions and returns a whole batch, a ``NamedTuple`` whose last field is
+``mask``: arrays and token files are gathered in one vectorized read instead of sample by sample.
+"""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.errors import InputError
+
+
+class BatchDataset(Protocol):
+    """What a recipe's data set offers: a length, and a batch for a list of positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Sequence[int], /) -> Any: ...
+
+
+class Positions(NamedTuple):
+    """One micro-batch of one rank: which samples, how many of them are real, and the seed of their randomness."""
+
+    indices: list[int]
+    num_real: int
+    seed: int
+
+
+def global_seed() -> int:
+    """The run's seed (``seed_everything``), the same in every rank."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def step_seed(*parts: int) -> int:
+    """A seed in [0, 2**63) from whole numbers such as (seed, rank, step), without the collisions that sums have."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class TrainSampler(Sampler[Positions]):
+    """Micro-batches as a pure function of (seed, epoch, micro-step), so that a run can stop and go on anywhere.
+
+    The position is read off the trainer's own counters: nothing is saved. Sample order does not depend on the number
+    of ranks: rank r takes every world-th sample of each global batch. An epoch holds whole effective batches
+    (batch size x ranks x accumulation) only, so that every optimizer step averages the same number of samples.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples per rank and micro-batch.
+        trainer: the trainer that uses it.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, trainer: L.Trainer):
+        self.num_samples, self.batch_size, self.trainer = num_samples, batch_size, trainer
+        self.global_batch = batch_size * trainer.world_size
+        accumulate = trainer.accumulate_grad_batches
+        self.num_batches = num_samples // (self.global_batch * accumulate) * accumulate
+        if not self.num_batches:
+            raise InputError(
+                f"data.batch_size {batch_size} x {trainer.world_size} ranks x {accumulate} accumulated = "
+                f"{self.global_batch * accumulate} > {num_samples} training samples; lower it"
+            )
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Positions]:
+        trainer, seed = self.trainer, global_seed()
+        per_epoch = int(min(self.num_batches, trainer.num_training_batches))  # limit_train_batches may cut it
+        epoch, start = divmod(trainer.fit_loop.epoch_loop.batch_progress.total.processed, per_epoch)
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        for step in range(start, per_epoch):
+            first = step * self.global_batch
+            mine = order[first + trainer.global_rank : first + self.global_batch : trainer.world_size]
+            yield Positions(
+                mine.tolist(), self.batch_size, step_seed(seed, epoch, step, trainer.global_rank)
+            )
+
+
+class EvalSampler(Sampler[Positions]):
+    """Every sample once, in order, with the same number of batches on every rank.
+
+    Ranks whose share is shorter repeat the last sample; ``num_real`` lets the mask take the repetitions out again.
+    Unequal counts would make a sharded strategy hang, unmasked padding would count samples twice.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, trainer: L.Trainer):
+        self.num_samples, self.batch_size, self.trainer = num_samples, batch_size, trainer
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * self.trainer.world_size))
+
+    def __iter__(self) -> Iterator[Positions]:
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        per_rank = -(-self.num_samples // world)
+        for first in range(0, per_rank, self.batch_size):
+            wanted = [rank + world * k for k in range(first, min(first + self.batch_size, per_rank))]
+            indices = [min(index, self.num_samples - 1) for index in wanted]
+            yield Positions(indices, sum(index < self.num_samples for index in wanted), step_seed(global_seed(), first))
+
+
+class _Batches(Dataset[Any]):
+    """Reads one :class:`Positions` as a masked batch, with the randomness of that batch."""
+
+    def __init__(self, dataset: BatchDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, positions: Positions) -> Any:
+        # Random transforms in a data set then depend on the batch alone, not on the worker that happens to read it.
+        torch.manual_seed(positions.seed)
+        np.random.seed(positions.seed % 2**32)
+        random.seed(positions.seed)
+        batch = self.dataset[positions.indices]
+        return batch._replace(mask=torch.arange(len(positions.indices)) < positions.num_real)
+
+
+class BaseDataModule(L.LightningDataModule):
+    """Loaders over the data sets that a recipe's ``setup`` assigns.
+
+    A subclass sets ``train_data``, ``val_data``, ``test_data`` and ``predict_data`` in :meth:`setup`, as it needs them.
+
+    Args:
+        batch_size: samples per rank and micro-batch in training.
+        eval_batch_size: the same in evaluation; None for ``batch_size``.
+        num_workers: reading processes per loader; 0 reads in the training process.
+    """
+
+    train_data: BatchDataset
+    val_data: BatchDataset
+    test_data: BatchDataset
+    predict_data: BatchDataset
+
+    def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int = 0):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for key, value, least in (
+            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size or 1, 1), ("num_workers", num_workers, 0)
+        ):  # fmt: skip
+            if value < least:
+                raise InputError(f"data.{key} must be at least {least}, got {value}")
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.eval_batch_size = eval_batch_size or batch_size
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None, "loaders are made by a Trainer"
+        return self.trainer
+
+    def _loader(self, dataset: BatchDataset, sampler: Sampler[Positions]) -> DataLoader[Any]:
+        on_gpu = torch.cuda.is_available() and self._trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            _Batches(dataset),
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=on_gpu,
+            persistent_workers=False,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Seeded, resumable batches of the training data."""
+        return self._loader(self.train_data, TrainSampler(len(self.train_data), self.batch_size, self._trainer))
+
+    def _eval_loader(self, dataset: BatchDataset) -> DataLoader[Any]:
+        return self._loader(dataset, EvalSampler(len(dataset), self.eval_batch_size, self._trainer))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation sample once, padded and masked."""
+        return self._eval_loader(self.val_data)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test sample once, padded and masked."""
+        return self._eval_loader(self.test_data)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Every sample to predict once, padded and masked."""
+        return self._eval_loader(self.predict_data)
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run, from its own settings; -1 if it has no end.
+
+    ``trainer.estimated_stepping_batches`` would load the data before a checkpoint is restored, which loses the
+    position of a resumed run.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches = len(trainer.datamodule.train_dataloader().sampler)  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        limits.append(-(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(limits, default=-1)

@@ -1,0 +1,204 @@
+"""The shared LightningModule: a net built late, one ``shared_step`` for every stage, optimizer and schedule from YAML."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from common.data import global_seed, step_seed, total_steps
+from common.errors import InputError
+from common.optim import Schedule, param_groups, scale_lr
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Stage = Literal["train", "val", "test"]
+Init = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal", "trunc_normal"]
+OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
+
+
+class BaseModule(L.LightningModule):
+    """Subclass it with three methods: ``build_net``, ``shared_step`` and, for ``predict``, ``predict_step``.
+
+    Args:
+        optimizer: any optimizer by class path; norms and biases do not decay.
+        lr_scheduler: any scheduler by class path, stepped once per optimizer step; those of ``common.optim`` know the
+            length of the run. A ``ReduceLROnPlateau`` steps after each validation.
+        weight_init: name of the ``torch.nn.init`` function for matrices and convolutions; None keeps the net's own.
+        l1: weight of the sum of absolute values of all decaying parameters, added to the loss that is minimized, not
+            to the loss that is logged.
+    """
+
+    net: nn.Module
+    unit: Literal["samples", "tokens"] = "samples"
+    flops_per_item: float | None = None
+    lr_scales: Mapping[str, float] | None = None
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weight_init: Init | None = None,
+        l1: float = 0.0,
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        if l1 < 0:
+            raise InputError(f"model.l1 must not be negative, got {l1}")
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.weight_init, self.l1 = weight_init, l1
+        self.mean_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
+        self._log_now = False
+        self._lr = 0.0
+        self._grad_norm: Tensor | float = 0.0
+
+    def build_net(self) -> nn.Module:
+        """Make the net; called once, where the strategy wants it made."""
+        raise NotImplementedError
+
+    def shared_step(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a batch and update the stage's metrics.
+
+        Returns:
+            Mean loss of the batch, and the number of items that it is the mean of, both scalars.
+        """
+        raise NotImplementedError
+
+    def media(self, stage: str) -> "dict[str, Figure | str]":
+        """Pictures and texts that show where the net stands, by name; called after evaluation, on rank 0."""
+        return {}
+
+    def num_items(self, batch: Any) -> int:
+        """Samples in a batch of this rank, or tokens if ``unit`` says so: what throughput counts."""
+        return len(batch.mask)
+
+    @override
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        # A seed of its own, so that the initial weights do not depend on what drew random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step_seed(global_seed()))
+            self.net = self.build_net()
+            if self.weight_init is not None:
+                initialize: Callable[[Tensor], Tensor] = getattr(nn.init, f"{self.weight_init}_")
+                for p in self.net.parameters():
+                    if p.ndim >= 2 and p.requires_grad:
+                        initialize(p)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout and augmentation become a function of (seed, rank, micro-step): a resumed run draws the same numbers.
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(step_seed(global_seed(), self.global_rank, step))
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.shared_step(batch, "train")
+        self._losses.append(loss.detach())
+        if self.l1:
+            return loss + self.l1 * torch.stack([p.abs().sum() for p in self.parameters() if p.ndim >= 2]).sum()
+        return loss
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Logging costs more than a small net's step, hence only where a row is written. The loss is the mean of every
+        # micro-batch since the last row, on all ranks.
+        if self._log_now:
+            self._log_now = False
+            self.log("train/loss", self._checked_losses().mean(), prog_bar=True)
+            self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self._grad_norm})
+
+    def _checked_losses(self) -> Tensor:
+        """The losses since the last call, averaged over ranks.
+
+        Raises:
+            InputError: one of them is not finite. Looking only here spares a device sync in every step.
+        """
+        losses = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean")
+        self._losses.clear()
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            ago = (len(losses) - 1 - bad[0]) // self.trainer.accumulate_grad_batches
+            step = max(self.trainer.fit_loop.epoch_loop._batches_that_stepped - ago, 0)
+            raise InputError(
+                f"train/loss is {losses[bad[0]].item()} at step {step}: lower model.optimizer.lr, lengthen its warm-up "
+                "or set trainer.gradient_clip_val; the checkpoints before it are intact"
+            )
+        return losses
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Raising here leaves the last good checkpoint in its place.
+        if self._losses:
+            self._losses = list(self._checked_losses().flatten())
+        if not all(p.isfinite().all() for p in self.parameters()):
+            raise InputError(
+                f"weights are not finite at step {self.trainer.global_step}: lower model.optimizer.lr or set "
+                "trainer.gradient_clip_val; the last checkpoint is intact"
+            )
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
+        loss, count = self.shared_step(batch, stage)
+        # A rank whose whole batch is padding has a mean over nothing.
+        self.mean_loss[stage].update(torch.where(count > 0, loss.float(), 0.0), count)
+        self.log(f"{stage}/loss", self.mean_loss[stage], prog_bar=True)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if self._log_now or gradient_clip_val:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._lr = max(group["lr"] for group in optimizer.param_groups)
+            self._grad_norm = nn.utils.get_total_norm(gradients)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._grad_norm)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        groups = param_groups(self.net, self.lr_scales)
+        if not groups:
+            raise InputError("model: every parameter is frozen, there is nothing to train")
+        try:
+            optimizer = self.optimizer(groups)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model.optimizer: {error}") from error
+        scale_lr(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": self._after_validation(scheduler)}
+        if isinstance(scheduler, Schedule):
+            scheduler.start(total_steps(self.trainer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _after_validation(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
+        """Lightning's settings for a scheduler that steps right after each validation."""
+        every, epochs = self.trainer.val_check_interval, self.trainer.check_val_every_n_epoch
+        if epochs is not None and every == 1.0:
+            return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "epoch", "frequency": epochs}
+        if isinstance(every, float):
+            every = int(every * len(self.trainer.datamodule.train_dataloader().sampler))  # type: ignore[attr-defined]
+        return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "step", "frequency": every}

@@ -1,0 +1,226 @@
+"""Parameter groups, learning-rate schedules over the whole run, and Muon with AdamW as one optimizer.
+
+Any optimizer and any scheduler of torch or another library can be named in YAML by class path; the schedules here differ
+in that they know the length of the run, so that it is written down once (``trainer.max_steps`` or ``max_epochs``).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from common.errors import InputError
+
+
+def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """Split the trainable parameters by how they are to be optimized.
+
+    Norms and biases (fewer than two axes) do not decay. ``use_muon`` marks hidden matrices, as opposed to embeddings,
+    output heads and convolutions; only :class:`MuonAdamW` reads it.
+
+    Args:
+        net: the net whose parameters are optimized.
+        lr_scales: factor on the learning rate for the parameters whose name starts with a key, such as
+            ``{"body.": 0.1}``.
+
+    Returns:
+        Groups for an optimizer, with ``lr_scale`` for :func:`scale_lr`.
+    """
+    tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
+    tables += [head] if (head := getattr(net, "get_output_embeddings", lambda: None)()) is not None else []
+    not_hidden = {id(p) for table in tables for p in table.parameters()}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
+            decays, use_muon = p.ndim >= 2, p.ndim == 2 and id(p) not in not_hidden
+            group = groups.setdefault(
+                (scale, decays, use_muon),
+                {"params": [], "lr_scale": scale, "use_muon": use_muon} | ({} if decays else {"weight_decay": 0.0}),
+            )
+            group["params"].append(p)
+    return list(groups.values())
+
+
+def scale_lr(optimizer: Optimizer) -> None:
+    """Multiply each group's learning rate by its ``lr_scale``, once, right after construction."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_scale", 1.0)
+
+
+class Schedule(LRScheduler):
+    """A factor on each group's learning rate: linear warm-up, then :meth:`decay` over the rest of the run.
+
+    Args:
+        optimizer: the optimizer to drive.
+        warmup: length of the warm-up: optimizer steps if an integer, a fraction of the run if below 1.
+        end: factor at the end of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0):
+        self.warmup, self.end = warmup, end
+        self.total_steps = 1
+        super().__init__(optimizer)
+
+    def start(self, total_steps: int) -> None:
+        """Set the length of the run in optimizer steps, before the first one.
+
+        Raises:
+            InputError: the run has no end or is shorter than the warm-up.
+        """
+        if total_steps <= 0:
+            raise InputError("lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs")
+        self.total_steps = total_steps
+        if not 0 <= self.warmup_steps <= total_steps:
+            raise InputError(f"lr_scheduler warmup {self.warmup} does not fit into {total_steps} steps; shorten it")
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+        self._last_lr = self.get_lr()
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return round(self.warmup * self.total_steps) if 0 < self.warmup < 1 else int(self.warmup)
+
+    def decay(self, progress: float) -> float:
+        """Factor in [end, 1] at ``progress`` in [0, 1] of the time after the warm-up."""
+        raise NotImplementedError
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group at the present step."""
+        step, warmup = max(self.last_epoch, 0), self.warmup_steps
+        if step < warmup:
+            factor = (step + 1) / (warmup + 1)
+        else:
+            factor = self.decay(min((step - warmup) / max(self.total_steps - warmup, 1), 1.0))
+        return [lr * factor for lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands. Its shape comes from the config: a resumed run may be given a longer one."""
+        return {key: getattr(self, key) for key in ("last_epoch", "_step_count", "_last_lr", "base_lrs")}
+
+
+class Constant(Schedule):
+    """The full rate after the warm-up; ``end`` is not used."""
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        return 1.0
+
+
+class Linear(Schedule):
+    """A straight line down to ``end``."""
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        return 1.0 - (1.0 - self.end) * progress
+
+
+class Cosine(Schedule):
+    """Half a cosine down to ``end`` (SGDR without restarts, https://arxiv.org/abs/1608.03983)."""
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        return self.end + (1.0 - self.end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Exponential(Schedule):
+    """A geometric decay that reaches ``end`` (which must be positive) at the end of the run."""
+
+    def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.01):
+        if end <= 0:
+            raise InputError(f"lr_scheduler Exponential: end must be above 0, got {end}; try 0.01")
+        super().__init__(optimizer, warmup, end)
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        return self.end**progress
+
+
+class Step(Schedule):
+    """The rate is multiplied by ``gamma`` at each milestone, given as fractions of the time after the warm-up."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int | float = 0,
+        milestones: tuple[float, ...] = (0.5, 0.75),
+        gamma: float = 0.1,
+    ):
+        self.milestones, self.gamma = tuple(milestones), gamma
+        super().__init__(optimizer, warmup)
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        return self.gamma ** sum(progress >= milestone for milestone in self.milestones)
+
+
+class WSD(Schedule):
+    """Warm-up, stable, decay: constant, then linear to ``end`` (MiniCPM, https://arxiv.org/abs/2404.06395).
+
+    Args:
+        optimizer: the optimizer to drive.
+        warmup: as in :class:`Schedule`.
+        end: factor at the end of the run.
+        decay_fraction: share of the time after the warm-up that is spent decaying.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0, decay_fraction: float = 0.2
+    ):
+        self.decay_fraction = decay_fraction
+        super().__init__(optimizer, warmup, end)
+
+    def decay(self, progress: float) -> float:  # noqa: D102
+        left = min((1.0 - progress) / self.decay_fraction, 1.0) if self.decay_fraction else 1.0
+        return self.end + (1.0 - self.end) * left
+
+
+class MuonAdamW(Optimizer):
+    """:class:`torch.optim.Muon` for hidden matrices and AdamW for everything else, as one optimizer.
+
+    Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon); embeddings, heads, norms
+    and biases are left to AdamW. A group is AdamW's when it holds anything but matrices or says ``use_muon: False``, as
+    :func:`param_groups` does.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate of both; Muon's is rescaled to match AdamW's update size (``match_rms_adamw``).
+        weight_decay: decoupled weight decay of both.
+        momentum: Muon's momentum.
+        betas: AdamW's moment decay rates.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        scratch = torch.zeros(1, 1)
+        # The parts keep nothing of their own: before each step they are handed this optimizer's groups and state, so
+        # checkpoints, schedules and gradient scaling see a single ordinary optimizer.
+        self._parts: list[Optimizer] = [
+            torch.optim.Muon([scratch], momentum=momentum, adjust_lr_fn="match_rms_adamw", **settings),
+            torch.optim.AdamW([scratch], betas=betas, **settings),
+        ]
+        for group in self.param_groups:
+            group["use_muon"] = group.get("use_muon", True) and all(p.ndim == 2 for p in group["params"])
+            for key, value in self._parts[0 if group["use_muon"] else 1].defaults.items():
+                group.setdefault(key, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both parts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, is_muon in zip(self._parts, (True, False), strict=True):
+            part.state = self.state
+            part.param_groups = [group for group in self.param_groups if group["use_muon"] is is_muon]
+            part.step()
+        return loss

@@ -1,0 +1,340 @@
+"""A run's pictures and its report.html: one self-contained page made from the files in the run's folder."""
+
+import base64
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from string import Template
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = dict[str, tuple[list[int], list[float]]]  # metric name -> (optimizer steps, values)
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito: colour-blind safe
+STAGES = {"train": PALETTE[0], "val": PALETTE[1]}
+INK, GREY = "#222222", "#666666"
+DPI = 160
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark;
+  --ink: #1c2024; --soft: #656d76; --line: #dfe3e8; --page: #f6f7f9; --box: #fff }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e3e6ea; --soft: #98a1ab; --line: #333a42; --page: #15181c; --box: #1e2228 } }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--page) }
+h1 { font-size: 1.6rem; margin: .5rem 0 }
+h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+figure, .table, pre { max-width: 100%; margin: 0; background: var(--box); box-sizing: border-box;
+  border: 1px solid var(--line); border-radius: .5rem; overflow: auto }
+figcaption, th, thead td { color: var(--soft); font-size: .875rem; font-weight: normal }
+figcaption { padding: .4rem .8rem }
+img { display: block; max-width: 100%; height: auto }
+table { border-collapse: collapse }
+td, th { padding: .3rem .8rem; text-align: right; font-variant-numeric: tabular-nums }
+th { text-align: left }
+tbody tr { border-top: 1px solid var(--line) }
+pre { width: 100%; max-height: 32rem; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .8125rem/1.5 ui-monospace, monospace }
+summary { cursor: pointer; margin: 1rem 0 .5rem }
+</style>
+<h1>$title</h1>
+$body</html>
+""")
+
+
+def read_metrics(run_dir: Path) -> Series:
+    """Reads a folder's `metrics.csv` and its earlier segments `metrics.until-step-<N>.csv` as one history.
+
+    Returns:
+        For each metric its optimizer steps, ascending, and finite values. Empty where nothing was logged.
+    """
+    earlier = run_dir.glob("metrics.until-step-*.csv")
+    segments = sorted(((int(path.stem.rpartition("-")[2]), path) for path in earlier), reverse=True)
+    history: list[dict[str, str]] = []
+    end = math.inf
+    # Newest first: a file supersedes what older ones hold from its first step on.
+    for limit, path in [(math.inf, run_dir / "metrics.csv"), *segments]:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        # A killed run can leave half a last line, whose last number would be wrong.
+        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+        history = [row for row in rows if int(row["step"]) < min(limit, end)] + history
+        end = min([end, *(int(row["step"]) for row in rows)])
+    series: Series = {}
+    for row in history:
+        for name, value in row.items():
+            if name not in ("epoch", "step") and value and math.isfinite(float(value)):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
+    return series
+
+
+def best_step(series: Series) -> int | None:
+    """The optimizer step of the lowest `val/loss`, None where it was never logged."""
+    steps, values = series.get("val/loss", ([], []))
+    return min(zip(values, steps, strict=True))[1] if steps else None
+
+
+def _loss_first(name: str) -> tuple[bool, str]:
+    return name != "loss", name
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "") -> None:
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold", color=INK)
+    axes.set_xlabel(xlabel, fontsize=9, color=GREY)
+    axes.set_ylabel(ylabel, fontsize=9, color=GREY)
+    axes.tick_params(labelsize=8, labelcolor=GREY, color="#bbbbbb", length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+
+
+def _plot(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool = True) -> None:
+    """Values over steps; noisy lines of many points stand faint under their moving average."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    for (label, (steps, values)), color in zip(lines.items(), colors, strict=False):
+        window = max(len(values) // 50, 1) if noisy else 1
+        kernel = np.full(window, 1 / window)
+        if window > 1:
+            axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+        smooth_steps, smooth = np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
+        marker = "o" if len(values) <= 30 else ""
+        axes.plot(smooth_steps, smooth, color=color, lw=1.6, label=label, marker=marker, ms=3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#e8e8e8", lw=0.7)
+    values = [value for _, values in lines.values() for value in values]
+    if noisy and 0 < 100 * min(values) < max(values):
+        axes.set_yscale("log")
+
+
+def learning_curves(series: Series) -> "Figure | None":
+    """One panel per metric with its train and val values over optimizer steps, the lowest `val/loss` marked.
+
+    Returns:
+        The figure, None where neither train nor val metrics were logged.
+    """
+    split = (key.partition("/") for key in series)
+    names = sorted({name for stage, _, name in split if stage in STAGES}, key=_loss_first)
+    if not names:
+        return None
+    columns, best = min(2, len(names)), best_step(series)
+    rows = math.ceil(len(names) / columns)
+    figure = _figure(3.7 * columns if columns > 1 else 5.0, 2.2 * rows + 0.8)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    handles = {}
+    for axes, name in zip(panels, names, strict=False):
+        _style(axes, name.replace("_", " "))
+        axes.tick_params(labelbottom=True)
+        lines = {stage: series[f"{stage}/{name}"] for stage in STAGES if f"{stage}/{name}" in series}
+        _plot(axes, lines, [STAGES[stage] for stage in lines])
+        if best is not None:
+            axes.axvline(best, color="#888888", lw=1, ls=":", label=f"lowest val/loss (step {best:,})")
+        if best is not None and name == "loss":
+            lowest = min(lines["val"][1])
+            axes.plot(best, lowest, marker="*", ms=12, color=STAGES["val"], mec="white", mew=0.8, zorder=5)
+            axes.set_title(f"best val {_number(lowest)}", loc="right", fontsize=9, color=GREY)
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for axes in figure.axes[len(names) :]:
+        axes.remove()
+    figure.supxlabel("step", fontsize=9, color=GREY)
+    place = {"loc": "outside upper left", "ncols": len(handles)}
+    figure.legend(handles.values(), handles, fontsize=9, labelcolor=GREY, frameon=False, **place)
+    return figure
+
+
+def learning_rate(series: Series) -> "Figure | None":
+    """The learning rates `optim/lr` or `optim/lr-<group>` and, below, `optim/grad_norm` over optimizer steps.
+
+    Returns:
+        The figure, None where neither was logged.
+    """
+    rates = {name.removeprefix("optim/"): series[name] for name in series if name.startswith("optim/lr")}
+    norms = {name: series[name] for name in series if name == "optim/grad_norm"}
+    panels = {
+        title: lines for title, lines in {"learning rate": rates, "gradient norm": norms}.items() if lines
+    }
+    if not panels:
+        return None
+    figure = _figure(3.9, 2.2 * len(panels) + 0.5)
+    for axes, (title, lines) in zip(
+        figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        _style(axes, title, xlabel="step")
+        _plot(axes, lines, PALETTE * len(lines), noisy=lines is norms)
+        if len(lines) > 1:
+            axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+    return figure
+
+
+def confusion_matrix(counts: Int[Tensor, "classes classes"], names: Sequence[str]) -> "Figure":
+    """A confusion matrix coloured by each row's shares, with recalls, and up to 20 classes its counts.
+
+    Args:
+        counts: samples by true class (rows) and predicted class (columns).
+        names: the classes' names, in order.
+    """
+    cells = counts.cpu().numpy()
+    classes, totals = len(cells), cells.sum(axis=1)
+    shares = cells / np.maximum(totals, 1)[:, None]
+    written, size = classes <= 20, min(max(0.38 * classes, 2.2), 7.6)
+    # More than about 50 names would overlap: every n-th is enough to find one's way.
+    ticks = range(0, classes, math.ceil(classes / 50))
+    labels = [names[tick] if len(names[tick]) <= 18 else f"{names[tick][:17]}…" for tick in ticks]
+    recalls = [f"{shares[tick, tick]:.3f}" if totals[tick] else "–" for tick in ticks]
+    crowded = 0.08 * max(map(len, labels)) * len(labels) > size
+    figure = _figure(size + 2, size + 1)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    _style(axes, f"accuracy {cells.trace() / max(totals.sum(), 1):.2%}", "predicted class", "true class")
+    right = axes.secondary_yaxis("right")
+    right.set_ylabel("recall", fontsize=9, color=GREY)
+    axes.set_xticks(ticks, labels, rotation=90 if crowded else 0)
+    axes.set_yticks(ticks, labels)
+    right.set_yticks(ticks, recalls)
+    for each in (axes, right):
+        each.tick_params(labelsize=8 if written else 6, labelcolor=GREY, length=0)
+        each.spines[:].set_visible(False)
+    for (row, column), count in np.ndenumerate(cells) if written else ():
+        ink = "white" if shares[row, column] > 0.55 else INK if count else "#c8c8c8"
+        axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5, color=ink)
+    return figure
+
+
+def reliability_diagram(
+    confidence: Float[Tensor, "samples"], correct: Bool[Tensor, "samples"], bins: int = 15
+) -> "Figure":
+    """Accuracy against confidence in equally wide bins, below it each bin's share of the samples.
+
+    Args:
+        confidence: probability of the predicted class, in [0, 1].
+        correct: whether the predicted class is the true one.
+        bins: number of bins over [0, 1].
+    """
+    sure, hit = confidence.double().cpu().numpy(), correct.cpu().numpy()
+    index = np.minimum((sure * bins).astype(int), bins - 1)
+    counts = np.bincount(index, minlength=bins)
+    sums = np.bincount(index, hit, bins), np.bincount(index, sure, bins)
+    error = abs(sums[0] - sums[1]).sum() / max(len(sure), 1)
+    figure = _figure(3.9, 3.9)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    centers, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
+    _style(top, f"calibration error {error:.3f}", ylabel="accuracy")
+    top.bar(centers, sums[0] / np.maximum(counts, 1), width, color=PALETTE[0])
+    top.plot((0, 1), (0, 1), color=PALETTE[1], lw=1.4, ls="--", label="perfect calibration")
+    top.set(xlim=(0, 1), ylim=(0, 1))
+    top.legend(loc="upper left", fontsize=8, labelcolor=GREY, frameon=False)
+    _style(bottom, "", "confidence", "share")
+    bottom.bar(centers, counts / max(len(sure), 1), width, color="#999999")
+    return figure
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def cells(row: Iterable[str]) -> str:
+        return "".join(f"<td>{escape(cell)}</td>" for cell in row)
+
+    body = "".join(f"<tr><th>{escape(name)}</th>{cells(rest)}</tr>" for name, *rest in rows)
+    table = f"<table><thead><tr>{cells(head)}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="table">{table}</div>' if body else ""
+
+
+def _metrics(run_dir: Path, series: Series) -> str:
+    """Last, best, validated and tested values as a table, and the speed as another."""
+
+    def values(source: Series, stage: str, step: int | None = None) -> dict[str, float]:
+        lines = {name.removeprefix(stage): line for name, line in source.items() if name.startswith(stage)}
+        if step is None:
+            return {name: values[-1] for name, (_, values) in lines.items()}
+        return {name: values[steps.index(step)] for name, (steps, values) in lines.items() if step in steps}
+
+    best = best_step(series)
+    columns = {
+        "train, last": values(series, "train/"),
+        "val, last": values(series, "val/"),
+        "val, lowest loss": values(series, "val/", best) if best is not None else {},
+        "validate": values(read_metrics(run_dir / "validate"), "val/"),
+        "test": values(read_metrics(run_dir / "test"), "test/"),
+    }
+    columns = {head: column for head, column in columns.items() if column}
+    rows = [
+        [name, *(_number(column[name]) if name in column else "–" for column in columns.values())]
+        for name in sorted({name for column in columns.values() for name in column}, key=_loss_first)
+    ]
+    perf = {name: median(line[1]) for name, line in series.items() if name.startswith("perf/")}
+    speed = [(name, _number(value)) for name, value in perf.items()]
+    return _table(["", *columns], rows) + _table(["", "median"], speed)
+
+
+def _label(path: Path) -> str:
+    return escape(path.stem.replace("-", ": ").replace("_", " "))
+
+
+def _picture(path: Path) -> str:
+    png, label = path.read_bytes(), _label(path)
+    width = max(int.from_bytes(png[16:20]) * 96 // DPI, 240)
+    image = (
+        f'<img alt="{label}" width="{width}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
+    return f"<figure><figcaption>{label}</figcaption>{image}</figure>"
+
+
+def write_report(run_dir: Path, title: str) -> Path:
+    """Draws the run's curves into `figures/` and writes `report.html` from what the run's folder holds.
+
+    Returns:
+        The page: one file that needs no other file and no network.
+    """
+    series, figures = read_metrics(run_dir), run_dir / "figures"
+    for curves in (learning_curves, learning_rate):
+        figure = curves(series)
+        if figure is not None:
+            figures.mkdir(exist_ok=True)
+            figure.savefig(figures / f"{curves.__name__}.png")
+    # The curves stand first; the recipe's own pictures follow by name.
+    pictures = sorted(figures.glob("*.png"), key=lambda path: ("learning_" not in path.stem, path.stem))
+    parts = {"Metrics": _metrics(run_dir, series), "Pictures": "".join(map(_picture, pictures))}
+    for path in sorted(run_dir.glob("texts/*.txt")):
+        parts[_label(path)] = f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
+    folded = {}
+    if (config := run_dir / "config.yaml").exists():
+        folded["Configuration"] = config.read_text(encoding="utf-8")
+    if (environment := run_dir / "environment.json").exists():
+        facts = json.loads(environment.read_text(encoding="utf-8"))
+        folded["Environment"] = "\n".join(f"{key}: {value}" for key, value in facts.items())
+    body = [f'<h2>{name}</h2><div class="row">{part}</div>' for name, part in parts.items() if part]
+    for name, text in folded.items():
+        body.append(f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>")
+    report = run_dir / "report.html"
+    partial = report.with_suffix(".html.tmp")
+    partial.write_text(PAGE.substitute(title=escape(title), body="\n".join(body)), encoding="utf-8")
+    os.replace(partial, report)
+    return report

@@ -1,0 +1,24 @@
+"""Let a recipe's ``train.py`` use relative imports however it is started.
+
+Importing this module first in a script gives ``__main__`` the package its folder belongs to (PEP 366), so that
+``from .data import …`` works with ``python recipes/lm/train.py``, ``python -m recipes.lm.train``, ``torchrun`` and in
+the ranks that DDP launches again, from any working directory and in a copied recipe too.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+_main = sys.modules["__main__"]
+_file = getattr(_main, "__file__", None)
+
+if _file and not getattr(_main, "__package__", None) and (Path(_file).resolve().parent / "__init__.py").is_file():
+    _folder = Path(_file).resolve().parent
+    _parts: list[str] = []
+    while (_folder / "__init__.py").is_file():
+        _parts.insert(0, _folder.name)
+        _folder = _folder.parent
+    # The script's own folder must not shadow top-level modules: its data.py is recipes.<task>.data, never `data`.
+    sys.path[0] = str(_folder)
+    _main.__package__ = ".".join(_parts)
+    importlib.import_module(_main.__package__)

@@ -1,0 +1,204 @@
+"""Labelled data by class path: each source reads one kind of files and says what its classes are.
+
+A source is built from YAML (``data.source``) and read once with :meth:`Source.read`.
+"""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from common.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples as the keyword arguments of a net, their classes, and the part of them that was set aside for testing.
+
+    Attributes:
+        inputs: argument name to values, all of shape (samples, …).
+        target: class numbers.
+        class_names: a name for each class number.
+        num_test: how many samples at the end are the data set's own test split; 0 if it has none.
+    """
+
+    inputs: Mapping[str, Tensor]
+    target: Int64[Tensor, " samples"]
+    class_names: list[str]
+    num_test: int = 0
+
+
+class Source:
+    """Something that can be read as labelled samples."""
+
+    def read(self) -> Labelled:
+        """Read everything.
+
+        Raises:
+            InputError: a file, column or label is missing or malformed.
+        """
+        raise NotImplementedError
+
+
+class Digits(Source):
+    """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn, scaled to [0, 1]."""
+
+    def read(self) -> Labelled:  # noqa: D102
+        from sklearn.datasets import load_digits
+
+        digits: Any = load_digits()
+        images = torch.from_numpy(digits.images).float()[:, None] / 16
+        return Labelled({"pixel_values": images}, torch.from_numpy(digits.target).long(), [str(n) for n in range(10)])
+
+
+class IDX(Source):
+    """Images and labels in the IDX files of MNIST and its successors, gzipped or not, scaled to [0, 1].
+
+    Args:
+        path: folder with ``train-images-idx3-ubyte[.gz]``, ``train-labels…``, ``t10k-images…`` and ``t10k-labels…``.
+        class_names: a name for each label.
+    """
+
+    def __init__(self, path: str, class_names: list[str]):
+        self.path, self.class_names = Path(path).expanduser(), class_names
+
+    def read(self) -> Labelled:  # noqa: D102
+        images = [self._file(f"{part}-images-idx3-ubyte", 3) for part in ("train", "t10k")]
+        labels = [self._file(f"{part}-labels-idx1-ubyte", 1) for part in ("train", "t10k")]
+        target = torch.from_numpy(np.concatenate(labels)).long()
+        if target.max() >= len(self.class_names):
+            raise InputError(f"{self.path}: label {target.max()} has no name; lengthen data.source class_names")
+        pixels = torch.from_numpy(np.concatenate(images)).float().unsqueeze(1).div_(255)
+        if len(pixels) != len(target):
+            raise InputError(f"{self.path}: {len(pixels)} images but {len(target)} labels; the files do not belong together")
+        return Labelled({"pixel_values": pixels}, target, self.class_names, num_test=len(labels[1]))
+
+    def _file(self, name: str, axes: int) -> np.ndarray:
+        path = next((p for p in (self.path / name, self.path / f"{name}.gz") if p.is_file()), None)
+        if path is None:
+            raise InputError(f"{self.path / name}[.gz]: no such file; point data.source path at the folder of IDX files")
+        content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        shape = np.frombuffer(content, ">u4", axes, offset=4) if len(content) >= 4 + 4 * axes else None
+        if shape is None or content[:4] != bytes([0, 0, 8, axes]) or len(content) != 4 + 4 * axes + int(np.prod(shape)):
+            raise InputError(f"{path}: not an IDX file of {axes} axes of bytes, or cut short; fetch it again")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape.tolist())
+
+
+class ImageTable(Source):
+    """Images with labels through ``datasets``: Parquet files, an image folder, or a hub name.
+
+    Args:
+        path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
+        image: name of the image column.
+        label: name of the label column.
+        size: height and width that images are resized to, in pixels.
+        mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
+    """
+
+    def __init__(self, path: str, image: str = "image", label: str = "label", size: int = 28, mode: str = "L"):
+        self.path, self.image, self.label, self.size, self.mode = path, image, label, size, mode
+
+    def read(self) -> Labelled:  # noqa: D102
+        parts = load_splits(self.path, "imagefolder")
+        pixels = [self._pixels(row) for part in parts for row in column(part, self.image, "data.source image")]
+        labels = [value for part in parts for value in column(part, self.label, "data.source label")]
+        target, names = encode_labels(labels, parts[0].features[self.label])
+        num_test = len(parts[1]) if len(parts) > 1 else 0
+        return Labelled({"pixel_values": torch.stack(pixels)}, target, names, num_test)
+
+    def _pixels(self, image: Any) -> Float32[Tensor, "channels height width"]:
+        array = np.asarray(image.convert(self.mode).resize((self.size, self.size)), np.float32) / 255
+        return torch.from_numpy(array)[None] if array.ndim == 2 else torch.from_numpy(array).permute(2, 0, 1)
+
+
+class TextTable(Source):
+    """Labelled text in CSV, JSONL or Parquet files or a hub data set, tokenized to a fixed length.
+
+    Args:
+        path: a file or a glob, or a hub name.
+        tokenizer: folder or hub name of a transformers tokenizer.
+        text: name of the text column.
+        label: name of the label column.
+        max_length: tokens kept of a text; the longest text decides if it is shorter.
+    """
+
+    def __init__(self, path: str, tokenizer: str, text: str = "text", label: str = "label", max_length: int = 128):
+        self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
+
+    def read(self) -> Labelled:  # noqa: D102
+        from transformers import AutoTokenizer
+
+        parts = load_splits(self.path)
+        texts = [str(value) for part in parts for value in column(part, self.text, "data.source text")]
+        labels = [value for part in parts for value in column(part, self.label, "data.source label")]
+        target, names = encode_labels(labels, parts[0].features[self.label])
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise InputError(f"data.source tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name") from error
+        encoded = tokenizer(texts, truncation=True, max_length=self.max_length, padding="longest", return_tensors="pt")
+        inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0)
+
+
+READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
+    """Load the train split, and the test split if there is one, with ``datasets``.
+
+    Args:
+        path: a file or glob whose ending names its format, a folder, or a hub name.
+        folder_reader: the ``datasets`` builder for a folder.
+
+    Raises:
+        InputError: nothing there, or it cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = Path(path).expanduser()
+    reader = READERS.get(local.suffix)
+    try:
+        if local.is_dir() and folder_reader:
+            splits = datasets.load_dataset(folder_reader, data_dir=str(local))
+        elif reader and list(local.parent.glob(local.name)):
+            splits = datasets.load_dataset(reader, data_files=str(local))
+        elif reader or local.exists() or path.count("/") > 1 or path.startswith((".", "~")):
+            hint = nearest(local.name, (p.name for p in local.parent.glob("*")))
+            raise InputError(f"data.source path {path}: no such file{hint}")
+        else:
+            splits = datasets.load_dataset(path)
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0][:80]
+        raise InputError(f"data.source path {path}: cannot be read ({reason})") from error
+    return [splits[name] for name in ("train", "test") if name in splits]
+
+
+def column(table: Any, name: str, key: str) -> Sequence[Any]:
+    """A column of a table.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    if name not in table.column_names:
+        raise InputError(f"{key} {name!r}: no such column among {table.column_names}{nearest(name, table.column_names)}")
+    return table[name]
+
+
+def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " samples"], list[str]]:
+    """Class numbers and names of labels: the feature's own if it is a class label, else the sorted distinct values."""
+    missing = sum(label is None for label in labels)
+    if missing:
+        raise InputError(f"data.source label: {missing} of {len(labels)} labels are missing; fill or drop those rows")
+    if hasattr(feature, "names"):
+        return torch.tensor(list(labels)), list(feature.names)
+    values = sorted(set(labels))
+    numbers = {value: number for number, value in enumerate(values)}
+    return torch.tensor([numbers[label] for label in labels]), [str(value) for value in values]

@@ -1,0 +1,493 @@
+"""Text for language models: any source → documents → tokenizer → token files → windows of tokens.
+
+A corpus is prepared once, in streaming passes whose memory stays flat, and kept under a fingerprint of its
+source and settings; later runs only map the files.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import sysconfig
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple, TextIO, TypeVar
+
+import numpy as np
+import torch
+from filelock import FileLock
+from jaxtyping import Int64, Integer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from common.errors import InputError, nearest
+
+FORMAT = 1  # to be raised when the same source and settings would give other tokens
+EOS = "<|endoftext|>"
+PIECE = 1 << 16  # characters of a document that are encoded at a time
+BATCH = 1 << 20  # characters that the tokenizer's threads share
+
+FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
+
+# Byte-level and Metaspace tokenizers never join a single space to what stands before it, nor byte-level ones
+# a line end to the word that follows it: a document cut there gives the same tokens.
+CUT = re.compile(r"(?s:.*\S(?= \S)|.*\S\n(?=\w))")
+
+Piece = tuple[bool, str]  # whether a document begins here, and some of its text
+SplitPiece = tuple[str, bool, str]  # "train" or "val", and the same
+AnyPiece = TypeVar("AnyPiece", Piece, SplitPiece)
+
+
+class TokenizerSource(ABC):
+    """Where a tokenizer comes from: subclass it for another one, and name the class in the configuration."""
+
+    eos_token: str = EOS
+    sample_chars: float = 50e6  # training text that `build` gets; merges learned from more hardly differ
+
+    def settings(self) -> dict[str, Any]:
+        """What the tokenizer depends on besides the text, as JSON values."""
+        return dict(vars(self))
+
+    @abstractmethod
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer, given pieces of training text in order. It must know `eos_token`."""
+
+
+class BPE(TokenizerSource):
+    """Byte-level byte-pair encoding, trained on the corpus. No text is unknown to it."""
+
+    def __init__(self, vocab_size: int = 4096):
+        if vocab_size < 257:
+            raise InputError(f"vocab_size is {vocab_size}: 256 bytes and {EOS} need at least 257")
+        self.vocab_size = vocab_size
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
+
+class Characters(TokenizerSource):
+    """Every character of the training text is a token; all others are ``<unk>``."""
+
+    sample_chars = math.inf
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        vocab = {token: index for index, token in enumerate(["<unk>", EOS, *sorted(set().union(*texts))])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens(["<unk>", EOS])
+        return tokenizer
+
+
+class Pretrained(TokenizerSource):
+    """An existing tokenizer: a folder, a ``tokenizer.json`` file or a name on the Hugging Face hub."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        path = Path(self.name).expanduser()
+        files = [path] if path.is_file() else [*sorted(path.glob("*.json")), *sorted(path.glob("*.model"))]
+        return {"name": self.name, "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]}
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path, name = Path(self.name).expanduser(), _short(self.name)
+        try:
+            if path.is_file():
+                found = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            else:
+                found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name)
+            tokenizer: Tokenizer = found.backend_tokenizer
+        except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
+            fix = "give a folder, a tokenizer.json or a hub name"
+            raise InputError(f"{name}: no fast tokenizer there; {fix}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A bare tokenizer.json does not say which token ends a text.
+        names = [str(found.eos_token or ""), EOS, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]
+        known = [token for token in names if tokenizer.token_to_id(token) is not None]
+        if not known:
+            raise InputError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
+        self.eos_token = known[0]
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus on disk: documents joined by the end-of-text token.
+
+    ``bytes_per_token`` is UTF-8 bytes per token of the validation split, so that bits per byte are nats per
+    token / ln 2 / ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and the ``duplicates`` dropped; a
+    single document is cut in two and counts on both sides.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Integer[np.ndarray, " train"]
+    val: Integer[np.ndarray, " val"]
+    eos_id: int
+    vocab_size: int
+    bytes_per_token: float
+    documents: dict[str, int]
+
+
+def prepare(
+    path: str | None,
+    tokenizer: TokenizerSource,
+    *,
+    column: str = "text",
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    cache_dir: Path,
+) -> Corpus:
+    """Reads, splits and tokenizes a corpus into ``cache_dir``, or opens what an earlier call made there.
+
+    Exact duplicates are dropped. A document's side of the split depends on its text and ``seed`` alone (each
+    side gets at least one); a single document is cut by characters, its last ``val_fraction`` validates. Long
+    documents are encoded in pieces, cut where byte-level, character and Metaspace tokenizers give the same
+    tokens as for the whole. Several processes may call at once: one prepares, the others wait.
+
+    Args:
+        path: a text file; a table (JSON lines, JSON, CSV, Parquet), one document per row; a folder of these,
+            recursively; a glob pattern; ``owner/name`` or ``owner/name/config`` for a hub data set's train
+            split; None for the sources of Python's standard library.
+        tokenizer: how to get the tokenizer.
+        column: the text's column in tables and hub data sets.
+        val_fraction: share of the documents that validates, in (0, 1).
+        seed: another seed gives another split.
+        cache_dir: a folder for prepared corpora.
+
+    Raises:
+        InputError: no such path or column, a file that cannot be read, or too little text.
+    """
+    if not 0 < val_fraction < 1:
+        raise InputError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
+    source = _find(path, column)
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    facts = [FORMAT, source.stamp, column, kind, tokenizer.settings(), val_fraction, seed]
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / fingerprint
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                _build(source, tokenizer, val_fraction, seed, folder)
+    # Off from here on: a worker process forked after the threads were in use would warn, or hang using them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = meta.pop("dtype")
+    train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))
+    return Corpus(folder, Tokenizer.from_file(str(folder / "tokenizer.json")), train, val, **meta)
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of ``length`` tokens and their next tokens: every token but the first is a target exactly once.
+
+    It is indexed by a list of window numbers. A mapped token file goes to worker processes by its name.
+
+    Args:
+        tokens: token ids.
+        length: tokens per window.
+        keep_partial: count the shorter last window too, padded.
+
+    Raises:
+        InputError: there is no window in so few tokens.
+    """
+
+    def __init__(self, tokens: Integer[np.ndarray, " tokens"], length: int, keep_partial: bool):
+        self.tokens, self.length, self.keep_partial = tokens, length, keep_partial
+        if not len(self):
+            fix = "give more text or a shorter context"
+            raise InputError(f"{len(tokens)} tokens are too few for a window of {length} and its next; {fix}")
+
+    def __len__(self) -> int:
+        return max(len(self.tokens) - 1 + (self.length - 1) * self.keep_partial, 0) // self.length
+
+    def __getitem__(
+        self, indices: Sequence[int]
+    ) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
+        """``input_ids`` and ``target``; 0 and -100 where the text has ended."""
+        positions = np.asarray(indices)[:, None] * self.length + np.arange(self.length + 1)
+        tokens = torch.from_numpy(self.tokens[positions.clip(max=len(self.tokens) - 1)].astype(np.int64))
+        ended = torch.from_numpy(positions[:, 1:] >= len(self.tokens))
+        return tokens[:, :-1].masked_fill(ended, 0), tokens[:, 1:].masked_fill(ended, -100)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state, tokens = dict(vars(self)), self.tokens
+        if isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap.mmap):  # a whole file, not a slice
+            state["tokens"] = str(tokens.filename), tokens.dtype
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["tokens"], tuple):
+            state["tokens"] = np.memmap(*state["tokens"], mode="r")
+        vars(self).update(state)
+
+
+class _Source(NamedTuple):
+    name: str
+    stamp: list[tuple[str, int, int]]  # changes when the text does
+    read: Callable[[], Iterator[Piece]]  # every call starts anew
+
+
+def _find(path: str | None, column: str) -> _Source:
+    if path is None:
+        elsewhere = ("site-packages", "dist-packages", "test", "tests", "idle_test")  # not on every machine
+        files = _walk(sysconfig.get_paths()["stdlib"], elsewhere)
+        return _files("Python's library", [file for file in files if file.suffix == ".py"], column)
+    place, name, fix = Path(path).expanduser(), _short(path), "'**' in a pattern means any depth of folders"
+    if place.is_dir():
+        files, fix = _walk(place), f"name other files by a pattern such as '{name}/**/*.log'"
+    elif place.exists() or not glob.has_magic(path):
+        files = [place]
+    else:
+        files = sorted(filter(Path.is_file, map(Path, glob.glob(str(place), recursive=True))))
+    if not files:
+        raise InputError(f"{name}: no text files there; {fix}")
+    if files[0].exists():
+        return _files(name, files, column)
+    while not place.parent.is_dir():
+        place = place.parent  # the first folder of the path that is not there
+    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){1,2}", path) and not FILES.search(path)
+    if hub_name and place.name == path.split("/")[0]:
+        return _hub(path, column)
+    raise InputError(f"{name}: no such file or folder{nearest(place.name, os.listdir(place.parent))}")
+
+
+def _walk(folder: str | Path, skip: Sequence[str] = ()) -> list[Path]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and name not in skip]
+        files += [Path(parent, name) for name in names if name[0] != "." and FILES.search(name)]
+    return sorted(files)
+
+
+def _stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    stats = ((os.path.abspath(file), file.stat()) for file in files)
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _files(name: str, files: Sequence[Path], column: str) -> _Source:
+    def read() -> Iterator[Piece]:
+        for file in files:
+            match = FILES.search(file.name)
+            if match and match["table"]:
+                yield from _table(file, match["table"], column)
+            else:
+                yield from _text(file)
+
+    return _Source(name, _stamp(files), read)
+
+
+def _text(file: Path) -> Iterator[Piece]:
+    with file.open("rb") as raw:
+        try:
+            yield from _pieces(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
+        except UnicodeDecodeError as error:
+            offset = raw.tell() - len(error.object) + error.start
+            fix = "convert it (iconv -t utf-8) or leave it out"
+            raise InputError(f"{_short(file)}: not UTF-8 at byte {offset}; {fix}") from error
+
+
+def _table(file: Path, kind: str, column: str) -> Iterator[Piece]:
+    if not file.stat().st_size:
+        return
+    try:
+        rows = _load(kind, data_files=glob.escape(str(file.resolve())), streaming=True)
+        yield from _rows(rows, column, _short(file))
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{_short(file)}: cannot be read as {kind}: {shorten(str(error), 60)}") from error
+
+
+def _hub(name: str, column: str) -> _Source:
+    owner, data, *config = name.split("/")
+    try:
+        rows = _load(f"{owner}/{data}", *config)
+    except (OSError, ValueError) as error:
+        reason = shorten(str(error), 60)
+        raise InputError(f"{_short(name)}: no such path, and the hub says: {reason}") from error
+    stamp = _stamp(Path(file["filename"]) for file in rows.cache_files)
+    return _Source(name, stamp, partial(_rows, rows, column, _short(name)))
+
+
+def _load(*args: str, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it logs what it raises, too
+    return datasets.load_dataset(*args, split="train", **kwargs)
+
+
+def _rows(rows: Any, column: str, name: str) -> Iterator[Piece]:
+    columns = rows.column_names or list(next(iter(rows), {column: ""}))
+    if column not in columns:
+        fix = nearest(column, columns) or f"; there are: {shorten(', '.join(columns), 60)}"
+        raise InputError(f"{name}: no column {column!r}{fix}")
+    for batch in rows.select_columns(column).iter(batch_size=100):
+        for text in batch[column]:
+            if not isinstance(text, str | None):
+                raise InputError(f"{name}: column {column!r} holds {type(text).__name__}; choose one of text")
+            yield from _pieces(io.StringIO(text or ""))
+
+
+def _pieces(document: TextIO) -> Iterator[Piece]:
+    rest, begins = "", True
+    while chunk := document.read(PIECE):
+        rest += chunk
+        if len(rest) >= PIECE:
+            cut = CUT.match(rest)
+            end = cut.end() if cut else len(rest)
+            yield begins, rest[:end]
+            rest, begins = rest[end:], False
+    if rest:
+        yield begins, rest
+
+
+class _Plan(NamedTuple):
+    cuts: np.ndarray  # of each document's characters, how many train (the others validate); -1 where dropped
+    total: int  # characters kept
+    documents: dict[str, int]
+
+
+def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: int, folder: Path) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    look = TextColumn("{task.description:>18}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*look) as progress:
+        plan = _plan(_track(source.read(), progress, "reading", None), source.name, val_fraction, seed)
+        texts = _track(_split(source.read(), plan), progress, "training tokenizer", plan.total)
+        tokenizer = wanted.build(_sample(texts, plan.total, wanted.sample_chars))
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: the lock is ours
+        part.mkdir()
+        pieces = _track(_split(source.read(), plan), progress, "encoding", plan.total)
+        meta = _encode(pieces, source.name, tokenizer, wanted.eos_token, part)
+    tokenizer.save(str(part / "tokenizer.json"))
+    (part / "meta.json").write_text(json.dumps({**meta, "documents": plan.documents}))
+    part.rename(folder)
+
+
+def _track(pieces: Iterable[AnyPiece], bars: Progress, what: str, total: int | None) -> Iterator[AnyPiece]:
+    task = bars.add_task(what, total=total)
+    for piece in pieces:
+        yield piece
+        bars.advance(task, len(piece[-1]))
+    bars.update(task, total=bars.tasks[task].completed)
+
+
+def _plan(pieces: Iterable[Piece], name: str, val_fraction: float, seed: int) -> _Plan:
+    digest, digests, lengths = hashlib.blake2b(), bytearray(), array("q")
+    for begins, text in pieces:
+        if begins:
+            digest = hashlib.blake2b(digest_size=16, key=str(seed).encode())
+            digests += bytes(16)
+            lengths.append(0)
+        digest.update(text.encode())
+        digests[-16:] = digest.digest()
+        lengths[-1] += len(text)
+    if not lengths:
+        raise InputError(f"{name}: there is no text in it; name a file, a folder or a column with text")
+    keys, length = np.frombuffer(digests, "<u8").reshape(-1, 2), np.array(lengths)
+    order = np.lexsort(keys.T)  # stable: of equal documents the first stays
+    repeated = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(axis=1)]
+    share = keys[:, 0] / 2.0**64  # uniform in [0, 1), from text and seed
+    cuts = np.where(share < val_fraction, 0, length)
+    cuts[repeated] = -1
+    kept = np.flatnonzero(cuts >= 0)
+    if len(kept) == 1:
+        cuts[kept] = int(length[kept[0]] * (1 - val_fraction))
+    else:  # both sides of a small corpus get a document
+        first, last = kept[share[kept].argmin()], kept[share[kept].argmax()]
+        cuts[first], cuts[last] = 0, length[last]
+    counts = {"train": cuts > 0, "val": (cuts >= 0) & (cuts < length), "duplicates": cuts < 0}
+    return _Plan(cuts, int(length[kept].sum()), {key: int(count.sum()) for key, count in counts.items()})
+
+
+def _split(pieces: Iterable[Piece], plan: _Plan) -> Iterator[SplitPiece]:
+    cuts, cut, position = iter(plan.cuts.tolist()), 0, 0
+    for begins, text in pieces:
+        if begins:
+            cut, position = next(cuts), 0
+        head = min(max(cut - position, 0), len(text))
+        if cut >= 0 and head:
+            yield "train", begins, text[:head]
+        if cut >= 0 and head < len(text):
+            yield "val", begins, text[head:]
+        position += len(text)
+
+
+def _sample(pieces: Iterable[SplitPiece], total: int, limit: float) -> Iterator[str]:
+    """The training text, evenly thinned where all of it would exceed ``limit`` characters."""
+    seen = taken = 0
+    for side, _, text in pieces:
+        seen += len(text)
+        if side == "train" and taken * total <= limit * seen:
+            taken += len(text)
+            yield text
+
+
+def _encode(
+    pieces: Iterable[SplitPiece], name: str, tokenizer: Tokenizer, eos_token: str, folder: Path
+) -> dict[str, Any]:
+    eos_id, vocab_size = tokenizer.token_to_id(eos_token), max(tokenizer.get_vocab().values()) + 1
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    tokenizer.encode_special_tokens = True  # a text that spells the end-of-text token out does not end there
+    tokens, val_bytes = {"train": 0, "val": 0}, 0
+    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+        files = {"train": train, "val": val}
+        for batch in _batches(pieces):
+            texts = [text for _, _, text in batch]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for (side, begins, text), encoding in zip(batch, encodings, strict=True):
+                ids = [eos_id, *encoding.ids] if begins and tokens[side] else encoding.ids
+                files[side].write(np.array(ids, dtype).tobytes())
+                tokens[side] += len(ids)
+                val_bytes += len(text.encode()) if side == "val" else 0
+    if min(tokens.values()) < 2:
+        raise InputError(f"{name}: {sum(tokens.values())} tokens are too few to train and validate; give more")
+    bytes_per_token = val_bytes / tokens["val"]
+    return {"eos_id": eos_id, "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": bytes_per_token}
+
+
+def _batches(pieces: Iterable[SplitPiece]) -> Iterator[list[SplitPiece]]:
+    batch, length = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece[-1])
+        if length >= BATCH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _short(path: str | Path) -> str:
+    """The end of a long path, for a message of one line."""
+    path = str(path)
+    return path if len(path) <= 60 else f"…{path[-59:]}"

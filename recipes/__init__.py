@@ -1,0 +1,1 @@
+"""One folder per training recipe; copy one to start your own."""

@@ -1,0 +1,122 @@
+"""The objective: cross-entropy over classes, and what it means to be good at it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+from typing_extensions import override
+
+from common.errors import InputError
+from common.module import BaseModule, Stage
+
+from .data import Batch
+
+
+class ClassificationModule(BaseModule):
+    """A net that maps inputs to class logits, trained with cross-entropy.
+
+    Args:
+        net: the net by class path; its first argument, the number of classes, comes from the data.
+        class_names: a name for each class; comes from the data.
+        class_counts: training samples of each class; comes from the data.
+        augmentation: kornia augmentations of the images, applied on the device in training.
+        label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567).
+        balance_classes: weigh each class by the inverse of its share of the training samples.
+        body_lr_scale: factor on the learning rate of everything but the net's ``head``, for fine-tuning.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module],
+        class_names: list[str],
+        class_counts: list[int],
+        augmentation: list[nn.Module] | None = None,
+        label_smoothing: float = 0.0,
+        balance_classes: bool = False,
+        body_lr_scale: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
+        self.augmentation = nn.Sequential(*augmentation or [])
+        self.lr_scales = {"body.": body_lr_scale}
+        counts = torch.tensor(class_counts)
+        self.register_buffer("class_weight", counts.sum() / (len(counts) * counts) if balance_classes else None)
+        classes = len(class_names)
+        metrics = MetricCollection({
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "precision": MulticlassPrecision(classes),
+            "recall": MulticlassRecall(classes),
+            "f1": MulticlassF1Score(classes),
+            "auroc": MulticlassAUROC(classes, thresholds=200),
+            "calibration_error": MulticlassCalibrationError(classes),
+        })  # fmt: skip
+        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.confusion = MulticlassConfusionMatrix(classes)
+
+    @override
+    def build_net(self) -> nn.Module:
+        return self.make_net(len(self.class_names))
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits of each class; a net of transformers wraps them."""
+        output = self.net(**batch.inputs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        if stage == "train":
+            if len(self.augmentation):
+                pixels = self.augmentation(batch.inputs["pixel_values"])
+                batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
+            smoothing = self.label_smoothing
+            loss = F.cross_entropy(self(batch), batch.target, self.class_weight, label_smoothing=smoothing)
+            return loss, batch.mask.sum()
+        logits, target = self(batch)[batch.mask], batch.target[batch.mask]
+        if len(target):
+            probabilities = logits.float().softmax(-1)
+            self.metrics[stage].update(probabilities, target)
+            self.confusion.update(probabilities, target)
+        self.log_dict(self.metrics[stage], prog_bar=False)
+        return F.cross_entropy(logits, target), batch.mask.sum()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._keep_confusion()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._keep_confusion()
+
+    def _keep_confusion(self) -> None:
+        self._counts = self.confusion.compute().cpu()
+        self.confusion.reset()
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        from common.report import confusion_matrix
+
+        return {"confusion_matrix": confusion_matrix(self._counts, self.class_names)}
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
+        probabilities = self(batch)[batch.mask].float().softmax(-1)
+        best = [self.class_names[number] for number in probabilities.argmax(-1).tolist()]
+        columns = zip(self.class_names, probabilities.T.tolist(), strict=True)
+        return {"prediction": best, **{f"p({name})": column for name, column in columns}}

@@ -1,0 +1,19 @@
+"""Command line: ``python recipes/classification/train.py {fit,validate,test,predict} [--config FILE] [--key value]``."""
+
+import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+
+from common.cli import RecipeCLI
+
+from .data import ClassificationData
+from .module import ClassificationModule
+
+LINKS = {"data.class_names": "model.class_names", "data.class_counts": "model.class_counts"}
+
+
+def main(args: list[str] | None = None) -> RecipeCLI:
+    """Run the recipe with ``args``, or with the process's own arguments."""
+    return RecipeCLI(ClassificationModule, ClassificationData, LINKS, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Text as packed windows of tokens. Edit this file, or only ``data.path``, for your own corpus."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from common.data import BaseDataModule
+from common.errors import InputError
+from common.text import Corpus, TokenizerSource, Windows, prepare
+
+
+class Batch(NamedTuple):
+    """Windows of text; ``target`` is the next token of each position, -100 where there is none."""
+
+    input_ids: Int64[Tensor, "batch time"]
+    target: Int64[Tensor, "batch time"]
+    mask: Bool[Tensor, " batch"]
+
+
+class TokenDataset(Dataset[Batch]):
+    """Reads windows of a token file as batches."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        input_ids, target = self.windows[indices]
+        return Batch(input_ids, target, torch.ones(len(indices), dtype=torch.bool))
+
+
+class PromptDataset(Dataset[Batch]):
+    """Reads prompts one at a time, so that none needs padding."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]]):
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        (index,) = indices
+        input_ids = torch.tensor([self.prompts[index]])
+        return Batch(input_ids, torch.full_like(input_ids, -100), torch.ones(1, dtype=torch.bool))
+
+
+class LMData(BaseDataModule):
+    """A corpus, tokenized once and packed.
+
+    Args:
+        tokenizer: how to get the tokenizer, by class path: ``common.text.BPE``, ``Characters`` or ``Pretrained``.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
+            standard library.
+        column: the text's column, in files and data sets that have columns.
+        context: length of a window in tokens.
+        val_fraction: share of the documents that validates; a single document's end.
+        prompts: texts that ``predict`` continues.
+        cache_dir: where prepared corpora are kept.
+        batch_size: windows per rank and micro-batch.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerSource,
+        path: str | None = None,
+        column: str = "text",
+        context: int = 128,
+        val_fraction: float = 0.1,
+        prompts: list[str] = ["def "],  # noqa: B006
+        cache_dir: str = "~/.cache/lightning-recipes",
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if context < 1:
+            raise InputError(f"data.context must be at least 1, got {context}")
+        self.context, self.prompts = context, prompts
+        # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
+        self.corpus: Corpus = prepare(
+            path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
+        )
+        self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
+        self.tokenizer = self.corpus.tokenizer
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self.eval_batch_size = 1
+            self.predict_data = PromptDataset([self.tokenizer.encode(prompt).ids for prompt in self.prompts])
+            return
+        self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
+        self.val_data = self.test_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))

@@ -1,0 +1,110 @@
+"""The objective: predict the next token."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from typing_extensions import override
+
+from common.module import BaseModule, Stage
+
+from .data import Batch
+
+
+class LMModule(BaseModule):
+    """A decoder-only transformer trained with the cross-entropy of the next token.
+
+    Args:
+        config: any causal language model of transformers, by its config's class path and settings.
+        vocab_size: number of tokens; comes from the data.
+        bytes_per_token: UTF-8 bytes that a token stands for on average; comes from the data.
+        sample_tokens: length of the sample that is drawn after each validation; 0 for none.
+        temperature: of the samples; 0 takes the most likely token.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        vocab_size: int,
+        bytes_per_token: float,
+        sample_tokens: int = 200,
+        temperature: float = 0.8,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.config, self.bytes_per_token = config, bytes_per_token
+        self.config.vocab_size = vocab_size
+        self.sample_tokens, self.temperature = sample_tokens, temperature
+
+    @override
+    def build_net(self) -> nn.Module:
+        return AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
+        """Logits of the next token at each position."""
+        return self.net(input_ids=batch.input_ids, use_cache=False).logits
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
+        loss = F.cross_entropy(self(batch).flatten(0, 1), target.flatten())
+        return loss, (target != -100).sum()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_derived("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_derived("test")
+
+    def _log_derived(self, stage: str) -> None:
+        loss = self.mean_loss[stage].compute()
+        bits = loss / math.log(2) / self.bytes_per_token
+        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=False)
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor) -> list[int]:
+        """Continue a prompt of shape (1, time) by ``sample_tokens`` tokens; returns all of them."""
+        return self.net.generate(
+            input_ids=prompt.to(self.device),
+            max_new_tokens=self.sample_tokens,
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or None,
+            pad_token_id=0,
+        )[0].tolist()
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[str]]:
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if not batch.mask[0]:
+            return {"prompt": [], "text": []}
+        prompt, text = (tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids)))
+        return {"prompt": [prompt], "text": [text]}
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not self.sample_tokens:
+            return {}
+        prompt = torch.from_numpy(data.corpus.val[:8].astype("int64"))[None]
+        return {"samples": data.tokenizer.decode(self.generate(prompt))}
+
+    @property
+    @override
+    def flops_per_item(self) -> float:  # type: ignore[override]
+        """Forward and backward operations per token (PaLM, appendix B)."""
+        weights = sum(p.numel() for p in self.net.parameters())
+        c = self.config
+        return 6 * weights + 12 * c.num_hidden_layers * c.hidden_size * self.trainer.datamodule.context  # type: ignore[attr-defined]
+
+    @override
+    def num_items(self, batch: Batch) -> int:
+        return batch.input_ids.numel()

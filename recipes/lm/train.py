@@ -1,0 +1,19 @@
+"""Command line: ``python recipes/lm/train.py {fit,validate,test,predict} [--config FILE] [--key value]``."""
+
+import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+
+from common.cli import RecipeCLI
+
+from .data import LMData
+from .module import LMModule
+
+LINKS = {"data.vocab_size": "model.vocab_size", "data.bytes_per_token": "model.bytes_per_token"}
+
+
+def main(args: list[str] | None = None) -> RecipeCLI:
+    """Run the recipe with ``args``, or with the process's own arguments."""
+    return RecipeCLI(LMModule, LMData, LINKS, args)
+
+
+if __name__ == "__main__":
+    main()

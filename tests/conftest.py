@@ -1,0 +1,51 @@
+"""Fixtures of all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared corpora are shared by the tests of a process and by none outside."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp().parent / "cache")
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 60,000 characters, real English: the licences of Python and its libraries."""
+    import pydoc_data.topics as topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.topics.values())[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm_args(small_text: Path) -> list[str]:
+    """Arguments that make the lm recipe small."""
+    net = "--model.config.init_args"
+    return [
+        "--data.path", str(small_text), "--data.tokenizer", "common.text.Characters", "--data.context", "32",
+        f"{net}.hidden_size", "32", f"{net}.intermediate_size", "64", f"{net}.num_hidden_layers", "2",
+        f"{net}.num_attention_heads", "2", "--model.sample_tokens", "16",
+    ]  # fmt: skip

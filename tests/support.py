@@ -1,0 +1,85 @@
+"""Running recipes in tests: in this process, or on forked ranks that share its imports."""
+
+import csv
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
+TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
+
+
+def main_of(recipe: str) -> Callable[[list[str]], Any]:
+    """The recipe's ``main(args)``."""
+    return importlib.import_module(f"recipes.{recipe}.train").main
+
+
+def read_metrics(path: Path, name: str) -> list[float]:
+    """The values of one column of a ``metrics.csv``, empty cells left out."""
+    with path.open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def _rank(rank: int, world: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]) -> None:
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        )  # fmt: skip
+    os.environ.update(env)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(
+    function: Callable[..., Any], *args: Any, world: int = 2, folder: Path, timeout: float = 120, **env: str
+) -> list[int]:
+    """Call a function in ``world`` forked processes with torchrun's variables; returns their exit codes.
+
+    A fork of a process that has imported everything starts in a moment instead of ten seconds. What rank r prints is in
+    ``folder/rank<r>.log``. Ranks still alive after ``timeout`` seconds, or 10 after another was killed, are killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks: list[Any] = [
+        context.Process(target=_rank, args=(rank, world, port, folder / f"rank{rank}.log", function, args, env))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(10 if any((p.exitcode or 0) < 0 for p in ranks) else timeout)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]
+
+
+def logs(folder: Path) -> str:
+    """What the ranks of the last run in a folder printed, to be shown by a failing assertion."""
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(folder.glob("rank*.log")))
