@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,16 @@ from common.module import BaseModule
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
 ALLOWED = ("torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "common", "recipes")
+
+# Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
+# the trainer's counters, and arrays in memory need no reading processes.
+NO_WARNINGS = (
+    "Experiment logs directory .* exists and is not empty",
+    "Checkpoint directory .* exists and is not empty",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "The '.*_dataloader' does not have many workers",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
 
 
 def _forget_init_args(parser: Any, previous: Any, value: Any) -> None:
@@ -75,8 +86,9 @@ class RecipeCLI(LightningCLI):
         links: Mapping[str, str],
         args: list[str] | None = None,
     ):
+        _quiet_stderr()
         if args is None:
-            _chatter_to_stdout()
+            logging.captureWarnings(True)
         argv = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
@@ -161,7 +173,7 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         keep = ("seed_everything", "name", "trainer", "model", "data")
-        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"))
+        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in keep}
         self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
         config.trainer.default_root_dir = str(self.run_dir)
@@ -237,13 +249,12 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _chatter_to_stdout() -> None:
+def _quiet_stderr() -> None:
     """What libraries log or warn is progress, not an error: stderr is for the one line that matters."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers = [logging.StreamHandler(sys.stdout)]
         logger.propagate = False
-    logging.captureWarnings(True)
-    warnings = logging.getLogger("py.warnings")
-    warnings.handlers = [logging.StreamHandler(sys.stdout)]
-    warnings.propagate = False
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    for message in NO_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

@@ -7,7 +7,7 @@ A data set here is indexed by a list of positions and returns a whole batch, a `
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import InputError
 
 
+@runtime_checkable
 class BatchDataset(Protocol):
     """What a recipe's data set offers: a length, and a batch for a list of positions."""
 
@@ -41,6 +42,14 @@ def global_seed() -> int:
 def step_seed(*parts: int) -> int:
     """A seed in [0, 2**63) from whole numbers such as (seed, rank, step), without the collisions that sums have."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
+    """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch."""
+    limit = trainer.limit_train_batches
+    if limit is None:
+        return num_batches
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
 
 
 class TrainSampler(Sampler[Positions]):
@@ -72,7 +81,7 @@ class TrainSampler(Sampler[Positions]):
 
     def __iter__(self) -> Iterator[Positions]:
         trainer, seed = self.trainer, global_seed()
-        per_epoch = int(min(self.num_batches, trainer.num_training_batches))  # limit_train_batches may cut it
+        per_epoch = batches_per_epoch(self.num_batches, trainer)
         epoch, start = divmod(trainer.fit_loop.epoch_loop.batch_progress.total.processed, per_epoch)
         generator = torch.Generator().manual_seed(step_seed(seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator)
@@ -192,9 +201,7 @@ def total_steps(trainer: L.Trainer) -> int:
     """
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        batches = len(trainer.datamodule.train_dataloader().sampler)  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        sampler: TrainSampler = trainer.datamodule.train_dataloader().sampler  # type: ignore[attr-defined]
+        batches = batches_per_epoch(sampler.num_batches, trainer)
         limits.append(-(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
     return min(limits, default=-1)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Stage = Literal["train", "val", "test"]
 Init = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal", "trunc_normal"]
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
+LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 class BaseModule(L.LightningModule):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,15 +36,16 @@ from typing_extensions import override
 from common.errors import InputError, nearest
 
 FORMAT = 1  # to be raised when the same source and settings would give other tokens
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
 EOS = "<|endoftext|>"
 PIECE = 1 << 16  # characters of a document that are encoded at a time
 BATCH = 1 << 20  # characters that the tokenizer's threads share
 
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
 
-# Byte-level and Metaspace tokenizers never join a single space to what stands before it, nor byte-level ones
-# a line end to the word that follows it: a document cut there gives the same tokens.
-CUT = re.compile(r"(?s:.*\S(?= \S)|.*\S\n(?=\w))")
+# Where a document can be cut without changing a token: byte-level and Metaspace tokenizers never join a space
+# to what stands before it, byte-level ones never white space to a letter before it, nor a line end to a word.
+CUT = re.compile(r"(?s:.*\S(?= )|.*(?:[^\W_](?=\s)|\S\n(?=\w)))")
 
 Piece = tuple[bool, str]  # whether a document begins here, and some of its text
 SplitPiece = tuple[str, bool, str]  # "train" or "val", and the same
@@ -144,7 +145,7 @@ class Corpus:
     """A prepared corpus on disk: documents joined by the end-of-text token.
 
     ``bytes_per_token`` is UTF-8 bytes per token of the validation split, so that bits per byte are nats per
-    token / ln 2 / ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and the ``duplicates`` dropped; a
+    token / ln 2 / ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and dropped ``duplicates``; a
     single document is cut in two and counts on both sides.
     """
 
@@ -307,9 +308,9 @@ def _files(name: str, files: Sequence[Path], column: str) -> _Source:
 
 
 def _text(file: Path) -> Iterator[Piece]:
-    with file.open("rb") as raw:
+    with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         try:
-            yield from _pieces(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
+            yield from _pieces(stream)
         except UnicodeDecodeError as error:
             offset = raw.tell() - len(error.object) + error.start
             fix = "convert it (iconv -t utf-8) or leave it out"
@@ -339,25 +340,29 @@ def _hub(name: str, column: str) -> _Source:
 
 def _load(*args: str, **kwargs: Any) -> Any:
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it logs what it raises, too
+    huggingface_hub.logging.set_verbosity_error()
     return datasets.load_dataset(*args, split="train", **kwargs)
 
 
 def _rows(rows: Any, column: str, name: str) -> Iterator[Piece]:
-    columns = rows.column_names or list(next(iter(rows), {column: ""}))
-    if column not in columns:
-        fix = nearest(column, columns) or f"; there are: {shorten(', '.join(columns), 60)}"
-        raise InputError(f"{name}: no column {column!r}{fix}")
-    for batch in rows.select_columns(column).iter(batch_size=100):
-        for text in batch[column]:
+    for batch in rows.with_format("arrow").iter(batch_size=100):
+        if column not in batch.column_names:
+            fix = (
+                nearest(column, batch.column_names)
+                or f"; there are: {shorten(', '.join(batch.column_names), 60)}"
+            )
+            raise InputError(f"{name}: no column {column!r}{fix}")
+        for text in batch[column].to_pylist():
             if not isinstance(text, str | None):
                 raise InputError(f"{name}: column {column!r} holds {type(text).__name__}; choose one of text")
             yield from _pieces(io.StringIO(text or ""))
 
 
-def _pieces(document: TextIO) -> Iterator[Piece]:
+def _pieces(document: io.TextIOBase) -> Iterator[Piece]:
     rest, begins = "", True
     while chunk := document.read(PIECE):
         rest += chunk
@@ -470,7 +475,7 @@ def _encode(
                 tokens[side] += len(ids)
                 val_bytes += len(text.encode()) if side == "val" else 0
     if min(tokens.values()) < 2:
-        raise InputError(f"{name}: {sum(tokens.values())} tokens are too few to train and validate; give more")
+        raise InputError(f"{name}: {sum(tokens.values())} tokens are too few to train and validate; add text")
     bytes_per_token = val_bytes / tokens["val"]
     return {"eos_id": eos_id, "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": bytes_per_token}
 

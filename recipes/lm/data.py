@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.text import Corpus, TokenizerSource, Windows, prepare
+from common.text import CACHE, Corpus, TokenizerSource, Windows, prepare
 
 
 class Batch(NamedTuple):
@@ -77,7 +77,7 @@ class LMData(BaseDataModule):
         context: int = 128,
         val_fraction: float = 0.1,
         prompts: list[str] = ["def "],  # noqa: B006
-        cache_dir: str = "~/.cache/lightning-recipes",
+        cache_dir: str = CACHE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,

@@ -68,7 +68,7 @@ class LMModule(BaseModule):
     def _log_derived(self, stage: str) -> None:
         loss = self.mean_loss[stage].compute()
         bits = loss / math.log(2) / self.bytes_per_token
-        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=False)
+        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
 
     @torch.no_grad()
     def generate(self, prompt: Tensor) -> list[int]:

@@ -1,0 +1,117 @@
+"""A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
+
+The matrix is both recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers}; the suite runs a part of it that
+covers every pair of settings, ``make resume-matrix`` all of it.
+"""
+
+import hashlib
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.checkpoint import read_checkpoint
+from tests.support import ROOT, logs, main_of, run_ranks
+
+# Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
+# Each epoch has 12 micro-batches, 11 where they are odd.
+STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
+    "mid_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 5}, 19),
+    "step_on_last_batch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 12}, 14),
+    "per_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_epochs": 1}, 15),
+    "odd_accumulation": (
+        ["--trainer.limit_train_batches", "11", "--trainer.accumulate_grad_batches", "2"],
+        {"every_n_train_steps": 4},
+        17,
+    ),
+}
+CELLS = list(itertools.product(("lm", "classification"), (1, 2), STOPS, (0, 2)))
+# Two values of each setting meet the others' at least once.
+FAST = {
+    ("lm", 1, "mid_epoch", 0), ("classification", 2, "mid_epoch", 2),
+    ("lm", 2, "step_on_last_batch", 2), ("classification", 1, "step_on_last_batch", 0),
+    ("lm", 2, "per_epoch", 0), ("classification", 1, "per_epoch", 2),
+    ("lm", 1, "odd_accumulation", 2), ("classification", 2, "odd_accumulation", 0),
+}  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """sha256 over all weights and the state of the optimizer and the schedule."""
+    checkpoint = read_checkpoint(path)
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                sha.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add([checkpoint[key] for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")])
+    return sha.hexdigest()
+
+
+def killed_main(recipe: str, args: list[str], micro_batch: int) -> None:
+    """Train until a micro-batch has been computed, then die without any chance to tidy up."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def start_or_die(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == micro_batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        start(self, batch, batch_idx)
+
+    BaseModule.on_train_batch_start = start_or_die  # type: ignore[method-assign]  # in this forked process only
+    main_of(recipe)(args)
+
+
+def write_config(folder: Path, saves: dict[str, Any]) -> Path:
+    """A layer with one checkpoint callback, which writes ``last.ckpt``."""
+    settings = {"dirpath": "checkpoints", "filename": "last", "enable_version_counter": False, **saves}
+    path = folder / "resume.yaml"
+    path.write_text(
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
+        f"      init_args: {{{', '.join(f'{k}: {str(v).lower() if isinstance(v, bool) else v}' for k, v in settings.items())}}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world", "stop", "workers"),
+    [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
+)
+def test_killed_run_goes_on_to_the_bit(
+    recipe: str, world: int, stop: str, workers: int, work: Path, lm_args: list[str]
+) -> None:
+    settings, saves, micro_batch = STOPS[stop]
+    args = [
+        "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / "configs/strategy/ddp.yaml"),
+        "--data.batch_size", "4", "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
+        "--trainer.devices", str(world), "--trainer.max_epochs", "3", "--trainer.max_steps", "-1",
+        "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1",
+        "--trainer.enable_progress_bar", "false", *settings,
+    ]  # fmt: skip
+    if recipe == "lm":
+        args += [*lm_args, "--model.config.init_args.attention_dropout", "0.1"]
+    main = main_of(recipe)
+    whole, cut = [*args, "--name", "whole"], [*args, "--name", "cut"]
+    assert run_ranks(main, whole, world=world, folder=work / "whole") == [0] * world, logs(work / "whole")
+    killed = run_ranks(killed_main, recipe, cut, micro_batch, world=world, folder=work / "killed")
+    assert killed == [-signal.SIGKILL] * world, logs(work / "killed")
+    last = work / "runs" / recipe / "cut/checkpoints/last.ckpt"
+    half = read_checkpoint(last)["global_step"]
+    resumed = run_ranks(main, [*cut, "--ckpt_path", "last"], world=world, folder=work / "resumed")
+    assert resumed == [0] * world, logs(work / "resumed")
+    assert 0 < half < read_checkpoint(last)["global_step"]
+    assert digest(last) == digest(work / "runs" / recipe / "whole/checkpoints/last.ckpt")
