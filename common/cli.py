@@ -17,6 +17,7 @@ import lightning as L
 import yaml
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,6 +32,13 @@ from common.module import BaseModule
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
 ALLOWED = ("torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "common", "recipes")
+
+# Lightning refuses these flags as long as the config lists such a callback.
+SWITCHES = {
+    "enable_progress_bar": ProgressBar,
+    "enable_checkpointing": Checkpoint,
+    "enable_model_summary": ModelSummary,
+}
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, and arrays in memory need no reading processes.
@@ -203,7 +211,9 @@ class RecipeCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self._get(self.config_init, "trainer")
-        callbacks = [*_as_list(settings.get("callbacks")), RunRecord(self.resolved, self.folder)]
+        off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
+        callbacks = [callback for callback in _as_list(settings.get("callbacks")) if not isinstance(callback, off)]
+        callbacks.append(RunRecord(self.resolved, self.folder))
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.folder))
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]

@@ -1,9 +1,13 @@
-"""Small nets that several recipes share; larger ones come from transformers."""
+"""A small net of our own, and nets of transformers as classifiers. The first argument is always the number of classes."""
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
+
+from common.errors import InputError
 
 
 class ConvNet(nn.Sequential):
@@ -33,3 +37,62 @@ class ConvNet(nn.Sequential):
     ) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of images."""
         return super().forward(pixel_values)
+
+
+class ImageClassifier(nn.Module):
+    """Any image classifier of transformers with new weights.
+
+    Args:
+        num_classes: width of the output.
+        config: its config by class path, such as ``transformers.ResNetConfig`` or ``transformers.ViTConfig``.
+    """
+
+    def __init__(self, num_classes: int, config: PretrainedConfig):
+        super().__init__()
+        config.num_labels = num_classes
+        self.model = AutoModelForImageClassification.from_config(config)
+
+    def forward(
+        self, pixel_values: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of a batch of images."""
+        return self.model(pixel_values=pixel_values).logits
+
+
+class PretrainedEncoder(nn.Module):
+    """A pretrained text encoder, its token vectors averaged, and a new linear head.
+
+    Args:
+        num_classes: width of the output.
+        name: folder or hub name of the encoder (safetensors weights).
+        freeze: keep the encoder as it is and train the head alone.
+        dropout: probability before the head.
+
+    Raises:
+        InputError: there is no such encoder.
+    """
+
+    def __init__(self, num_classes: int, name: str, freeze: bool = False, dropout: float = 0.1):
+        super().__init__()
+        try:
+            self.body = AutoModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.net name {name!r}: neither a folder with an encoder nor a hub name") from error
+        self.body.requires_grad_(not freeze)
+        self.freeze = freeze
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.body.config.hidden_size, num_classes))
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of a batch of texts."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask[:, :, None].to(states.dtype)  # padding does not count
+        return self.head((states * weights).sum(1) / weights.sum(1))
+
+    def train(self, mode: bool = True) -> "PretrainedEncoder":
+        """A frozen body stays in evaluation mode: no dropout in what cannot adapt to it."""
+        super().train(mode)
+        self.body.train(mode and not self.freeze)
+        return self

@@ -265,7 +265,7 @@ def _find(path: str | None, column: str) -> _Source:
         return _files("Python's library", [file for file in files if file.suffix == ".py"], column)
     place, name, fix = Path(path).expanduser(), _short(path), "'**' in a pattern means any depth of folders"
     if place.is_dir():
-        files, fix = _walk(place), f"name other files by a pattern such as '{name}/**/*.log'"
+        files, fix = _walk(place), "name other kinds by a pattern such as 'folder/**/*.log'"
     elif place.exists() or not glob.has_magic(path):
         files = [place]
     else:
@@ -287,7 +287,7 @@ def _walk(folder: str | Path, skip: Sequence[str] = ()) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name not in skip]
         files += [Path(parent, name) for name in names if name[0] != "." and FILES.search(name)]
-    return sorted(files)
+    return sorted(filter(Path.is_file, files))
 
 
 def _stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
