@@ -112,7 +112,8 @@ class RecipeCLI(LightningCLI):
                 save_config_callback=None,
                 seed_everything_default=1,
                 parser_class=RecipeParser,
-                parser_kwargs={name: dict(default) for name in self.subcommands()},
+                # A mistyped flag must not pass as the short form of another.
+                parser_kwargs={"allow_abbrev": False, **{name: dict(default) for name in self.subcommands()}},
                 auto_configure_optimizers=False,
                 args=self.argv,
             )
@@ -131,7 +132,7 @@ class RecipeCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        check_sources(self.argv, self.links)
+        check_sources(self.argv)
         self.config = parser.parse_args(self.argv)
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
@@ -145,7 +146,7 @@ class RecipeCLI(LightningCLI):
             layered = [*self.argv[:where], "--config", self._config_of(checkpoint), *self.argv[where:]]
             self.config = parser.parse_args(layered)
             self.config[self.subcommand].ckpt_path = str(checkpoint)
-        self._check_trainer(self.config[self.subcommand].trainer)
+        self._check(self.config[self.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -173,8 +174,13 @@ class RecipeCLI(LightningCLI):
         data = {k: v for k, v in state.get("datamodule_hyper_parameters", {}).items() if k != "_instantiator"}
         return yaml.safe_dump({"model": model, "data": data})
 
-    def _check_trainer(self, trainer: Any) -> None:
-        if trainer.overfit_batches:
+    def _check(self, config: Any) -> None:
+        for source, target in self.links.items():
+            if config.get(target) is not None:
+                raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
+        if not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
+        if config.trainer.overfit_batches:
             raise InputError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
 
     @override
@@ -191,11 +197,15 @@ class RecipeCLI(LightningCLI):
             for key, base in (("save_dir", self.folder), ("dirpath", self.run_dir)):
                 if (path := item.get("init_args", {}).get(key)) is not None:
                     item.init_args[key] = str(base / path)
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and not _get_rank():
-            self._make_room(resuming=config.ckpt_path is not None)
 
-    def _make_room(self, resuming: bool) -> None:
-        """Move an earlier run of the same name aside, or keep its metrics when it goes on: the logger starts a new file."""
+    def before_fit(self) -> None:
+        """Move an earlier run of the same name aside, or keep its metrics when it goes on: the logger starts a new file.
+
+        Called when everything is built, so that a mistake found until then leaves the earlier run where it is.
+        """
+        if self.config.fit.trainer.fast_dev_run or _get_rank():
+            return
+        resuming = self.config.fit.ckpt_path is not None
         metrics = self.run_dir / "metrics.csv"
         if resuming and metrics.exists():
             step = read_checkpoint(self.config.fit.ckpt_path)["global_step"]
@@ -254,7 +264,8 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         if debug:
             raise
         parsers = getattr(cli, "_subcommand_parsers", {})
-        known = {action.dest for parser in parsers.values() for action in parser._actions}
+        actions = {action.dest: action for parser in parsers.values() for action in parser._actions}
+        known = {k: v for k, v in actions.items() if k not in cli.links.values() and not k.endswith("help")}
         print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
         raise SystemExit(2) from None
 

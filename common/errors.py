@@ -11,7 +11,16 @@ class InputError(Exception):
     """
 
 
+def closest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name closest to a mistyped or shortened one, whatever its case; None if none is near."""
+    names = {name.casefold(): name for name in sorted(known, reverse=True)}  # AdamW rather than its module adamw
+    wrong = wrong.casefold()
+    matches = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    matches += [name for name in names if wrong and name.startswith(wrong)]
+    return names[matches[0]] if matches else None
+
+
 def nearest(wrong: str, known: Iterable[str]) -> str:
     """``"; did you mean 'right'?"`` for the known name closest to a mistyped one, or nothing."""
-    matches = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    match = closest(wrong, known)
+    return f"; did you mean {match!r}?" if match else ""

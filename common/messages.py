@@ -5,209 +5,267 @@ of the YAML files that they speak of.
 """
 
 import importlib
-import inspect
+import importlib.util
+import pkgutil
 import re
+from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse._typehints import get_subclass_types
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from common.errors import InputError, nearest
+from common.errors import InputError, closest, nearest
 
 LIMIT = 200
+COMMANDS = ("fit", "validate", "test", "predict")
+GROUPS = ("trainer", "model", "data")
 
 
-def config_files(argv: list[str]) -> list[Path]:
-    """The files given with ``--config``, in order; YAML text given in place of a file is left out."""
-    values = [after for flag, after in zip(argv, argv[1:], strict=False) if flag in ("--config", "-c")]
-    values += [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
-    return [Path(value) for value in values if "\n" not in value and not value.lstrip().startswith("{")]
+class Entry(NamedTuple):
+    """A key or list item as it was written."""
+
+    where: str  # file and line, or the flag
+    key: str  # in full
+    node: yaml.Node | str  # what was given for it
 
 
-def check_sources(argv: list[str], links: Mapping[str, str]) -> None:
-    """Find what YAML and jsonargparse let pass.
-
-    Args:
-        argv: the command line.
-        links: facts of the data that become arguments of the module; nothing else may set those.
+def check_sources(argv: list[str]) -> None:
+    """Find what YAML and jsonargparse let pass or report badly.
 
     Raises:
-        InputError: a file is missing or no YAML mapping, repeats a key, or sets a linked key.
+        InputError: no command is given, or a config is missing, holds no keys or repeats one.
     """
-    for path in config_files(argv):
-        if not path.is_file():
-            folder = path.parent if path.parent.is_dir() else Path()
-            raise InputError(f"--config {path}: no such file{nearest(path.name, (p.name for p in folder.iterdir()))}")
-        root = _compose(path)
-        if root is None:
-            continue
-        if not isinstance(root, yaml.MappingNode):
-            raise InputError(f"{path}:1: a config is a mapping such as 'trainer: {{max_epochs: 3}}', not a list or text")
-        seen: dict[str, int] = {}
-        for key, node in _walk(root):
-            line = node.start_mark.line + 1
-            if key in seen and not key.endswith("]"):
-                raise InputError(f"{path}:{line}: {key}: repeats the key of line {seen[key]}; keep one of them")
-            seen[key] = line
-            _check_link(f"{path}:{line}", key, links)
-    for arg in argv:
-        if arg.startswith("--"):
-            key = arg[2:].split("=")[0]
-            _check_link(f"--{key}", key, links)
+    if not {"-h", "--help", *COMMANDS} & set(argv):
+        wrong = argv[0] if argv and not argv[0].startswith("-") else ""
+        problem = f"{wrong!r} is no command" if wrong else "the command is missing"
+        raise InputError(problem + (nearest(wrong, COMMANDS) or f"; give one of {', '.join(COMMANDS)}"))
+    for flag, value in _flags(argv):
+        seen: dict[str, str] = {}
+        for where, key, node in _yaml(flag, value):
+            if key in GROUPS and not isinstance(node, yaml.MappingNode):
+                raise InputError(f"{where}: {key}: holds no keys; write them below it, as in config.yaml")
+            if key in seen:
+                raise InputError(f"{where}: {key}: repeats the key of {seen[key]}; keep one of them")
+            seen[key] = where
+        if flag == "config" and value and not seen:
+            raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
 
 
-def _check_link(where: str, key: str, links: Mapping[str, str]) -> None:
-    for source, target in links.items():
-        if key == target:
-            raise InputError(f"{where}: {key}: is taken from {source} of the data and cannot be set; remove it")
+def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Flags without their dashes, and what follows them."""
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        if arg.startswith("-"):
+            flag, equals, value = arg.lstrip("-").partition("=")
+            yield "config" if flag == "c" else flag.removesuffix("+"), value if equals else after
 
 
-def _compose(path: Path) -> yaml.Node | None:
+def _yaml(flag: str, value: str) -> list[Entry]:
+    """The entries of the YAML that a flag names or holds; none if its value is no YAML."""
+    config, path, prefix = flag in ("config", *GROUPS), Path(value), "" if flag == "config" else flag
+    if "\n" in value or value.startswith(("{", "[")):
+        try:
+            return list(_walk(_compose(value, f"--{flag}"), prefix, f"--{flag}"))
+        except InputError:
+            if config:
+                raise
+            return []
+    if config and path.is_file():
+        return _read_file(path, prefix)
+    if flag == "config" and value:
+        names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
+        raise InputError(f"--config {value}: " + ("is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}"))
+    return []
+
+
+def _read_file(path: Path, prefix: str = "") -> list[Entry]:
     try:
-        return yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return list(_walk(_compose(path.read_text(encoding="utf-8"), str(path)), prefix, str(path)))
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}:1: not a text file in YAML") from error
 
 
-def _walk(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
-    """Every key and list item below a node, as (full key, node of the key or item), in the order of the file."""
+def _compose(text: str, place: str) -> yaml.Node | None:
+    try:
+        yaml.safe_load(text)  # finds tags and keys that composing lets pass
+        return yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{place}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{place}:1: not a text file in YAML") from error
+
+
+def _walk(node: yaml.Node | None, prefix: str, place: str) -> Iterator[Entry]:
+    """Every key and list item below a node, in the order of the file."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name = f"{prefix}.{key.value}".lstrip(".").removesuffix("+")
-            yield name, key
-            yield from _walk(value, name)
+            # A config that stands before the command has the command as its first level.
+            name = "" if not prefix and key.value in COMMANDS else f"{prefix}.{key.value}".lstrip(".").removesuffix("+")
+            if name:
+                yield Entry(_where(place, key), name, value)
+            yield from _walk(value, name, place)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            yield f"{prefix}[{number}]", value
-            yield from _walk(value, f"{prefix}[{number}]")
+            yield Entry(_where(place, value), f"{prefix}[{number}]", value)
+            yield from _walk(value, f"{prefix}[{number}]", place)
 
 
-def explain(error: Exception, argv: list[str], default: Path, known: Iterable[str]) -> str:
+def _where(place: str, node: yaml.Node) -> str:
+    return place if place.startswith("--") else f"{place}:{node.start_mark.line + 1}"
+
+
+def explain(error: Exception, argv: list[str], default: Path, known: Mapping[str, Action]) -> str:
     """The one line for an anticipated error.
 
     Args:
         error: what was raised.
         argv: the command line.
         default: the recipe's own config.
-        known: the full keys that the command accepts.
+        known: what the commands accept, by full key.
 
     Returns:
         ``where: key: problem; hint``, at most 200 characters.
     """
-    message = str(error)
-    if isinstance(error, InputError):
-        key = next(iter(re.findall(r"\b(?:trainer|model|data)\.\w[\w.]*\w", message)), "")
-        where = "" if re.match(r"(\S+:\d+|--\S+)[: ]", message) else _locate(argv, default, key, "")[0]
-        line = message.replace(key, where, 1) if where == f"--{key}" else f"{where}: {message}" if where else message
+    leaf, problem = "", str(error)
+    if isinstance(error, InputError | MisconfigurationException):
+        words = re.findall(r"[\w.]*\w", problem)
+        bare = [f"trainer.{word}" for word in words if isinstance(error, MisconfigurationException)]
+        keys = [word for word in words if re.match(rf"({'|'.join(GROUPS)})\.|seed_everything$", word)] or [w for w in bare if w in known]
+        key = keys[0] if keys else "trainer" * isinstance(error, MisconfigurationException)
+        value = m[1] if (m := re.search(r"'([^']+)'", problem)) else ""
+        problem = problem.removeprefix(key).lstrip(" :") if problem.startswith(key) else problem
     else:
-        key, token, problem = _read(message, list(known))
-        where, key = _locate(argv, default, key, token)
-        if not where and f"--{key}" in argv:
-            where = f"--{key}"
-        shown = key if not where.startswith("--") else "" if where == f"--{key}" else key
-        line = ": ".join(part for part in (where, shown, problem) if part)
-    line = " ".join(line.split())
-    return line if len(line) <= LIMIT else line[: LIMIT - 1] + "…"
+        key, leaf, value, problem = _read(problem, known)
+    if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
+        where, key = _locate(argv, default, key, leaf, value)
+        problem = ": ".join(part for part in (where, key if f"--{key}" != where else "", problem) if part)
+    line = " ".join(problem.split())
+    text, separator, hint = line.rpartition("; ")
+    return line if len(line) <= LIMIT else f"{text[: LIMIT - 3 - len(hint)]}…{separator}{hint}"[:LIMIT]
 
 
-def _read(message: str, known: list[str]) -> tuple[str, str, str]:
-    """Take jsonargparse's message apart: the key it speaks of, the word that is wrong, and the problem with its hint."""
-    key = m[1] if (m := re.search(r'Parser key "([^"]+)"', message)) else ""
-    inner = re.findall(r'Parser key "([^"]+)"', message)[1:]
-    given = m[1] if (m := re.search(r"(?:Given value|Got value): (.*?)\.?(?: Got value|$|\n)", message)) else ""
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message) or re.findall(r"class_path='([^']+)'", message)
-    if m := re.search(r"unrecognized arguments: ([^-]\S*)", message):
-        return "", m[1], f"{m[1]!r} is no flag; arguments look like --trainer.max_epochs 3"
+def _read(message: str, known: Mapping[str, Action]) -> tuple[str, str, str, str]:
+    """Take jsonargparse's message apart.
+
+    Returns:
+        The key it speaks of, the name and the value below it that are wrong, and the problem with its hint.
+    """
+    outer = m[1] if (m := re.search(r'Parser key "([^"]+)"', message)) else ""
+    # Of the alternatives of a union, the one that went into a class says more than those that did not.
+    if block := re.search(r"\n( *)- Problem with given class_path.*?(?=\n\1- |\Z)", message, re.DOTALL):
+        message = block[0]
+    inner = [name for name in re.findall(r'Parser key "([^"]+)"', message) if name != outer]
+    leaf = inner[-1].split(".")[-1] if inner else ""
+    given = m[1] if (m := re.search(r"(?:Given value:|Got value:|but got) (.*?)\.?(?: Got value|$|\n)", message)) else ""
+    named = re.search(r"(?:class_path[ =]|Importing |Import path |a path but |Expected )'?([A-Za-z_]\w*(?:\.\w+)+)", message)
+    path = named[1] if named else ""
+    if m := re.search(r"Option '([\w.]+)' is not accepted before subcommand", message):
+        return m[1], "", "", "a config of one command's keys stands after the command: fit --config FILE"
+    if m := re.search(r"unrecognized arguments: (-?\w\S*)", message):
+        return "", "", "", f"{m[1]!r} is no flag; arguments look like --trainer.max_epochs 3"
     if m := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
-        key = m[1]
-        return key, key.rsplit(".", 1)[-1], f"no such key{_nearest_key(key, known)}"
-    if m := re.search(r"Option '([^']+)' is not accepted", message):
-        names = _parameters(classes[-1]) if classes else []
-        return key, m[1], f"no such argument{f' of {classes[-1]}' if classes else ''}{nearest(m[1], names)}"
-    if m := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        return key, f"{m[1]}.{m[2]}", f"no {m[2]!r} in {m[1]}{nearest(m[2], dir(importlib.import_module(m[1])))}"
-    if m := re.search(r"Importing '([\w.]+)' is not allowed", message):
-        return key, m[1], f"{m[1]} may not be imported; allow your own package with RECIPES_ALLOW={m[1].split('.')[0]}"
-    if m := re.search(r"No module named '([\w.]+)'", message):
-        return key, m[1], f"no module named {m[1]!r}{nearest(m[1], known)}"
+        return m[1], "", "", f"no such key{_nearest_key(m[1], known)}"
+    if m := re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message):
+        return m[1], "", "", f"is taken from {m[2]} and cannot be set; remove it"
+    if m := re.search(r"Unable to load config '([^']+)'", message):
+        return outer, "", "", f"no such file {m[1]!r}; give its keys one by one, such as --{outer}.KEY VALUE"
+    if m := re.search(r"Option '([\w-]+)[\w.-]*' is not accepted", message):
+        if m[1] == "class_path":
+            return outer, m[1], "", "the arguments of a class belong in init_args, beside class_path"
+        names = _parameters(path)
+        if m[1] in names:
+            return outer, m[1], "", "comes from the recipe itself and cannot be set; remove it"
+        return outer, m[1], "", f"no such argument of {path}{nearest(m[1], [*names, 'class_path', 'init_args'])}"
+    if m := re.search(r"module '?([\w.]+)'? has no attribute '?(\w+)", message):
+        return outer, "", path, f"no {m[2]!r} in {m[1]}{nearest(m[2], _contents(m[1]))}"
+    if m := re.search(r"Importing '((\w+)[\w.]*)' is not allowed", message):
+        if importlib.util.find_spec(m[2]) is None:
+            return outer, "", m[1], f"no module named {m[2]!r}{nearest(m[2], (p.name for p in pkgutil.iter_modules()))}"
+        return outer, "", m[1], f"{m[1]} may not be imported; allow your own package with RECIPES_ALLOW={m[2]}"
+    if m := re.search(r"No module named '(?:([\w.]+)\.)?(\w+)'", message):
+        return outer, "", path, f"no module named {m[2]!r}{nearest(m[2], _contents(m[1] or path.split('.')[0]))}"
+    if m := re.search(r"not correspond to a subclass of (\w+)|to be a subclass of <class '(\w+)'>", message):
+        return outer, "", path, f"{path} is no {m[1] or m[2]}"
+    if m := None if leaf else re.search(r"Expected a dot import path string: (\S+)", message):
+        return outer, "", m[1], f"no class {m[1]!r}{nearest(m[1], _classes(known.get(outer)))}"
     if m := re.search(r"arguments are required: (.+)", message):
-        return key, classes[-1] if classes else "", f"{classes[-1] if classes else ''} needs {m[1]}"
+        return outer, "", path, f"{path} needs {m[1]}".strip()
     if choices := re.findall(r"typing\.Literal\[([^\]]+)\]", message):
         words = list(dict.fromkeys(re.findall(r"'([^']+)'", ", ".join(choices))))
-        return key, given, f"{given!r} is none of {', '.join(words)}"[:110] + nearest(given, words)
+        hint = nearest(given, words) or f"; choose from {', '.join(words)}"
+        return outer, leaf, given, f"{given!r} is not accepted{hint}"
+    if re.search(r"Not a valid subclass|a subclass spec", message):
+        return outer, leaf, given, f"expected a class path, got {given[:60]!r}"
     if types := re.findall(r"Expected (?:a|an) (?:<class ')?([\w.]+)'?>?", message):
-        names = list(dict.fromkeys("null" if t == "NoneType" else t for t in types if t not in ("path", "dot")))
-        problem = f"expected {' or '.join(names)}, got {given[:60]!r}"
-        return ".".join([key, *inner]), given, problem
-    if m := re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message):
-        return "", m[1], f"no command {m[1]!r}; give one of {m[2]}{nearest(m[1], re.findall(r'[a-z]+', m[2]))}"
-    if 'expected "subcommand"' in message:
-        return "", "", "say what to do: fit, validate, test or predict"
-    if m := re.search(r"argument (--[\w.]+): expected", message):
-        return m[1][2:], "", "needs a value"
-    return key, given, message.split("\n")[-1].strip() if key else message.split("\n")[0]
+        names = [{"NoneType": "null", "Iterable": "list"}.get(n := t.split(".")[-1], n) for t in types if t not in ("path", "dot")]
+        return outer, leaf, given, f"expected {' or '.join(dict.fromkeys(names))}, got {given[:60]!r}"
+    if m := re.search(r"argument (?:-c/)?--([\w.]+): expected", message):
+        return "", "", "", f"--{m[1]}: needs a value"
+    return outer, leaf, given, message.split("\n")[-1].strip() if outer else message.split("\n")[0]
 
 
-def _nearest_key(key: str, known: list[str]) -> str:
-    """The nearest full key: the first wrong part is compared with its siblings, then the whole key with all."""
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        prefix = ".".join(parts[:depth])
-        siblings = {k.removeprefix(f"{prefix}.").split(".")[0] for k in known if not prefix or k.startswith(f"{prefix}.")}
-        if part not in siblings:
-            return nearest(part, siblings) or nearest(key, known)
-    return ""
+def _nearest_key(key: str, known: Iterable[str]) -> str:
+    """The right key in full: the same name in another group, else each wrong part mended, else the nearest of all."""
+    known, right = list(known), ""
+    for part in key.split("."):
+        start = f"{right}." if right else ""
+        siblings = {name.removeprefix(start).split(".")[0] for name in known if name.startswith(start)}
+        if siblings and part not in siblings:
+            elsewhere = [name for name in known if name.endswith(f".{part}")]
+            sibling = closest(part, siblings)
+            right = elsewhere[0] if elsewhere else start + sibling if sibling else closest(key, known) or ""
+            if not sibling or elsewhere:
+                break
+        else:
+            right = start + part
+    return f"; did you mean {right!r}?" if right else ""
+
+
+def _classes(action: Action | None) -> list[str]:
+    """Names of the loaded classes that an argument accepts."""
+    kinds = list(get_subclass_types(action, also_lists=True, also_containers=True, callable_return=True) or ())
+    for kind in kinds:  # grows while it is read
+        kinds += kind.__subclasses__()
+    return [kind.__name__ for kind in kinds]
+
+
+def _contents(name: str) -> list[str]:
+    """What is in a module: its names and, if it is a package, its modules."""
+    module = importlib.import_module(name)
+    return [*dir(module), *(info.name for info in pkgutil.iter_modules(getattr(module, "__path__", [])))]
 
 
 def _parameters(class_path: str) -> list[str]:
-    module, name = class_path.rsplit(".", 1)
-    kind: Any = getattr(importlib.import_module(module), name)
-    owners = kind.__mro__ if inspect.isclass(kind) else [kind]
-    return [name for owner in owners for name in _signature(owner)]
+    """The arguments of a class, with those that it passes on."""
+    module, _, name = class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return [parameter.name for parameter in get_signature_parameters(kind, logger=False)]
 
 
-def _signature(owner: Any) -> list[str]:
-    try:
-        return list(inspect.signature(owner).parameters)
-    except (TypeError, ValueError):
-        return []
+def _locate(argv: list[str], default: Path, key: str, leaf: str, value: str) -> tuple[str, str]:
+    """Where a key was written, as file and line or as a flag, and the key in full.
 
-
-def _locate(argv: list[str], default: Path, key: str, token: str) -> tuple[str, str]:
-    """Where a key was written: the flag, or the file and line; and the key in full.
-
-    The last place wins, as it does in parsing.
+    Of the entries at or below the key, the one whose name and value fit best; of equals, the one that won in parsing.
     """
-    for arg in reversed(argv):
-        flag = arg[2:].split("=")[0]
-        if key and arg.startswith("--") and (flag == key or flag.startswith(f"{key}.") or key.startswith(f"{flag}.")):
-            return f"--{flag}", max(flag, key, key=len)
-    for path in [*reversed(config_files(argv)), default]:
-        root = _compose(path) if path.is_file() else None
-        entries = list(_walk(root)) if root is not None else []
-        plain = [(re.sub(r"\.init_args\b", "", full), full, node) for full, node in entries]
-        wanted = re.sub(r"\.init_args\b", "", key)
-        below = [(full, node) for short, full, node in plain if short == wanted or short.startswith((f"{wanted}.", f"{wanted}["))]
-        if not below:
-            continue
-        for full, node in below:
-            if token and (full.rsplit(".", 1)[-1] == token or _value(root, full) == token):
-                return f"{path}:{node.start_mark.line + 1}", full
-        if not token or path != default:
-            return f"{path}:{below[0][1].start_mark.line + 1}", key
-    return "", key
+    layers = [_read_file(default)]
+    for flag, given in _flags(argv):
+        layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_yaml(flag, given)])
+    wanted, best, found = _plain(key), 0, Entry("", key, "")
+    for entry in (entry for layer in reversed(layers) for entry in layer if key):
+        name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
+        if f"{name}.".startswith(f"{wanted}."):
+            points = 2 + 2 * (leaf != "" and name.split(".")[-1] == leaf) + 2 * (value != "" and text == value)
+        else:
+            points = int(isinstance(text, str) and wanted.startswith(f"{name}."))
+        if points > best:
+            best, found = points, entry
+    return found.where, found.key if best > 1 else key
 
 
-def _value(root: yaml.Node | None, full: str) -> str | None:
-    """The scalar that stands at a full key."""
-    node = root
-    for part in re.findall(r"[^.\[\]]+", full):
-        if isinstance(node, yaml.SequenceNode):
-            node = node.value[int(part)]
-        elif isinstance(node, yaml.MappingNode):
-            node = next((value for name, value in node.value if name.value.removesuffix("+") == part), None)
-    return node.value if isinstance(node, yaml.ScalarNode) else None
+def _plain(key: str) -> str:
+    """A key without what classes and lists add to it."""
+    return re.sub(r"\.init_args\b|\[\d+\]", "", key)

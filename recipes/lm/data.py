@@ -91,13 +91,14 @@ class LMData(BaseDataModule):
             path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
         )
         self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
-        self.tokenizer = self.corpus.tokenizer
+        self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.eval_batch_size = 1
-            self.predict_data = PromptDataset([self.tokenizer.encode(prompt).ids for prompt in self.prompts])
+            encoded = self.tokenizer.encode_batch(self.prompts, add_special_tokens=False)
+            self.predict_data = PromptDataset([prompt.ids for prompt in encoded])
             return
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
         self.val_data = self.test_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))

@@ -21,6 +21,7 @@ class LMModule(BaseModule):
     Args:
         config: any causal language model of transformers, by its config's class path and settings.
         vocab_size: number of tokens; comes from the data.
+        eos_id: the token that ends a text; comes from the data.
         bytes_per_token: UTF-8 bytes that a token stands for on average; comes from the data.
         sample_tokens: length of the sample that is drawn after each validation; 0 for none.
         temperature: of the samples; 0 takes the most likely token.
@@ -33,6 +34,7 @@ class LMModule(BaseModule):
         self,
         config: PretrainedConfig,
         vocab_size: int,
+        eos_id: int,
         bytes_per_token: float,
         sample_tokens: int = 200,
         temperature: float = 0.8,
@@ -40,7 +42,8 @@ class LMModule(BaseModule):
     ):
         super().__init__(**kwargs)
         self.config, self.bytes_per_token = config, bytes_per_token
-        self.config.vocab_size = vocab_size
+        config.vocab_size, config.eos_token_id = vocab_size, eos_id
+        config.bos_token_id = config.pad_token_id = None
         self.sample_tokens, self.temperature = sample_tokens, temperature
 
     @override
@@ -72,13 +75,14 @@ class LMModule(BaseModule):
 
     @torch.no_grad()
     def generate(self, prompt: Tensor) -> list[int]:
-        """Continue a prompt of shape (1, time) by ``sample_tokens`` tokens; returns all of them."""
+        """Continue a prompt of shape (1, time) by up to ``sample_tokens`` tokens; returns all of them."""
+        room = self.config.max_position_embeddings - prompt.shape[1]
         return self.net.generate(
             input_ids=prompt.to(self.device),
-            max_new_tokens=self.sample_tokens,
+            max_new_tokens=min(self.sample_tokens, room),
             do_sample=self.temperature > 0,
             temperature=self.temperature or None,
-            pad_token_id=0,
+            pad_token_id=self.config.eos_token_id,
         )[0].tolist()
 
     @override

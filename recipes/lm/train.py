@@ -7,7 +7,11 @@ from common.cli import RecipeCLI
 from .data import LMData
 from .module import LMModule
 
-LINKS = {"data.vocab_size": "model.vocab_size", "data.bytes_per_token": "model.bytes_per_token"}
+LINKS = {
+    "data.vocab_size": "model.vocab_size",
+    "data.eos_id": "model.eos_id",
+    "data.bytes_per_token": "model.bytes_per_token",
+}
 
 
 def main(args: list[str] | None = None) -> RecipeCLI:
