@@ -1,6 +1,7 @@
 """Callbacks of every recipe: throughput, pictures and texts, predictions, the run's record."""
 
 import csv
+import html
 import importlib.metadata
 import json
 import platform
@@ -78,6 +79,23 @@ class Throughput(Callback):
         self._items, self._steps, self._since = 0, trainer.global_step, now
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and when training ends.
+
+    Args:
+        every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, dirpath: str = "checkpoints"):
+        super().__init__(dirpath, "last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
 class Media(Callback):
     """Sends a module's pictures and texts to the run's folder and to every logger.
 
@@ -123,24 +141,31 @@ def _write_text(trainer: L.Trainer, name: str, text: str) -> None:
     path = run_folder(trainer) / "texts" / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    key, step = name.replace("-", "/", 1), trainer.global_step
+    key, step = name.replace("-", "/", 1), _step(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(key, f"```\n{text}\n```", step)
         elif isinstance(logger, WandbLogger):
-            logger.log_table(key, columns=["step", "text"], data=[[step, text]])
+            import wandb
+
+            logger.log_metrics({key: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step)  # type: ignore[dict-item]
 
 
 def _write_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
     path = run_folder(trainer) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    key, step = name.replace("-", "/", 1), trainer.global_step
+    key, step = name.replace("-", "/", 1), _step(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(key, figure, step)
         elif isinstance(logger, WandbLogger):
-            logger.log_image(key, [str(path)])
+            logger.log_image(key, [str(path)], step)
+
+
+def _step(trainer: L.Trainer) -> int:
+    """The step under which Lightning logs the metrics of now, counted from 0."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -178,7 +203,7 @@ class RunRecord(Callback):
             known = [*trainer.callback_metrics, "train/loss"]
             if monitor is not None and monitor not in known:
                 name = type(callback).__name__
-                raise InputError(f"trainer.callbacks: {name}.monitor {monitor!r} is not logged{nearest(monitor, known)}")
+                raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{nearest(monitor, known)}")
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -212,7 +237,7 @@ def describe_environment() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, the machine and the git commit."""
     packages = ("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "deepspeed", "kornia", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": git.stdout.strip(), **versions}
 

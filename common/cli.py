@@ -15,6 +15,7 @@ import jsonargparse
 import jsonargparse._typehints as _typehints
 import lightning as L
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
@@ -41,12 +42,14 @@ SWITCHES = {
 }
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
-# the trainer's counters, and arrays in memory need no reading processes.
+# the trainer's counters, arrays in memory need no reading processes, and predictions know their own order.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
     "You're resuming from a checkpoint that ended before the epoch ended",
     "The '.*_dataloader' does not have many workers",
+    "Couldn't infer the batch indices fetched from your dataloader",
+    "The dirpath has changed from",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
 
@@ -178,6 +181,9 @@ class RecipeCLI(LightningCLI):
         for source, target in self.links.items():
             if config.get(target) is not None:
                 raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
+        for key in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch", "val_check_interval"):
+            if isinstance(value := config.trainer[key], int | float) and value <= 0:
+                raise InputError(f"trainer.{key} must be above 0, got {value}")
         if not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         if config.trainer.overfit_batches:
@@ -217,6 +223,16 @@ class RecipeCLI(LightningCLI):
         elif not resuming and self.run_dir.exists():
             numbers = [int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()]
             self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}"))
+        self._make_folder()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            hint = "name another place with --trainer.default_root_dir"
+            raise InputError(f"{self.folder}: cannot be made ({error.strerror}); {hint}") from error
+
+    before_validate = before_test = before_predict = _make_folder
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -247,7 +263,7 @@ def _without_repeats(items: Any) -> Any:
 def _trainer_mistake(message: str) -> str:
     """Lightning's refusal of a trainer argument, with the key and the nearest name."""
     if m := re.search(r"`(strategy|accelerator)='([^']+)'`", message):
-        names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto"]
+        names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto", "gpu"]
         return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{nearest(m[2], names)}"
     return f"trainer.{m[1]}: {message}" if (m := re.search(r"`(\w+)`", message)) else f"trainer: {message}"
 
@@ -260,7 +276,7 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MisconfigurationException, jsonargparse.ArgumentError) as error:
+    except (InputError, MisconfigurationException, StrictDataclassError, jsonargparse.ArgumentError) as error:
         if debug:
             raise
         parsers = getattr(cli, "_subcommand_parsers", {})

@@ -150,7 +150,7 @@ class BaseDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         for key, value, least in (
-            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size or 1, 1), ("num_workers", num_workers, 0)
+            ("batch_size", batch_size, 1), ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1), ("num_workers", num_workers, 0)
         ):  # fmt: skip
             if value < least:
                 raise InputError(f"data.{key} must be at least {least}, got {value}")

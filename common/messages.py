@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from argparse import Action
+from argparse import Action, ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,9 @@ def check_sources(argv: list[str]) -> None:
                 raise InputError(f"{where}: {key}: repeats the key of {seen[key]}; keep one of them")
             seen[key] = where
         if flag == "config" and value and not seen:
-            raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
+            raise InputError(
+                f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'"
+            )
 
 
 def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -77,7 +79,10 @@ def _yaml(flag: str, value: str) -> list[Entry]:
         return _read_file(path, prefix)
     if flag == "config" and value:
         names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
-        raise InputError(f"--config {value}: " + ("is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}"))
+        raise InputError(
+            f"--config {value}: "
+            + ("is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}")
+        )
     return []
 
 
@@ -104,7 +109,11 @@ def _walk(node: yaml.Node | None, prefix: str, place: str) -> Iterator[Entry]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             # A config that stands before the command has the command as its first level.
-            name = "" if not prefix and key.value in COMMANDS else f"{prefix}.{key.value}".lstrip(".").removesuffix("+")
+            name = (
+                ""
+                if not prefix and key.value in COMMANDS
+                else f"{prefix}.{key.value}".lstrip(".").removesuffix("+")
+            )
             if name:
                 yield Entry(_where(place, key), name, value)
             yield from _walk(value, name, place)
@@ -130,25 +139,31 @@ def explain(error: Exception, argv: list[str], default: Path, known: Mapping[str
     Returns:
         ``where: key: problem; hint``, at most 200 characters.
     """
-    leaf, problem = "", str(error)
-    if isinstance(error, InputError | MisconfigurationException):
-        words = re.findall(r"[\w.]*\w", problem)
-        bare = [f"trainer.{word}" for word in words if isinstance(error, MisconfigurationException)]
-        keys = [word for word in words if re.match(rf"({'|'.join(GROUPS)})\.|seed_everything$", word)] or [w for w in bare if w in known]
-        key = keys[0] if keys else "trainer" * isinstance(error, MisconfigurationException)
-        value = m[1] if (m := re.search(r"'([^']+)'", problem)) else ""
-        problem = problem.removeprefix(key).lstrip(" :") if problem.startswith(key) else problem
-    else:
-        key, leaf, value, problem = _read(problem, known)
+    message = str(error)
+    key, words, problem = (
+        _read(message, known) if isinstance(error, ArgumentError) else _subject(error, message, known)
+    )
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
-        where, key = _locate(argv, default, key, leaf, value)
+        where, key = _locate(argv, default, key, words)
         problem = ": ".join(part for part in (where, key if f"--{key}" != where else "", problem) if part)
-    line = " ".join(problem.split())
-    text, separator, hint = line.rpartition("; ")
-    return line if len(line) <= LIMIT else f"{text[: LIMIT - 3 - len(hint)]}…{separator}{hint}"[:LIMIT]
+    line, hint = re.fullmatch(r"(.*?)(; did you mean [^;]*)?", " ".join(problem.split())).groups("")
+    return line + hint if len(line + hint) <= LIMIT else f"{line[: LIMIT - 1 - len(hint)]}…{hint}"
 
 
-def _read(message: str, known: Mapping[str, Action]) -> tuple[str, str, str, str]:
+def _subject(error: Exception, message: str, known: Iterable[str]) -> tuple[str, list[str], str]:
+    """The same as :func:`_read` for errors of this repository, Lightning and transformers."""
+    words = re.findall(r"[\w.]*\w", message)
+    keys = [word for word in words if re.match(rf"({'|'.join(GROUPS)})\.|seed_everything$", word)]
+    if isinstance(error, MisconfigurationException):
+        keys = [*(f"trainer.{word}" for word in words if f"trainer.{word}" in known), "trainer"]
+    elif not isinstance(error, InputError):
+        keys, message = ["model"], message.split("Error: ")[-1]
+    key = keys[0] if keys else ""
+    problem = message.removeprefix(key).lstrip(" :")
+    return key, [*words[:1], problem.split(": ")[0], *re.findall(r"'([^']+)'", problem)], problem
+
+
+def _read(message: str, known: Mapping[str, Action]) -> tuple[str, list[str], str]:
     """Take jsonargparse's message apart.
 
     Returns:
@@ -160,52 +175,74 @@ def _read(message: str, known: Mapping[str, Action]) -> tuple[str, str, str, str
         message = block[0]
     inner = [name for name in re.findall(r'Parser key "([^"]+)"', message) if name != outer]
     leaf = inner[-1].split(".")[-1] if inner else ""
-    given = m[1] if (m := re.search(r"(?:Given value:|Got value:|but got) (.*?)\.?(?: Got value|$|\n)", message)) else ""
-    named = re.search(r"(?:class_path[ =]|Importing |Import path |a path but |Expected )'?([A-Za-z_]\w*(?:\.\w+)+)", message)
+    given = (
+        m[1]
+        if (m := re.search(r"(?:Given value:|Got value:|but got) (.*?)\.?(?: Got value|$|\n)", message))
+        else ""
+    )
+    named = re.search(
+        r"(?:class_path[ =]|Importing |Import path |a path but |Expected )'?([A-Za-z_]\w*(?:\.\w+)+)", message
+    )
     path = named[1] if named else ""
     if m := re.search(r"Option '([\w.]+)' is not accepted before subcommand", message):
-        return m[1], "", "", "a config of one command's keys stands after the command: fit --config FILE"
+        return m[1], [], "a config of one command's keys stands after the command: fit --config FILE"
     if m := re.search(r"unrecognized arguments: (-?\w\S*)", message):
-        return "", "", "", f"{m[1]!r} is no flag; arguments look like --trainer.max_epochs 3"
+        return "", [], f"{m[1]!r} is no flag; arguments look like --trainer.max_epochs 3"
     if m := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
-        return m[1], "", "", f"no such key{_nearest_key(m[1], known)}"
+        return m[1], [], f"no such key{_nearest_key(m[1], known)}"
     if m := re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message):
-        return m[1], "", "", f"is taken from {m[2]} and cannot be set; remove it"
+        return m[1], [], f"is taken from {m[2]} and cannot be set; remove it"
     if m := re.search(r"Unable to load config '([^']+)'", message):
-        return outer, "", "", f"no such file {m[1]!r}; give its keys one by one, such as --{outer}.KEY VALUE"
+        return outer, [], f"no such file {m[1]!r}; give its keys one by one, such as --{outer}.KEY VALUE"
     if m := re.search(r"Option '([\w-]+)[\w.-]*' is not accepted", message):
         if m[1] == "class_path":
-            return outer, m[1], "", "the arguments of a class belong in init_args, beside class_path"
+            return outer, [m[1]], "the arguments of a class belong in init_args, beside class_path"
         names = _parameters(path)
         if m[1] in names:
-            return outer, m[1], "", "comes from the recipe itself and cannot be set; remove it"
-        return outer, m[1], "", f"no such argument of {path}{nearest(m[1], [*names, 'class_path', 'init_args'])}"
+            return outer, [m[1]], "comes from the recipe itself and cannot be set; remove it"
+        return (
+            outer,
+            [m[1]],
+            f"no such argument of {path}{nearest(m[1], [*names, 'class_path', 'init_args'])}",
+        )
     if m := re.search(r"module '?([\w.]+)'? has no attribute '?(\w+)", message):
-        return outer, "", path, f"no {m[2]!r} in {m[1]}{nearest(m[2], _contents(m[1]))}"
+        return outer, [path], f"no {m[2]!r} in {m[1]}{nearest(m[2], _contents(m[1]))}"
     if m := re.search(r"Importing '((\w+)[\w.]*)' is not allowed", message):
         if importlib.util.find_spec(m[2]) is None:
-            return outer, "", m[1], f"no module named {m[2]!r}{nearest(m[2], (p.name for p in pkgutil.iter_modules()))}"
-        return outer, "", m[1], f"{m[1]} may not be imported; allow your own package with RECIPES_ALLOW={m[2]}"
+            return (
+                outer,
+                [m[1]],
+                f"no module named {m[2]!r}{nearest(m[2], (p.name for p in pkgutil.iter_modules()))}",
+            )
+        return outer, [m[1]], f"{m[1]} may not be imported; allow your own package with RECIPES_ALLOW={m[2]}"
     if m := re.search(r"No module named '(?:([\w.]+)\.)?(\w+)'", message):
-        return outer, "", path, f"no module named {m[2]!r}{nearest(m[2], _contents(m[1] or path.split('.')[0]))}"
+        return (
+            outer,
+            [path],
+            f"no module named {m[2]!r}{nearest(m[2], _contents(m[1] or path.split('.')[0]))}",
+        )
     if m := re.search(r"not correspond to a subclass of (\w+)|to be a subclass of <class '(\w+)'>", message):
-        return outer, "", path, f"{path} is no {m[1] or m[2]}"
+        return outer, [path], f"{path} is no {m[1] or m[2]}"
     if m := None if leaf else re.search(r"Expected a dot import path string: (\S+)", message):
-        return outer, "", m[1], f"no class {m[1]!r}{nearest(m[1], _classes(known.get(outer)))}"
+        return outer, [m[1]], f"no class {m[1]!r}{nearest(m[1], _classes(known.get(outer)))}"
     if m := re.search(r"arguments are required: (.+)", message):
-        return outer, "", path, f"{path} needs {m[1]}".strip()
+        return outer, [path], f"{path} needs {m[1]}".strip()
     if choices := re.findall(r"typing\.Literal\[([^\]]+)\]", message):
         words = list(dict.fromkeys(re.findall(r"'([^']+)'", ", ".join(choices))))
         hint = nearest(given, words) or f"; choose from {', '.join(words)}"
-        return outer, leaf, given, f"{given!r} is not accepted{hint}"
+        return outer, [leaf, given], f"{given!r} is not accepted{hint}"
     if re.search(r"Not a valid subclass|a subclass spec", message):
-        return outer, leaf, given, f"expected a class path, got {given[:60]!r}"
+        return outer, [leaf, given], f"expected a class path, got {given[:60]!r}"
     if types := re.findall(r"Expected (?:a|an) (?:<class ')?([\w.]+)'?>?", message):
-        names = [{"NoneType": "null", "Iterable": "list"}.get(n := t.split(".")[-1], n) for t in types if t not in ("path", "dot")]
-        return outer, leaf, given, f"expected {' or '.join(dict.fromkeys(names))}, got {given[:60]!r}"
+        names = [
+            {"NoneType": "null", "Iterable": "list"}.get(n := t.split(".")[-1], n)
+            for t in types
+            if t not in ("path", "dot")
+        ]
+        return outer, [leaf, given], f"expected {' or '.join(dict.fromkeys(names))}, got {given[:60]!r}"
     if m := re.search(r"argument (?:-c/)?--([\w.]+): expected", message):
-        return "", "", "", f"--{m[1]}: needs a value"
-    return outer, leaf, given, message.split("\n")[-1].strip() if outer else message.split("\n")[0]
+        return "", [], f"--{m[1]}: needs a value"
+    return outer, [leaf, given], message.split("\n")[-1].strip() if outer else message.split("\n")[0]
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str:
@@ -227,7 +264,9 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
 
 def _classes(action: Action | None) -> list[str]:
     """Names of the loaded classes that an argument accepts."""
-    kinds = list(get_subclass_types(action, also_lists=True, also_containers=True, callable_return=True) or ())
+    kinds = list(
+        get_subclass_types(action, also_lists=True, also_containers=True, callable_return=True) or ()
+    )
     for kind in kinds:  # grows while it is read
         kinds += kind.__subclasses__()
     return [kind.__name__ for kind in kinds]
@@ -246,24 +285,32 @@ def _parameters(class_path: str) -> list[str]:
     return [parameter.name for parameter in get_signature_parameters(kind, logger=False)]
 
 
-def _locate(argv: list[str], default: Path, key: str, leaf: str, value: str) -> tuple[str, str]:
+def _locate(argv: list[str], default: Path, key: str, words: list[str]) -> tuple[str, str]:
     """Where a key was written, as file and line or as a flag, and the key in full.
 
-    Of the entries at or below the key, the one whose name and value fit best; of equals, the one that won in parsing.
+    Of the entries at or below the key, the one whose name and value are among the words; of equals, the one that won in
+    parsing. Without a key, an entry must have one of the words.
     """
     layers = [_read_file(default)]
     for flag, given in _flags(argv):
         layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_yaml(flag, given)])
-    wanted, best, found = _plain(key), 0, Entry("", key, "")
-    for entry in (entry for layer in reversed(layers) for entry in layer if key):
+    wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
+    for entry in (entry for layer in reversed(layers) for entry in layer):
         name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
-        if f"{name}.".startswith(f"{wanted}."):
-            points = 2 + 2 * (leaf != "" and name.split(".")[-1] == leaf) + 2 * (value != "" and text == value)
+        if not wanted or f"{name}.".startswith(f"{wanted}."):
+            points = 2 + 2 * (name.split(".")[-1] in words) + 2 * _fits(text, words)
         else:
             points = int(isinstance(text, str) and wanted.startswith(f"{name}."))
         if points > best:
             best, found = points, entry
     return found.where, found.key if best > 1 else key
+
+
+def _fits(value: Any, words: Iterable[str]) -> bool:
+    """Whether a value is one of the words, whose beginning may be cut off."""
+    return isinstance(value, str) and any(
+        value.endswith(w[1:]) if w[:1] == "…" else value == w for w in words if w
+    )
 
 
 def _plain(key: str) -> str:

@@ -73,10 +73,10 @@ class Schedule(LRScheduler):
             InputError: the run has no end or is shorter than the warm-up.
         """
         if total_steps <= 0:
-            raise InputError("lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs")
+            raise InputError("model.lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs")
         self.total_steps = total_steps
         if not 0 <= self.warmup_steps <= total_steps:
-            raise InputError(f"lr_scheduler warmup {self.warmup} does not fit into {total_steps} steps; shorten it")
+            raise InputError(f"model.lr_scheduler.warmup {self.warmup} does not fit into {total_steps} steps; shorten it")
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = lr
         self._last_lr = self.get_lr()
@@ -130,7 +130,7 @@ class Exponential(Schedule):
 
     def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.01):
         if end <= 0:
-            raise InputError(f"lr_scheduler Exponential: end must be above 0, got {end}; try 0.01")
+            raise InputError(f"model.lr_scheduler.end of Exponential must be above 0, got {end}; try 0.01")
         super().__init__(optimizer, warmup, end)
 
     def decay(self, progress: float) -> float:  # noqa: D102

@@ -73,7 +73,7 @@ class IDX(Source):
         labels = [self._file(f"{part}-labels-idx1-ubyte", 1) for part in ("train", "t10k")]
         target = torch.from_numpy(np.concatenate(labels)).long()
         if target.max() >= len(self.class_names):
-            raise InputError(f"{self.path}: label {target.max()} has no name; lengthen data.source class_names")
+            raise InputError(f"data.source.class_names: label {target.max()} of {self.path} has no name; add one")
         pixels = torch.from_numpy(np.concatenate(images)).float().unsqueeze(1).div_(255)
         if len(pixels) != len(target):
             raise InputError(f"{self.path}: {len(pixels)} images but {len(target)} labels; the files do not belong together")
@@ -82,7 +82,7 @@ class IDX(Source):
     def _file(self, name: str, axes: int) -> np.ndarray:
         path = next((p for p in (self.path / name, self.path / f"{name}.gz") if p.is_file()), None)
         if path is None:
-            raise InputError(f"{self.path / name}[.gz]: no such file; point data.source path at the folder of IDX files")
+            raise InputError(f"data.source.path: no file {name}[.gz] in {self.path}")
         content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(content, ">u4", axes, offset=4) if len(content) >= 4 + 4 * axes else None
         if shape is None or content[:4] != bytes([0, 0, 8, axes]) or len(content) != 4 + 4 * axes + int(np.prod(shape)):
@@ -106,8 +106,8 @@ class ImageTable(Source):
 
     def read(self) -> Labelled:  # noqa: D102
         parts = load_splits(self.path, "imagefolder")
-        pixels = [self._pixels(row) for part in parts for row in column(part, self.image, "data.source image")]
-        labels = [value for part in parts for value in column(part, self.label, "data.source label")]
+        pixels = [self._pixels(row) for part in parts for row in column(part, self.image, "data.source.image")]
+        labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
         target, names = encode_labels(labels, parts[0].features[self.label])
         num_test = len(parts[1]) if len(parts) > 1 else 0
         return Labelled({"pixel_values": torch.stack(pixels)}, target, names, num_test)
@@ -135,13 +135,13 @@ class TextTable(Source):
         from transformers import AutoTokenizer
 
         parts = load_splits(self.path)
-        texts = [str(value) for part in parts for value in column(part, self.text, "data.source text")]
-        labels = [value for part in parts for value in column(part, self.label, "data.source label")]
+        texts = [str(value) for part in parts for value in column(part, self.text, "data.source.text")]
+        labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
         target, names = encode_labels(labels, parts[0].features[self.label])
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
-            raise InputError(f"data.source tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name") from error
+            raise InputError(f"data.source.tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name") from error
         encoded = tokenizer(texts, truncation=True, max_length=self.max_length, padding="longest", return_tensors="pt")
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0)
@@ -172,12 +172,12 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
             splits = datasets.load_dataset(reader, data_files=str(local))
         elif reader or local.exists() or path.count("/") > 1 or path.startswith((".", "~")):
             hint = nearest(local.name, (p.name for p in local.parent.glob("*")))
-            raise InputError(f"data.source path {path}: no such file{hint}")
+            raise InputError(f"data.source.path {path}: no such file{hint}")
         else:
             splits = datasets.load_dataset(path)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0][:80]
-        raise InputError(f"data.source path {path}: cannot be read ({reason})") from error
+        raise InputError(f"data.source.path {path}: cannot be read ({reason})") from error
     return [splits[name] for name in ("train", "test") if name in splits]
 
 
@@ -196,7 +196,7 @@ def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " 
     """Class numbers and names of labels: the feature's own if it is a class label, else the sorted distinct values."""
     missing = sum(label is None for label in labels)
     if missing:
-        raise InputError(f"data.source label: {missing} of {len(labels)} labels are missing; fill or drop those rows")
+        raise InputError(f"data.source.label: {missing} of {len(labels)} labels are missing; fill or drop those rows")
     if hasattr(feature, "names"):
         return torch.tensor(list(labels)), list(feature.names)
     values = sorted(set(labels))

@@ -70,7 +70,7 @@ class ClassificationData(BaseDataModule):
         self.class_names = self.labelled.class_names
         counts = torch.bincount(self.labelled.target, minlength=len(self.class_names))
         if (rare := int(counts.argmin())) >= 0 and counts[rare] < 3:
-            raise InputError(f"class {self.class_names[rare]!r} has {counts[rare]} samples; at least 3 are needed to split")
+            raise InputError(f"data.source: class {self.class_names[rare]!r} has {counts[rare]} samples; a split needs at least 3")
         rest = torch.arange(len(self.labelled.target) - self.labelled.num_test)
         self.test = torch.arange(len(rest), len(self.labelled.target))
         if not self.labelled.num_test:
@@ -83,7 +83,7 @@ class ClassificationData(BaseDataModule):
         try:
             first, second = train_test_split(positions, test_size=fraction, stratify=labels, random_state=global_seed())
         except ValueError as error:
-            raise InputError(f"data: {len(positions)} samples cannot be split by class: {error}") from error
+            raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
         return first, second
 
     @override

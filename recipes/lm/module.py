@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
+from common.errors import InputError
 from common.module import BaseModule, Stage
 
 from .data import Batch
@@ -44,11 +45,16 @@ class LMModule(BaseModule):
         self.config, self.bytes_per_token = config, bytes_per_token
         config.vocab_size, config.eos_token_id = vocab_size, eos_id
         config.bos_token_id = config.pad_token_id = None
+        if sample_tokens < 0 or temperature < 0:
+            raise InputError(f"model.sample_tokens {sample_tokens} and model.temperature {temperature} must not be negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
 
     @override
     def build_net(self) -> nn.Module:
-        return AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        try:
+            return AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+        except (ValueError, KeyError) as error:
+            raise InputError(f"model.config: {type(self.config).__name__} makes no causal language model: {error}") from error
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""

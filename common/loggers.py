@@ -1,0 +1,84 @@
+"""Weights & Biases with one W&B run for a run's folder."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from typing_extensions import override
+
+from common.callbacks import describe_environment
+from common.errors import InputError
+
+
+class Wandb(WandbLogger):
+    """Logs to Weights & Biases from rank 0; a run that is resumed or tested goes on in the W&B run of its folder.
+
+    The environment decides the rest: ``WANDB_API_KEY`` logs in, ``WANDB_MODE=offline`` needs no network, and an
+    argument left out comes from ``WANDB_PROJECT``, ``WANDB_NAME``, ``WANDB_ENTITY``, ``WANDB_RUN_ID`` ...
+
+    Args:
+        dirpath: the run's folder; project and name of the W&B run are called after the recipe and the run.
+        project: another project.
+        name: another name.
+        entity: user or team that owns the project.
+        group: name that runs to be shown together share.
+        tags: labels to find the run by.
+        notes: what is special about the run.
+        log_model: upload checkpoints, at the end or ``all`` at once.
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        project: str | None = None,
+        name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        log_model: Literal["all"] | bool = False,
+    ):
+        self.folder = Path(dirpath)
+        super().__init__(
+            name=name or os.environ.get("WANDB_NAME", self.folder.name),
+            project=project or os.environ.get("WANDB_PROJECT", self.folder.parent.name),
+            save_dir=dirpath, entity=entity, group=group, tags=tags, notes=notes, log_model=log_model,
+        )  # fmt: skip
+        del self._wandb_init["anonymous"]  # W&B warns of it whatever its value
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, started when first asked for.
+
+        Raises:
+            InputError: W&B knows no valid key or does not answer.
+        """
+        if self._experiment is not None:
+            return self._experiment
+        import wandb
+
+        earlier = max(self.folder.glob("wandb/*run-*/run-*.wandb"), key=os.path.getmtime, default=None)
+        if earlier is not None and "WANDB_RUN_ID" not in os.environ:
+            self._wandb_init["id"] = earlier.stem.removeprefix("run-")
+        # W&B writes its news to stderr. It would also keep the remote's URL, which can hold a token.
+        self._wandb_init["settings"] = {"silent": True, "disable_git": True, "git_commit": describe_environment()["commit"]}
+        wandb.setup({"silent": True})
+        try:
+            run: Any = super().experiment
+        except wandb.Error as error:
+            problem = str(error).partition("\n")[0][:90]
+            raise InputError(f"trainer.logger: W&B: {problem}; set WANDB_API_KEY, or WANDB_MODE=offline") from error
+        print(f"W&B: wandb sync {Path(run.dir).parent}" if run.offline else f"W&B: {run.url}", flush=True)
+        return run
+
+    @override
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        # Without this a second run of the same process would go on in the first one's.
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None

@@ -1,0 +1,138 @@
+"""What every recipe promises, checked on each that is found."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support import RECIPES, ROOT, TINY, logs, main_of, run_ranks
+
+LIMITS = {"README.md": 80, "config.yaml": 60, "data.py": 110, "module.py": 115, "train.py": 25}
+PYTHON = [sys.executable, "-W", "ignore"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_anatomy(recipe: str) -> None:
+    folder = ROOT / "recipes" / recipe
+    lines = {path.name: len(path.read_text().splitlines()) for path in folder.iterdir() if path.is_file()}
+    assert set(LIMITS) <= set(lines)
+    assert [name for name, limit in LIMITS.items() if lines[name] > limit] == []
+    presets = [name for name in lines if name.endswith(".yaml") and name != "config.yaml"]
+    assert [name for name in presets if lines[name] > 40] == []
+    assert sum(count for name, count in lines.items() if name.endswith(".py")) <= 250
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")) + sorted((ROOT / "configs").rglob("*.yaml")), ids=str)
+def test_configs_say_what_they_are_for(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# "), "the head comment says when to use it"
+    assert isinstance(yaml.safe_load(text), dict)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports absolutely."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return names
+
+
+def test_import_rules() -> None:
+    """A recipe imports no other recipe, and common none at all."""
+    files = [*(ROOT / "common").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    assert len(files) > 10
+    assert [str(path) for path in files if any(name.split(".")[0] == "recipes" for name in imported(path))] == []
+
+
+def tiny(recipe: str, lm_args: list[str]) -> list[str]:
+    """The tiny layer, on a small corpus where text is read; `main` of a copied recipe has the same arguments."""
+    return [*TINY, *(lm_args if recipe == "lm" else []), "--trainer.accelerator", "cpu"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
+    main, args = main_of(recipe), tiny(recipe, lm_args)
+    main(["fit", *args])
+    run = work / "runs" / recipe / "default"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {"config.yaml", "environment.json", "metrics.csv", "report.html", "checkpoints"} <= set(os.listdir(run))
+    assert list((run / "figures").glob("*.png"))
+    main(["validate", "--ckpt_path", "best"])
+    main(["test", "--ckpt_path", "best"])
+    assert (run / "test/metrics.csv").is_file()
+    main(["predict", "--ckpt_path", "last"])
+    assert len((run / "predict/predictions.csv").read_text().splitlines()) > 1
+    assert (run / "metrics.csv").is_file(), "later commands leave the training's metrics alone"
+    main(["fit", *args])
+    assert (work / "runs" / recipe / "default.1/checkpoints/last.ckpt").is_file(), "an earlier run is moved aside"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[str]) -> None:
+    main, args = main_of(recipe), tiny(recipe, lm_args)
+    main(["fit", *args, "--model.l1", "0.001", "--seed_everything", "5"])
+    cli = main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
+    assert (cli.model.hparams.l1, cli.trainer.max_steps, cli.trainer.global_step) == (0.001, 5, 5)
+    cli = main(["fit", "--ckpt_path", "last", "--model.l1", "0.5", "--trainer.max_steps", "6"])
+    assert cli.model.hparams.l1 == 0.5
+    # A checkpoint away from its run brings its own hyper-parameters.
+    moved = work / "elsewhere.ckpt"
+    shutil.copy(work / "runs" / recipe / "default/checkpoints/last.ckpt", moved)
+    cli = main(["validate", "--ckpt_path", str(moved), "--trainer.limit_val_batches", "1", "--name", "other"])
+    assert cli.model.hparams.l1 == 0.5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]) -> None:
+    """By path from another folder, and its checkpoint loads in a process that knows only the class."""
+    clone = work / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
+    shutil.copytree(clone / "recipes" / recipe, clone / "recipes/mine")
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    fit = [*PYTHON, str(clone / "recipes/mine/train.py"), "fit", *tiny(recipe, lm_args)]
+    done = subprocess.run(fit, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    checkpoint = work / "runs/mine/default/checkpoints/last.ckpt"
+    load = (
+        "import sys, recipes.mine.module as m\nfrom common.module import BaseModule\n"
+        "kind = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModule) and c.__module__ == m.__name__]\n"
+        f"net = kind[0].load_from_checkpoint({str(checkpoint)!r}).net\nprint(sum(p.numel() for p in net.parameters()))"
+    )
+    loaded = subprocess.run([*PYTHON, "-c", load], cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    assert int(loaded.stdout.split()[-1]) > 1000
+
+
+@pytest.mark.parametrize("way", ["module", "torchrun", "ddp"])
+def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
+    """As a module, under torchrun, and with the ranks that DDP launches itself; by path is tested above."""
+    recipe = "classification" if way == "ddp" else "lm"
+    script = str(ROOT / f"recipes/{recipe}/train.py")
+    args = ["fit", *tiny(recipe, lm_args), "--trainer.devices", "1" if way == "module" else "2"]
+    commands = {
+        "module": [*PYTHON, "-m", f"recipes.{recipe}.train", *args],
+        "torchrun": [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args],
+        "ddp": [*PYTHON, script, *args, "--config", str(ROOT / "configs/strategy/ddp.yaml")],
+    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(commands[way], cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (work / "runs" / recipe / "default/checkpoints/last.ckpt").is_file()
+    assert len(list((work / "runs" / recipe).iterdir())) == 1, "one run for all ranks"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layer", sorted((ROOT / "configs/precision").glob("*.yaml")), ids=lambda path: path.stem)
+def test_precision_layers_train(recipe: str, layer: Path, work: Path, lm_args: list[str]) -> None:
+    args = ["fit", *tiny(recipe, lm_args), "--config", str(layer), "--trainer.max_steps", "2"]
+    codes = run_ranks(main_of(recipe), args, world=1, folder=work)
+    assert codes == [0], logs(work)
