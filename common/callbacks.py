@@ -148,7 +148,8 @@ def _write_text(trainer: L.Trainer, name: str, text: str) -> None:
         elif isinstance(logger, WandbLogger):
             import wandb
 
-            logger.log_metrics({key: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step)  # type: ignore[dict-item]
+            page = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+            logger.log_metrics({key: page}, step)  # type: ignore[dict-item]
 
 
 def _write_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
@@ -190,6 +191,7 @@ class RunRecord(Callback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        (self.folder / "hparams.yaml").unlink(missing_ok=True)  # TensorBoard's logger keeps an earlier one
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         for logger in trainer.loggers:
@@ -237,7 +239,8 @@ def describe_environment() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, the machine and the git commit."""
     packages = ("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "deepspeed", "kornia", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": git.stdout.strip(), **versions}
 

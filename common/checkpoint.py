@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,38 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """Read tensors and plain values from a checkpoint file, never objects.
 
     Raises:
-        InputError: the file is missing, cut short, no checkpoint, or holds more than weights and plain values.
+        InputError: the file is missing, damaged, no checkpoint, or holds more than weights and plain values.
     """
+    hint = "name another file with --ckpt_path"
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such checkpoint; {hint}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, IsADirectoryError) as error:
-        reason = "holds objects, not only weights" if "WeightsUnpickler" in str(error) else "cut short or no checkpoint"
-        raise InputError(f"{path}: cannot be loaded ({reason}); name another file with --ckpt_path") from error
+        if not zipfile.is_zipfile(path):
+            raise EOFError("no archive, hence cut short, or of an older format than any that is written here")
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
+    except Exception as error:  # damaged bytes make the reader raise nearly anything
+        raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(f"{path}: no checkpoint of a run, it lacks 'state_dict'; {hint}")
+    return checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, replaced in one step.
 
-    Lightning stages a checkpoint in ``$TMPDIR`` and copies it, without flushing: a kill or a full disk in that moment
-    leaves a cut file under the name that a resume would read.
+    Lightning stages a checkpoint in ``$TMPDIR`` and copies it, without flushing: a kill or a full disk in
+    that moment leaves a cut file under the name that a resume would read.
     """
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        staged = path.with_name(f".{path.name}.tmp")  # the next one replaces what a kill left
         try:
             with staged.open("wb") as file:
                 torch.save(checkpoint, file)

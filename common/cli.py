@@ -147,7 +147,10 @@ class RecipeCLI(LightningCLI):
             where = self.argv.index(self.subcommand) + 1
             # The config of the checkpoint's run comes first, so whatever is given now wins over it.
             layered = [*self.argv[:where], "--config", self._config_of(checkpoint), *self.argv[where:]]
-            self.config = parser.parse_args(layered)
+            try:
+                self.config = parser.parse_args(layered)
+            except jsonargparse.ArgumentError as error:
+                raise InputError(f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}") from error
             self.config[self.subcommand].ckpt_path = str(checkpoint)
         self._check(self.config[self.subcommand])
 
@@ -193,12 +196,12 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         keep = ("seed_everything", "name", "trainer", "model", "data")
+        config.trainer.logger = _one_per_folder(config.trainer.logger)
+        config.trainer.callbacks = _without_repeats(config.trainer.callbacks)
         resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in keep}
         self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
         config.trainer.default_root_dir = str(self.run_dir)
-        config.trainer.logger = _without_repeats(config.trainer.logger)
-        config.trainer.callbacks = _without_repeats(config.trainer.callbacks)
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
             for key, base in (("save_dir", self.folder), ("dirpath", self.run_dir)):
                 if (path := item.get("init_args", {}).get(key)) is not None:
@@ -229,10 +232,30 @@ class RecipeCLI(LightningCLI):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            hint = "name another place with --trainer.default_root_dir"
-            raise InputError(f"{self.folder}: cannot be made ({error.strerror}); {hint}") from error
+            problem = f"cannot make the run's folder ({error.strerror}: {self.folder})"
+            raise InputError(f"trainer.default_root_dir: {problem}") from error
 
     before_validate = before_test = before_predict = _make_folder
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises where several types are accepted, as for callbacks.
+            if isinstance(error.__cause__, InputError | MisconfigurationException):
+                raise error.__cause__ from error
+            raise
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, ValueError) as error:
+            misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
+            if misfit and self.config[subcommand].get("ckpt_path"):
+                raise InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}") from error
+            raise
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -258,6 +281,18 @@ def _without_repeats(items: Any) -> Any:
     if not isinstance(items, list):
         return items
     return [item for number, item in enumerate(items) if item not in items[:number]]
+
+
+def _one_per_folder(loggers: Any) -> Any:
+    """Of loggers of one class in one folder, the last: a layer given again may have other settings."""
+    if not isinstance(loggers, list):
+        return loggers
+
+    def place(logger: Any) -> tuple[Any, ...]:
+        settings = logger.get("init_args", {})
+        return logger.class_path, settings.get("save_dir"), settings.get("dirpath")
+
+    return list({place(logger): logger for logger in loggers}.values())
 
 
 def _trainer_mistake(message: str) -> str:

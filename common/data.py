@@ -45,11 +45,18 @@ def step_seed(*parts: int) -> int:
 
 
 def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
-    """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch."""
+    """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch.
+
+    Raises:
+        InputError: nothing.
+    """
     limit = trainer.limit_train_batches
     if limit is None:
         return num_batches
-    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    left = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if not left:
+        raise InputError(f"trainer.limit_train_batches {limit} leaves none of {num_batches} batches; raise it")
+    return left
 
 
 class TrainSampler(Sampler[Positions]):

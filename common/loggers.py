@@ -13,10 +13,10 @@ from common.errors import InputError
 
 
 class Wandb(WandbLogger):
-    """Logs to Weights & Biases from rank 0; a run that is resumed or tested goes on in the W&B run of its folder.
+    """Logs from rank 0 to Weights & Biases; a run resumed or tested goes on in its folder's W&B run.
 
-    The environment decides the rest: ``WANDB_API_KEY`` logs in, ``WANDB_MODE=offline`` needs no network, and an
-    argument left out comes from ``WANDB_PROJECT``, ``WANDB_NAME``, ``WANDB_ENTITY``, ``WANDB_RUN_ID`` ...
+    The environment decides the rest: ``WANDB_API_KEY`` logs in, ``WANDB_MODE=offline`` needs no network, and
+    what is not given here comes from ``WANDB_PROJECT``, ``WANDB_NAME``, ``WANDB_ENTITY``, ``WANDB_RUN_ID``.
 
     Args:
         dirpath: the run's folder; project and name of the W&B run are called after the recipe and the run.
@@ -65,13 +65,15 @@ class Wandb(WandbLogger):
         if earlier is not None and "WANDB_RUN_ID" not in os.environ:
             self._wandb_init["id"] = earlier.stem.removeprefix("run-")
         # W&B writes its news to stderr. It would also keep the remote's URL, which can hold a token.
-        self._wandb_init["settings"] = {"silent": True, "disable_git": True, "git_commit": describe_environment()["commit"]}
-        wandb.setup({"silent": True})
+        commit = describe_environment()["commit"]
+        self._wandb_init["settings"] = {"silent": True, "disable_git": True, "git_commit": commit}
+        wandb.setup(wandb.Settings(silent=True))
         try:
             run: Any = super().experiment
         except wandb.Error as error:
-            problem = str(error).partition("\n")[0][:90]
-            raise InputError(f"trainer.logger: W&B: {problem}; set WANDB_API_KEY, or WANDB_MODE=offline") from error
+            problem = str(error).partition("\n")[0].rstrip(".")[:90]
+            hint = "set WANDB_API_KEY, or WANDB_MODE=offline"
+            raise InputError(f"trainer.logger: W&B: {problem}; {hint}") from error
         print(f"W&B: wandb sync {Path(run.dir).parent}" if run.offline else f"W&B: {run.url}", flush=True)
         return run
 

@@ -24,6 +24,11 @@ LIMIT = 200
 COMMANDS = ("fit", "validate", "test", "predict")
 GROUPS = ("trainer", "model", "data")
 
+# Names of arguments whose value must not be seen; that of `eos_token` may.
+SECRET = re.compile(
+    r"((api|access|private|secret)_?key|passw(or)?d|secret|authorization|(^|\.)((auth|access|hf)_)?token)$", re.I
+)
+
 
 class Entry(NamedTuple):
     """A key or list item as it was written."""
@@ -37,7 +42,7 @@ def check_sources(argv: list[str]) -> None:
     """Find what YAML and jsonargparse let pass or report badly.
 
     Raises:
-        InputError: no command is given, or a config is missing, holds no keys or repeats one.
+        InputError: no command is given, a secret is, or a config is missing, holds no keys or repeats one.
     """
     if not {"-h", "--help", *COMMANDS} & set(argv):
         wrong = argv[0] if argv and not argv[0].startswith("-") else ""
@@ -45,7 +50,12 @@ def check_sources(argv: list[str]) -> None:
         raise InputError(problem + (nearest(wrong, COMMANDS) or f"; give one of {', '.join(COMMANDS)}"))
     for flag, value in _flags(argv):
         seen: dict[str, str] = {}
-        for where, key, node in _yaml(flag, value):
+        entries = _yaml(flag, value)
+        for where, key, node in [Entry(f"--{flag}", flag, value), *entries]:
+            if SECRET.search(key) and getattr(node, "value", node) not in ("", "null", "~"):
+                problem = "is a secret, and runs keep their arguments; give it in the environment"
+                raise InputError(f"{where}: {key}: {problem}")
+        for where, key, node in entries:
             if key in GROUPS and not isinstance(node, yaml.MappingNode):
                 raise InputError(f"{where}: {key}: holds no keys; write them below it, as in config.yaml")
             if key in seen:

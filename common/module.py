@@ -1,18 +1,19 @@
 """The shared LightningModule: a net built late, one ``shared_step`` for every stage, optimizer and schedule from YAML."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from common.data import global_seed, step_seed, total_steps
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.optim import Schedule, param_groups, scale_lr
 
 if TYPE_CHECKING:
@@ -21,7 +22,26 @@ if TYPE_CHECKING:
 Stage = Literal["train", "val", "test"]
 Init = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal", "trunc_normal"]
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
-LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRScheduler | ReduceLROnPlateau]
+LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+class _StepOnPlateau(Callback):
+    """Steps a ``ReduceLROnPlateau`` right after each validation, before that validation's checkpoint is written.
+
+    Lightning would count batches within the epoch, which is not when validations come.
+    """
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(scheduler := config.scheduler, ReduceLROnPlateau):
+                if (value := trainer.callback_metrics.get(config.monitor or "")) is None:
+                    hint = nearest(config.monitor or "", trainer.callback_metrics)
+                    raise InputError(f"model.lr_scheduler.monitor {config.monitor!r} is not logged{hint}")
+                if not trainer.sanity_checking:
+                    scheduler.step(value)
 
 
 class BaseModule(L.LightningModule):
@@ -30,7 +50,8 @@ class BaseModule(L.LightningModule):
     Args:
         optimizer: any optimizer by class path; norms and biases do not decay.
         lr_scheduler: any scheduler by class path, stepped once per optimizer step; those of ``common.optim`` know the
-            length of the run. A ``ReduceLROnPlateau`` steps after each validation.
+            length of the run. A ``ReduceLROnPlateau`` steps after each validation, by ``val/loss`` if it does not
+            name what it monitors, as Lightning's does.
         weight_init: name of the ``torch.nn.init`` function for matrices and convolutions; None keeps the net's own.
         l1: weight of the sum of absolute values of all decaying parameters, added to the loss that is minimized, not
             to the loss that is logged.
@@ -54,8 +75,9 @@ class BaseModule(L.LightningModule):
             raise InputError(f"model.l1 must not be negative, got {l1}")
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weight_init, self.l1 = weight_init, l1
-        self.mean_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
-        self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
+        self.mean_loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
+        # Of the micro-batches since the last logged step: which step they belong to, and their losses.
+        self._losses: list[tuple[int, Tensor]] = []
         self._log_now = False
         self._lr = 0.0
         self._grad_norm: Tensor | float = 0.0
@@ -95,6 +117,10 @@ class BaseModule(L.LightningModule):
                         initialize(p)
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [_StepOnPlateau()]
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and augmentation become a function of (seed, rank, micro-step): a resumed run draws the same numbers.
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -103,7 +129,7 @@ class BaseModule(L.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, _ = self.shared_step(batch, "train")
-        self._losses.append(loss.detach())
+        self._losses.append((self.trainer.global_step, loss.detach()))
         if self.l1:
             return loss + self.l1 * torch.stack([p.abs().sum() for p in self.parameters() if p.ndim >= 2]).sum()
         return loss
@@ -115,31 +141,41 @@ class BaseModule(L.LightningModule):
         if self._log_now:
             self._log_now = False
             self.log("train/loss", self._checked_losses().mean(), prog_bar=True)
+            self._losses.clear()
             self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self._grad_norm})
 
     def _checked_losses(self) -> Tensor:
-        """The losses since the last call, averaged over ranks.
+        """The losses since the last logged step, averaged over ranks.
 
         Raises:
             InputError: one of them is not finite. Looking only here spares a device sync in every step.
         """
-        losses = self.trainer.strategy.reduce(torch.stack(self._losses), reduce_op="mean")
-        self._losses.clear()
+        losses = self.trainer.strategy.reduce(torch.stack([loss for _, loss in self._losses]), reduce_op="mean")
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
-            ago = (len(losses) - 1 - bad[0]) // self.trainer.accumulate_grad_batches
-            step = max(self.trainer.fit_loop.epoch_loop._batches_that_stepped - ago, 0)
             raise InputError(
-                f"train/loss is {losses[bad[0]].item()} at step {step}: lower model.optimizer.lr, lengthen its warm-up "
-                "or set trainer.gradient_clip_val; the checkpoints before it are intact"
+                f"train/loss is {losses[bad[0]].item()} at step {self._losses[bad[0]][0]}: lower model.optimizer.lr, "
+                "lengthen its warm-up or set trainer.gradient_clip_val; the checkpoints before it are intact"
             )
         return losses
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        if self._losses:
+            self._checked_losses()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Raising here leaves the last good checkpoint in its place.
         if self._losses:
-            self._losses = list(self._checked_losses().flatten())
+            self._checked_losses()
+        self._check_weights()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._check_weights()
+
+    def _check_weights(self) -> None:
         if not all(p.isfinite().all() for p in self.parameters()):
             raise InputError(
                 f"weights are not finite at step {self.trainer.global_step}: lower model.optimizer.lr or set "
@@ -185,22 +221,22 @@ class BaseModule(L.LightningModule):
         try:
             optimizer = self.optimizer(groups)
         except (ValueError, TypeError) as error:
-            raise InputError(f"model.optimizer: {error}") from error
+            hint = "; common.optim.MuonAdamW takes all of them" if "Muon only" in str(error) else ""
+            raise InputError(f"model.optimizer: {error}{hint}") from error
         scale_lr(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": self._after_validation(scheduler)}
+        try:
+            scheduler = self.lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model.lr_scheduler: {error}") from error
         if isinstance(scheduler, Schedule):
             scheduler.start(total_steps(self.trainer))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _after_validation(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
-        """Lightning's settings for a scheduler that steps right after each validation."""
-        every, epochs = self.trainer.val_check_interval, self.trainer.check_val_every_n_epoch
-        if epochs is not None and every == 1.0:
-            return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "epoch", "frequency": epochs}
-        if isinstance(every, float):
-            every = int(every * len(self.trainer.datamodule.train_dataloader().sampler))  # type: ignore[attr-defined]
-        return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "step", "frequency": every}
+        elif isinstance(scheduler, OneCycleLR) and scheduler.total_steps < total_steps(self.trainer):
+            problem = f"{scheduler.total_steps} is less than the run's {total_steps(self.trainer)}"
+            raise InputError(f"model.lr_scheduler.total_steps {problem}")
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            monitor = getattr(scheduler, "monitor", "val/loss")
+            settings |= {"monitor": monitor, "frequency": sys.maxsize}  # _StepOnPlateau does it
+        return {"optimizer": optimizer, "lr_scheduler": settings}

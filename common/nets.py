@@ -18,11 +18,15 @@ class ConvNet(nn.Sequential):
         in_channels: channels of the images.
         widths: channels of each stage; every stage halves height and width.
         dropout: probability before the head.
+
+    Raises:
+        InputError: the images have other channels, or are too small for so many stages.
     """
 
     def __init__(
         self, num_classes: int, in_channels: int = 1, widths: Sequence[int] = (32, 64), dropout: float = 0.0
     ):
+        self.in_channels, self.stages = in_channels, len(widths)
         layers: list[nn.Module] = []
         for before, width in zip([in_channels, *widths[:-1]], widths, strict=True):
             for inputs in (before, width):
@@ -36,6 +40,12 @@ class ConvNet(nn.Sequential):
         self, pixel_values: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of images."""
+        channels, *size = pixel_values.shape[1:]
+        if channels != self.in_channels:
+            raise InputError(f"model.net.in_channels is {self.in_channels}, but the images have {channels}")
+        if min(size) < 2**self.stages:
+            shape = "x".join(map(str, size))
+            raise InputError(f"model.net.widths has {self.stages} stages, too many for images of {shape} pixels")
         return super().forward(pixel_values)
 
 

@@ -1,7 +1,8 @@
 """Parameter groups, learning-rate schedules over the whole run, and Muon with AdamW as one optimizer.
 
-Any optimizer and any scheduler of torch or another library can be named in YAML by class path; the schedules here differ
-in that they know the length of the run, so that it is written down once (``trainer.max_steps`` or ``max_epochs``).
+Any optimizer and any scheduler of torch or another library can be named in YAML by class path; the schedules
+here differ in that they know the length of the run, so that it is written down once (``trainer.max_steps`` or
+``max_epochs``).
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -19,8 +20,9 @@ from common.errors import InputError
 def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Split the trainable parameters by how they are to be optimized.
 
-    Norms and biases (fewer than two axes) do not decay. ``use_muon`` marks hidden matrices, as opposed to embeddings,
-    output heads and convolutions; only :class:`MuonAdamW` reads it.
+    Norms and biases (fewer than two axes) do not decay. ``use_muon`` marks hidden matrices, as opposed to
+    embeddings, convolutions and the output head, which is the last linear layer; only :class:`MuonAdamW`
+    reads it.
 
     Args:
         net: the net whose parameters are optimized.
@@ -29,10 +31,18 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
 
     Returns:
         Groups for an optimizer, with ``lr_scale`` for :func:`scale_lr`.
+
+    Raises:
+        InputError: a factor other than 1 is meant for parameters that the net does not have.
     """
+    for prefix, scale in (lr_scales or {}).items():
+        if scale != 1 and not any(name.startswith(prefix) for name, _ in net.named_parameters()):
+            raise InputError(
+                f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}"
+            )
     tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
-    tables += [head] if (head := getattr(net, "get_output_embeddings", lambda: None)()) is not None else []
-    not_hidden = {id(p) for table in tables for p in table.parameters()}
+    heads = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
+    not_hidden = {id(p) for module in [*tables, *heads] for p in module.parameters()}
     groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -40,7 +50,8 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
             decays, use_muon = p.ndim >= 2, p.ndim == 2 and id(p) not in not_hidden
             group = groups.setdefault(
                 (scale, decays, use_muon),
-                {"params": [], "lr_scale": scale, "use_muon": use_muon} | ({} if decays else {"weight_decay": 0.0}),
+                {"params": [], "lr_scale": scale, "use_muon": use_muon}
+                | ({} if decays else {"weight_decay": 0.0}),
             )
             group["params"].append(p)
     return list(groups.values())
@@ -58,10 +69,19 @@ class Schedule(LRScheduler):
     Args:
         optimizer: the optimizer to drive.
         warmup: length of the warm-up: optimizer steps if an integer, a fraction of the run if below 1.
-        end: factor at the end of the run.
+        end: factor at the end of the run, from 0 to 1.
+
+    Raises:
+        InputError: an argument is out of its range.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0):
+        if warmup < 0 or (warmup > 1 and warmup % 1):
+            raise InputError(
+                f"model.lr_scheduler.warmup must be whole steps or a share below 1, got {warmup}"
+            )
+        if not 0 <= end <= 1:
+            raise InputError(f"model.lr_scheduler.end must be from 0 to 1, a share of the rate, got {end}")
         self.warmup, self.end = warmup, end
         self.total_steps = 1
         super().__init__(optimizer)
@@ -73,13 +93,19 @@ class Schedule(LRScheduler):
             InputError: the run has no end or is shorter than the warm-up.
         """
         if total_steps <= 0:
-            raise InputError("model.lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs")
+            raise InputError(
+                "model.lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs"
+            )
         self.total_steps = total_steps
-        if not 0 <= self.warmup_steps <= total_steps:
-            raise InputError(f"model.lr_scheduler.warmup {self.warmup} does not fit into {total_steps} steps; shorten it")
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
+        if self.warmup_steps > total_steps:
+            problem = f"{self.warmup} does not fit into {total_steps} steps; shorten it"
+            raise InputError(f"model.lr_scheduler.warmup {problem}")
+        self._set_lr()
+
+    def _set_lr(self) -> None:
         self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
     @property
     def warmup_steps(self) -> int:
@@ -90,7 +116,7 @@ class Schedule(LRScheduler):
         """Factor in [end, 1] at ``progress`` in [0, 1] of the time after the warm-up."""
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rate of each parameter group at the present step."""
         step, warmup = max(self.last_epoch, 0), self.warmup_steps
         if step < warmup:
@@ -100,8 +126,13 @@ class Schedule(LRScheduler):
         return [lr * factor for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. Its shape comes from the config: a resumed run may be given a longer one."""
-        return {key: getattr(self, key) for key in ("last_epoch", "_step_count", "_last_lr", "base_lrs")}
+        """Where the schedule stands. All else comes from the config, which may differ in a resumed run."""
+        return {key: getattr(self, key) for key in ("last_epoch", "_step_count")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of ``state_dict``, with the rate that this schedule has there."""
+        super().load_state_dict(state_dict)
+        self._set_lr()
 
 
 class Constant(Schedule):
@@ -138,7 +169,7 @@ class Exponential(Schedule):
 
 
 class Step(Schedule):
-    """The rate is multiplied by ``gamma`` at each milestone, given as fractions of the time after the warm-up."""
+    """The rate is multiplied by ``gamma`` at each milestone, a share of the time after the warm-up."""
 
     def __init__(
         self,
@@ -147,6 +178,10 @@ class Step(Schedule):
         milestones: tuple[float, ...] = (0.5, 0.75),
         gamma: float = 0.1,
     ):
+        if not all(0 <= milestone <= 1 for milestone in milestones):
+            raise InputError(
+                f"model.lr_scheduler.milestones are shares of the run, from 0 to 1; got {milestones}"
+            )
         self.milestones, self.gamma = tuple(milestones), gamma
         super().__init__(optimizer, warmup)
 
@@ -167,6 +202,8 @@ class WSD(Schedule):
     def __init__(
         self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0, decay_fraction: float = 0.2
     ):
+        if not 0 <= decay_fraction <= 1:
+            raise InputError(f"model.lr_scheduler.decay_fraction must be from 0 to 1, got {decay_fraction}")
         self.decay_fraction = decay_fraction
         super().__init__(optimizer, warmup, end)
 
@@ -178,9 +215,9 @@ class WSD(Schedule):
 class MuonAdamW(Optimizer):
     """:class:`torch.optim.Muon` for hidden matrices and AdamW for everything else, as one optimizer.
 
-    Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon); embeddings, heads, norms
-    and biases are left to AdamW. A group is AdamW's when it holds anything but matrices or says ``use_muon: False``, as
-    :func:`param_groups` does.
+    Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon); embeddings,
+    heads, norms and biases are left to AdamW. A group is AdamW's when it holds anything but matrices or says
+    ``use_muon: False``, as :func:`param_groups` does.
 
     Args:
         params: parameter groups.
@@ -198,19 +235,23 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         scratch = torch.zeros(1, 1)
-        # The parts keep nothing of their own: before each step they are handed this optimizer's groups and state, so
-        # checkpoints, schedules and gradient scaling see a single ordinary optimizer.
+        # The parts keep nothing of their own: before each step they are handed this optimizer's groups and
+        # state, so checkpoints, schedules and gradient scaling see a single ordinary optimizer.
         self._parts: list[Optimizer] = [
             torch.optim.Muon([scratch], momentum=momentum, adjust_lr_fn="match_rms_adamw", **settings),
             torch.optim.AdamW([scratch], betas=betas, **settings),
         ]
-        for group in self.param_groups:
-            group["use_muon"] = group.get("use_muon", True) and all(p.ndim == 2 for p in group["params"])
-            for key, value in self._parts[0 if group["use_muon"] else 1].defaults.items():
-                group.setdefault(key, value)
+        super().__init__(params, settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and decide which part optimizes it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["use_muon"] = group.get("use_muon", True) and all(p.ndim == 2 for p in group["params"])
+        for key, value in self._parts[0 if group["use_muon"] else 1].defaults.items():
+            group.setdefault(key, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

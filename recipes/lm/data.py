@@ -100,6 +100,8 @@ class LMData(BaseDataModule):
         if stage == "predict":
             self.eval_batch_size = 1
             encoded = self.tokenizer.encode_batch(self.prompts, add_special_tokens=False)
+            if not encoded or not all(prompt.ids for prompt in encoded):
+                raise InputError("data.prompts: at least one is needed, and none may be empty; try '[\"def \"]'")
             self.predict_data = PromptDataset([prompt.ids for prompt in encoded])
             return
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))

@@ -1,0 +1,109 @@
+"""Every command in the READMEs runs, with the tiny layer added where it trains."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import RECIPES, ROOT, logs, main_of, run_ranks
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")])
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the page's shell blocks, without comments and without what needs make."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("make ")]
+
+
+def tiny_encoder(folder: Path) -> None:
+    """A BERT of two layers and a tokenizer of words, as transformers saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "good", "bad", "a", "film", "very"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    config = BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, with the files that the commands take as a user's own."""
+    import pydoc_data.topics as topics
+
+    folder = tmp_path_factory.mktemp("docs") / "clone"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
+    texts = list(topics.topics.values())
+    (folder / "tinyshakespeare.txt").write_text("".join(texts)[:50_000])
+    (folder / "notes").mkdir()
+    for number, text in enumerate(texts[:20]):
+        (folder / f"notes/{number}.md").write_text(text)
+    (folder / "my_texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts[:20]))
+    rows = [f"a {'very ' * (n % 3)}{word} film,{word}" for n in range(40) for word in ("good", "bad")]
+    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
+    tiny_encoder(folder / "sentence-transformers/all-MiniLM-L6-v2")
+    generator = np.random.default_rng(0)
+    (folder / "fashion-mnist").mkdir()
+    for part, size in (("train", 200), ("t10k", 50)):
+        pixels = generator.integers(0, 256, (size, 28, 28), np.uint8)
+        labels = np.arange(size, dtype=np.uint8) % 10
+        for name, array in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"fashion-mnist/{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    for kind in ("cat", "dog"):
+        (folder / "photos" / kind).mkdir(parents=True)
+        for number in range(30):
+            Image.fromarray(generator.integers(0, 256, (9, 12), np.uint8)).save(folder / f"photos/{kind}/{number}.png")
+    return folder
+
+
+def run_in(folder: Path, recipe: str, args: list[str]) -> None:
+    """Run a recipe from another working directory."""
+    os.chdir(folder)
+    main_of(recipe)(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
+    """A plain ``python recipes/<task>/train.py`` runs in a fork, which has imported everything; the rest as typed."""
+    lines = commands(page)
+    assert len(lines) > 3
+    environment = {**os.environ, "PYTHONPATH": str(clone), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for line in lines:
+        small = line
+        if " fit" in line:
+            small += " --config configs/tiny.yaml"
+            if "/lm/" in line and "--data." not in line:
+                small += " --data.path tinyshakespeare.txt"
+        plain = re.match(r"python recipes/(\w+)/train\.py (.*)", small)
+        if plain and plain[1] in RECIPES and "--trainer.devices" not in small:
+            codes = run_ranks(run_in, clone, plain[1], shlex.split(plain[2]), world=1, folder=tmp_path)
+            assert codes == [0], f"{small}\n{logs(tmp_path)}"
+            continue
+        done = subprocess.run(["bash", "-c", small], cwd=clone, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{small}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+def test_no_page_names_a_missing_file() -> None:
+    for page in PAGES:
+        names = re.findall(r"(?:configs|recipes)/[\w./-]+\.(?:yaml|py|md)", page.read_text())
+        missing = [name for name in names if not (ROOT / name).exists() and "/mine/" not in name]
+        assert missing == [], page
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
