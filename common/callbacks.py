@@ -3,8 +3,10 @@
 import csv
 import html
 import importlib.metadata
+import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -61,11 +63,14 @@ class Throughput(Callback):
     ) -> None:
         self._items += pl_module.num_items(batch)
         steps = trainer.global_step - self._steps
-        if steps < trainer.log_every_n_steps:
+        if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         rate = self._items / (now - self._since)
-        metrics = {f"perf/{pl_module.unit}_per_s": rate * trainer.world_size, "perf/step_ms": (now - self._since) / steps * 1e3}
+        metrics = {
+            f"perf/{pl_module.unit}_per_s": rate * trainer.world_size,
+            "perf/step_ms": (now - self._since) / steps * 1e3,
+        }
         if pl_module.device.type == "cuda":
             metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         else:
@@ -80,7 +85,7 @@ class Throughput(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and when training ends.
+    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and at ``max_steps``.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch.
@@ -90,9 +95,13 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, "last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
 
     @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Not when training ends: Lightning then counts an epoch that max_steps cut short as complete.
+        done = trainer.global_step == trainer.max_steps and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if done and self._last_global_step_saved != trainer.global_step:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -105,15 +114,18 @@ class Media(Callback):
 
     def __init__(self, every_n_validations: int = 1):
         if every_n_validations < 1:
-            raise InputError(f"Media.every_n_validations must be at least 1, got {every_n_validations}")
+            problem = f"must be at least 1, got {every_n_validations}"
+            raise InputError(f"trainer.callbacks: Media.every_n_validations {problem}")
         self.every_n_validations = every_n_validations
         self._validations = 0
+        self._step = 0  # that of the metrics that were logged last
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking:
             return
         self._validations += 1
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if trainer.state.fn != "fit" or self._validations % self.every_n_validations == 0:
             self._publish(trainer, pl_module, "val")
 
@@ -126,22 +138,21 @@ class Media(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         self._publish(trainer, pl_module, "test")
 
-    @staticmethod
-    def _publish(trainer: L.Trainer, module: BaseModule, stage: str) -> None:
+    def _publish(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for name, item in module.media(stage).items():
             if isinstance(item, str):
-                _write_text(trainer, f"{stage}-{name}", item)
+                _write_text(trainer, f"{stage}-{name}", item, self._step)
             else:
-                _write_figure(trainer, f"{stage}-{name}", item)
+                _write_figure(trainer, f"{stage}-{name}", item, self._step)
 
 
-def _write_text(trainer: L.Trainer, name: str, text: str) -> None:
+def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
     path = run_folder(trainer) / "texts" / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    key, step = name.replace("-", "/", 1), _step(trainer)
+    key = name.replace("-", "/", 1)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(key, f"```\n{text}\n```", step)
@@ -152,21 +163,16 @@ def _write_text(trainer: L.Trainer, name: str, text: str) -> None:
             logger.log_metrics({key: page}, step)  # type: ignore[dict-item]
 
 
-def _write_figure(trainer: L.Trainer, name: str, figure: "Figure") -> None:
+def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) -> None:
     path = run_folder(trainer) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    key, step = name.replace("-", "/", 1), _step(trainer)
+    key = name.replace("-", "/", 1)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(key, figure, step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(key, [str(path)], step)
-
-
-def _step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs the metrics of now, counted from 0."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -201,11 +207,15 @@ class RunRecord(Callback):
     @override
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None) if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
+            monitor = (
+                getattr(callback, "monitor", None) if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
+            )
             known = [*trainer.callback_metrics, "train/loss"]
             if monitor is not None and monitor not in known:
                 name = type(callback).__name__
-                raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{nearest(monitor, known)}")
+                raise InputError(
+                    f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{nearest(monitor, known)}"
+                )
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -237,12 +247,25 @@ class RunRecord(Callback):
 
 def describe_environment() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, the machine and the git commit."""
-    packages = ("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "deepspeed", "kornia", "numpy")
+    packages = (
+        "torch",
+        "lightning",
+        "torchmetrics",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "deepspeed",
+        "kornia",
+        "numpy",
+    )
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    commit = ""
+    if git := shutil.which("git"):
+        command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        where = Path(__file__).parent
+        commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "device": device, "commit": git.stdout.strip(), **versions}
+    return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -16,19 +16,20 @@ import jsonargparse._typehints as _typehints
 import lightning as L
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from common import layers
 from common.callbacks import PredictionWriter, RunRecord
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
 from common.errors import InputError, nearest
-from common.messages import check_sources, explain
+from common.messages import explain
 from common.module import BaseModule
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
@@ -42,7 +43,8 @@ SWITCHES = {
 }
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
-# the trainer's counters, arrays in memory need no reading processes, and predictions know their own order.
+# the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a
+# frozen body stays in eval mode.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -50,6 +52,7 @@ NO_WARNINGS = (
     "The '.*_dataloader' does not have many workers",
     "Couldn't infer the batch indices fetched from your dataloader",
     "The dirpath has changed from",
+    "Found .* module\\(s\\) in eval mode at the start of training",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
 
@@ -129,17 +132,21 @@ class RecipeCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="default", help="Name of the run, its folder in runs/<recipe>/.")
+        parser.add_argument(
+            "--name", type=str, default="default", help="Name of the run, its folder in runs/<recipe>/."
+        )
         for source, target in self.links.items():
             parser.link_arguments(source, target, apply_on="instantiate")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        check_sources(self.argv)
+        layers.check(self.argv)
         self.config = parser.parse_args(self.argv)
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
-        self.run_dir = Path(config.trainer.default_root_dir or ".").resolve() / "runs" / self.recipe_dir.name / config.name
+        self.run_dir = (
+            Path(config.trainer.default_root_dir or ".").resolve() / "runs" / self.recipe_dir.name / config.name
+        )
         if Path(config.name).name != config.name or config.name in ("", ".", ".."):
             raise InputError(f"--name {config.name!r} must be a plain folder name")
         if config.get("ckpt_path"):
@@ -150,7 +157,9 @@ class RecipeCLI(LightningCLI):
             try:
                 self.config = parser.parse_args(layered)
             except jsonargparse.ArgumentError as error:
-                raise InputError(f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}") from error
+                raise InputError(
+                    f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"
+                ) from error
             self.config[self.subcommand].ckpt_path = str(checkpoint)
         self._check(self.config[self.subcommand])
 
@@ -166,7 +175,9 @@ class RecipeCLI(LightningCLI):
         path = self.run_dir / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
             found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
-            raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); run fit first or give --name")
+            raise InputError(
+                f"--ckpt_path {name}: {path} does not exist (found: {found}); run fit first or give --name"
+            )
         return path
 
     def _config_of(self, checkpoint: Path) -> str:
@@ -176,7 +187,9 @@ class RecipeCLI(LightningCLI):
             return str(beside)
         state = read_checkpoint(checkpoint)
         targets = {target.removeprefix("model.") for target in self.links.values()}
-        model = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in targets and k != "_instantiator"}
+        model = {
+            k: v for k, v in state.get("hyper_parameters", {}).items() if k not in targets and k != "_instantiator"
+        }
         data = {k: v for k, v in state.get("datamodule_hyper_parameters", {}).items() if k != "_instantiator"}
         return yaml.safe_dump({"model": model, "data": data})
 
@@ -208,7 +221,7 @@ class RecipeCLI(LightningCLI):
                     item.init_args[key] = str(base / path)
 
     def before_fit(self) -> None:
-        """Move an earlier run of the same name aside, or keep its metrics when it goes on: the logger starts a new file.
+        """Move an earlier run of the same name aside, or keep its metrics when it goes on, as the logger starts anew.
 
         Called when everything is built, so that a mistake found until then leaves the earlier run where it is.
         """
@@ -224,7 +237,9 @@ class RecipeCLI(LightningCLI):
                 segment, number = metrics.with_name(f"metrics.until-step-{step}.{number}.csv"), number + 1
             metrics.rename(segment)
         elif not resuming and self.run_dir.exists():
-            numbers = [int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()]
+            numbers = [
+                int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()
+            ]
             self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}"))
         self._make_folder()
 
@@ -254,7 +269,9 @@ class RecipeCLI(LightningCLI):
         except (RuntimeError, ValueError) as error:
             misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
             if misfit and self.config[subcommand].get("ckpt_path"):
-                raise InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}") from error
+                raise InputError(
+                    f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}"
+                ) from error
             raise
 
     @override
@@ -327,6 +344,8 @@ def _quiet_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers = [logging.StreamHandler(sys.stdout)]
         logger.propagate = False
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
     for message in NO_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

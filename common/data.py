@@ -1,4 +1,4 @@
-"""The shared DataModule: loaders whose order is a pure function of the seed, and evaluation that counts every sample once.
+"""The shared DataModule: batches as a pure function of the seed, and evaluation that counts every sample once.
 
 A data set here is indexed by a list of positions and returns a whole batch, a ``NamedTuple`` whose last field is
 ``mask``: arrays and token files are gathered in one vectorized read instead of sample by sample.
@@ -48,7 +48,7 @@ def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
     """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch.
 
     Raises:
-        InputError: nothing.
+        InputError: it leaves nothing.
     """
     limit = trainer.limit_train_batches
     if limit is None:
@@ -89,15 +89,14 @@ class TrainSampler(Sampler[Positions]):
     def __iter__(self) -> Iterator[Positions]:
         trainer, seed = self.trainer, global_seed()
         per_epoch = batches_per_epoch(self.num_batches, trainer)
-        epoch, start = divmod(trainer.fit_loop.epoch_loop.batch_progress.total.processed, per_epoch)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        epoch, start = divmod(progress.total.processed, per_epoch)
         generator = torch.Generator().manual_seed(step_seed(seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         for step in range(start, per_epoch):
             first = step * self.global_batch
             mine = order[first + trainer.global_rank : first + self.global_batch : trainer.world_size]
-            yield Positions(
-                mine.tolist(), self.batch_size, step_seed(seed, epoch, step, trainer.global_rank)
-            )
+            yield Positions(mine.tolist(), self.batch_size, step_seed(seed, epoch, step, trainer.global_rank))
 
 
 class EvalSampler(Sampler[Positions]):
@@ -156,13 +155,11 @@ class BaseDataModule(L.LightningDataModule):
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int = 0):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        for key, value, least in (
-            ("batch_size", batch_size, 1), ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1), ("num_workers", num_workers, 0)
-        ):  # fmt: skip
-            if value < least:
-                raise InputError(f"data.{key} must be at least {least}, got {value}")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+            if getattr(self, key) < least:
+                raise InputError(f"data.{key} must be at least {least}, got {getattr(self, key)}")
 
     @property
     def _trainer(self) -> L.Trainer:

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from typing_extensions import override
 
 from common.callbacks import describe_environment
@@ -74,7 +74,8 @@ class Wandb(WandbLogger):
             problem = str(error).partition("\n")[0].rstrip(".")[:90]
             hint = "set WANDB_API_KEY, or WANDB_MODE=offline"
             raise InputError(f"trainer.logger: W&B: {problem}; {hint}") from error
-        print(f"W&B: wandb sync {Path(run.dir).parent}" if run.offline else f"W&B: {run.url}", flush=True)
+        where = f"wandb sync {Path(run.dir).parent}" if run.offline else run.url
+        print(f"W&B: {where or 'disabled'}", flush=True)
         return run
 
     @override

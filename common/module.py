@@ -1,4 +1,4 @@
-"""The shared LightningModule: a net built late, one ``shared_step`` for every stage, optimizer and schedule from YAML."""
+"""The shared LightningModule: a net built late, one ``shared_step`` for every stage, an optimizer from YAML."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -75,12 +75,12 @@ class BaseModule(L.LightningModule):
             raise InputError(f"model.l1 must not be negative, got {l1}")
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weight_init, self.l1 = weight_init, l1
-        self.mean_loss = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
+        self.mean_loss: Any = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
         self._log_now = False
         self._lr = 0.0
-        self._grad_norm: Tensor | float = 0.0
+        self._grad_norm = torch.tensor(0.0)
 
     def build_net(self) -> nn.Module:
         """Make the net; called once, where the strategy wants it made."""
@@ -109,7 +109,7 @@ class BaseModule(L.LightningModule):
         # A seed of its own, so that the initial weights do not depend on what drew random numbers before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(step_seed(global_seed()))
-            self.net = self.build_net()
+            self.net = self.build_net().train()  # from_pretrained leaves dropout off
             if self.weight_init is not None:
                 initialize: Callable[[Tensor], Tensor] = getattr(nn.init, f"{self.weight_init}_")
                 for p in self.net.parameters():
@@ -155,7 +155,7 @@ class BaseModule(L.LightningModule):
         if bad:
             raise InputError(
                 f"train/loss is {losses[bad[0]].item()} at step {self._losses[bad[0]][0]}: lower model.optimizer.lr, "
-                "lengthen its warm-up or set trainer.gradient_clip_val; the checkpoints before it are intact"
+                "warm up longer or set trainer.gradient_clip_val; the last checkpoint is intact"
             )
         return losses
 
@@ -178,7 +178,7 @@ class BaseModule(L.LightningModule):
     def _check_weights(self) -> None:
         if not all(p.isfinite().all() for p in self.parameters()):
             raise InputError(
-                f"weights are not finite at step {self.trainer.global_step}: lower model.optimizer.lr or set "
+                f"weights are not finite after step {self.trainer.global_step - 1}: lower model.optimizer.lr or set "
                 "trainer.gradient_clip_val; the last checkpoint is intact"
             )
 
@@ -203,7 +203,7 @@ class BaseModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._log_now or gradient_clip_val:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self._lr = max(group["lr"] for group in optimizer.param_groups)

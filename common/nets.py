@@ -1,4 +1,4 @@
-"""A small net of our own, and nets of transformers as classifiers. The first argument is always the number of classes."""
+"""A small net of our own, and nets of transformers as classifiers; the first argument is the number of classes."""
 
 from collections.abc import Sequence
 
@@ -23,9 +23,7 @@ class ConvNet(nn.Sequential):
         InputError: the images have other channels, or are too small for so many stages.
     """
 
-    def __init__(
-        self, num_classes: int, in_channels: int = 1, widths: Sequence[int] = (32, 64), dropout: float = 0.0
-    ):
+    def __init__(self, num_classes: int, in_channels: int = 1, widths: Sequence[int] = (32, 64), dropout: float = 0.0):
         self.in_channels, self.stages = in_channels, len(widths)
         layers: list[nn.Module] = []
         for before, width in zip([in_channels, *widths[:-1]], widths, strict=True):
@@ -36,9 +34,7 @@ class ConvNet(nn.Sequential):
             *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(widths[-1], num_classes)
         )
 
-    def forward(
-        self, pixel_values: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of images."""
         channels, *size = pixel_values.shape[1:]
         if channels != self.in_channels:
@@ -62,9 +58,7 @@ class ImageClassifier(nn.Module):
         config.num_labels = num_classes
         self.model = AutoModelForImageClassification.from_config(config)
 
-    def forward(
-        self, pixel_values: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of images."""
         return self.model(pixel_values=pixel_values).logits
 
@@ -88,6 +82,8 @@ class PretrainedEncoder(nn.Module):
             self.body = AutoModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InputError(f"model.net name {name!r}: neither a folder with an encoder nor a hub name") from error
+        if hasattr(self.body, "pooler"):
+            self.body.pooler = None  # unused here, which distributed training refuses
         self.body.requires_grad_(not freeze)
         self.freeze = freeze
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.body.config.hidden_size, num_classes))

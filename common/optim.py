@@ -37,9 +37,7 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
     """
     for prefix, scale in (lr_scales or {}).items():
         if scale != 1 and not any(name.startswith(prefix) for name, _ in net.named_parameters()):
-            raise InputError(
-                f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}"
-            )
+            raise InputError(f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}")
     tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
     heads = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     not_hidden = {id(p) for module in [*tables, *heads] for p in module.parameters()}
@@ -50,8 +48,7 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
             decays, use_muon = p.ndim >= 2, p.ndim == 2 and id(p) not in not_hidden
             group = groups.setdefault(
                 (scale, decays, use_muon),
-                {"params": [], "lr_scale": scale, "use_muon": use_muon}
-                | ({} if decays else {"weight_decay": 0.0}),
+                {"params": [], "lr_scale": scale, "use_muon": use_muon} | ({} if decays else {"weight_decay": 0.0}),
             )
             group["params"].append(p)
     return list(groups.values())
@@ -77,9 +74,7 @@ class Schedule(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0):
         if warmup < 0 or (warmup > 1 and warmup % 1):
-            raise InputError(
-                f"model.lr_scheduler.warmup must be whole steps or a share below 1, got {warmup}"
-            )
+            raise InputError(f"model.lr_scheduler.warmup must be whole steps or a share below 1, got {warmup}")
         if not 0 <= end <= 1:
             raise InputError(f"model.lr_scheduler.end must be from 0 to 1, a share of the rate, got {end}")
         self.warmup, self.end = warmup, end
@@ -93,9 +88,7 @@ class Schedule(LRScheduler):
             InputError: the run has no end or is shorter than the warm-up.
         """
         if total_steps <= 0:
-            raise InputError(
-                "model.lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs"
-            )
+            raise InputError("model.lr_scheduler needs a run with an end: set trainer.max_steps or trainer.max_epochs")
         self.total_steps = total_steps
         if self.warmup_steps > total_steps:
             problem = f"{self.warmup} does not fit into {total_steps} steps; shorten it"
@@ -179,9 +172,7 @@ class Step(Schedule):
         gamma: float = 0.1,
     ):
         if not all(0 <= milestone <= 1 for milestone in milestones):
-            raise InputError(
-                f"model.lr_scheduler.milestones are shares of the run, from 0 to 1; got {milestones}"
-            )
+            raise InputError(f"model.lr_scheduler.milestones are shares of the run, from 0 to 1; got {milestones}")
         self.milestones, self.gamma = tuple(milestones), gamma
         super().__init__(optimizer, warmup)
 
@@ -199,9 +190,7 @@ class WSD(Schedule):
         decay_fraction: share of the time after the warm-up that is spent decaying.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0, decay_fraction: float = 0.2
-    ):
+    def __init__(self, optimizer: Optimizer, warmup: int | float = 0, end: float = 0.0, decay_fraction: float = 0.2):
         if not 0 <= decay_fraction <= 1:
             raise InputError(f"model.lr_scheduler.decay_fraction must be from 0 to 1, got {decay_fraction}")
         self.decay_fraction = decay_fraction

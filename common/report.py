@@ -180,15 +180,11 @@ def learning_rate(series: Series) -> "Figure | None":
     """
     rates = {name.removeprefix("optim/"): series[name] for name in series if name.startswith("optim/lr")}
     norms = {name: series[name] for name in series if name == "optim/grad_norm"}
-    panels = {
-        title: lines for title, lines in {"learning rate": rates, "gradient norm": norms}.items() if lines
-    }
+    panels = {title: lines for title, lines in {"learning rate": rates, "gradient norm": norms}.items() if lines}
     if not panels:
         return None
     figure = _figure(3.9, 2.2 * len(panels) + 0.5)
-    for axes, (title, lines) in zip(
-        figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
         _style(axes, title, xlabel="step")
         _plot(axes, lines, PALETTE * len(lines), noisy=lines is norms)
         if len(lines) > 1:
@@ -301,9 +297,7 @@ def _label(path: Path) -> str:
 def _picture(path: Path) -> str:
     png, label = path.read_bytes(), _label(path)
     width = max(int.from_bytes(png[16:20]) * 96 // DPI, 240)
-    image = (
-        f'<img alt="{label}" width="{width}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
+    image = f'<img alt="{label}" width="{width}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     return f"<figure><figcaption>{label}</figcaption>{image}</figure>"
 
 

@@ -4,10 +4,11 @@ A source is built from YAML (``data.source``) and read once with :meth:`Source.r
 """
 
 import gzip
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,19 +75,26 @@ class IDX(Source):
         target = torch.from_numpy(np.concatenate(labels)).long()
         if target.max() >= len(self.class_names):
             raise InputError(f"data.source.class_names: label {target.max()} of {self.path} has no name; add one")
+        for some, their in zip(images, labels, strict=True):
+            if len(some) != len(their) or some.shape[1:] != images[0].shape[1:]:
+                found = f"{len(some)} images of {some.shape[1]}x{some.shape[2]} but {len(their)} labels"
+                raise InputError(f"data.source.path: {found}; the files in {self.path} do not belong together")
         pixels = torch.from_numpy(np.concatenate(images)).float().unsqueeze(1).div_(255)
-        if len(pixels) != len(target):
-            raise InputError(f"{self.path}: {len(pixels)} images but {len(target)} labels; the files do not belong together")
         return Labelled({"pixel_values": pixels}, target, self.class_names, num_test=len(labels[1]))
 
     def _file(self, name: str, axes: int) -> np.ndarray:
         path = next((p for p in (self.path / name, self.path / f"{name}.gz") if p.is_file()), None)
         if path is None:
             raise InputError(f"data.source.path: no file {name}[.gz] in {self.path}")
-        content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (EOFError, OSError, zlib.error) as error:
+            raise InputError(f"data.source.path: {path.name} is cut short or damaged; fetch it again") from error
         shape = np.frombuffer(content, ">u4", axes, offset=4) if len(content) >= 4 + 4 * axes else None
         if shape is None or content[:4] != bytes([0, 0, 8, axes]) or len(content) != 4 + 4 * axes + int(np.prod(shape)):
-            raise InputError(f"{path}: not an IDX file of {axes} axes of bytes, or cut short; fetch it again")
+            raise InputError(
+                f"data.source.path: {path.name} is no IDX file of {axes} axes, or cut short; fetch it again"
+            )
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape.tolist())
 
 
@@ -95,26 +103,43 @@ class ImageTable(Source):
 
     Args:
         path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
-        image: name of the image column.
+        image: name of the column of images, or of their files' names or bytes.
         label: name of the label column.
         size: height and width that images are resized to, in pixels.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
     """
 
-    def __init__(self, path: str, image: str = "image", label: str = "label", size: int = 28, mode: str = "L"):
+    def __init__(
+        self,
+        path: str,
+        image: str = "image",
+        label: str = "label",
+        size: int = 28,
+        mode: Literal["L", "RGB"] = "L",
+    ):
+        if size < 1:
+            raise InputError(f"data.source.size must be at least 1, got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, size, mode
 
     def read(self) -> Labelled:  # noqa: D102
         parts = load_splits(self.path, "imagefolder")
-        pixels = [self._pixels(row) for part in parts for row in column(part, self.image, "data.source.image")]
+        pixels = [pixels for part in parts for pixels in self._pixels(part)]
         labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
         target, names = encode_labels(labels, parts[0].features[self.label])
         num_test = len(parts[1]) if len(parts) > 1 else 0
         return Labelled({"pixel_values": torch.stack(pixels)}, target, names, num_test)
 
-    def _pixels(self, image: Any) -> Float32[Tensor, "channels height width"]:
-        array = np.asarray(image.convert(self.mode).resize((self.size, self.size)), np.float32) / 255
-        return torch.from_numpy(array)[None] if array.ndim == 2 else torch.from_numpy(array).permute(2, 0, 1)
+    def _pixels(self, part: Any) -> Iterator[Float32[Tensor, "channels height width"]]:
+        import datasets
+
+        column(part, self.image, "data.source.image")
+        try:
+            for image in part.cast_column(self.image, datasets.Image(mode=self.mode))[self.image]:
+                array = np.asarray(image.resize((self.size, self.size)), np.float32) / 255
+                yield torch.from_numpy(array.reshape(self.size, self.size, -1)).permute(2, 0, 1)
+        except (TypeError, NotImplementedError, ValueError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+            raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
 
 
 class TextTable(Source):
@@ -129,20 +154,31 @@ class TextTable(Source):
     """
 
     def __init__(self, path: str, tokenizer: str, text: str = "text", label: str = "label", max_length: int = 128):
+        if max_length < 1:
+            raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
 
     def read(self) -> Labelled:  # noqa: D102
         from transformers import AutoTokenizer
 
         parts = load_splits(self.path)
-        texts = [str(value) for part in parts for value in column(part, self.text, "data.source.text")]
+        texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
+        _none_missing(texts, "text")
         labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
         target, names = encode_labels(labels, parts[0].features[self.label])
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
-            raise InputError(f"data.source.tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name") from error
-        encoded = tokenizer(texts, truncation=True, max_length=self.max_length, padding="longest", return_tensors="pt")
+            raise InputError(
+                f"data.source.tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name"
+            ) from error
+        encoded = tokenizer(
+            [str(text) for text in texts],
+            truncation=True,
+            max_length=self.max_length,
+            padding="longest",
+            return_tensors="pt",
+        )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0)
 
@@ -161,6 +197,7 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
         InputError: nothing there, or it cannot be read.
     """
     import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
@@ -175,9 +212,11 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
             raise InputError(f"data.source.path {path}: no such file{hint}")
         else:
             splits = datasets.load_dataset(path)
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0][:80]
         raise InputError(f"data.source.path {path}: cannot be read ({reason})") from error
+    if "train" not in splits:
+        raise InputError(f"data.source.path {path}: has no part named train, only {', '.join(map(str, splits))}")
     return [splits[name] for name in ("train", "test") if name in splits]
 
 
@@ -188,17 +227,29 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
         InputError: there is no such column.
     """
     if name not in table.column_names:
-        raise InputError(f"{key} {name!r}: no such column among {table.column_names}{nearest(name, table.column_names)}")
+        raise InputError(
+            f"{key} {name!r}: no such column among {table.column_names}{nearest(name, table.column_names)}"
+        )
     return table[name]
 
 
 def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " samples"], list[str]]:
-    """Class numbers and names of labels: the feature's own if it is a class label, else the sorted distinct values."""
-    missing = sum(label is None for label in labels)
-    if missing:
-        raise InputError(f"data.source.label: {missing} of {len(labels)} labels are missing; fill or drop those rows")
+    """Class numbers and names of labels: the feature's own if it is a class label, else the sorted distinct values.
+
+    Raises:
+        InputError: a label is missing or no single value.
+    """
+    _none_missing(labels, "label")
+    if not isinstance(labels[0], str | int | float):
+        raise InputError(f"data.source.label: holds {type(labels[0]).__name__}, not one text or number per sample")
     if hasattr(feature, "names"):
+        _none_missing([label if label >= 0 else None for label in labels], "label")
         return torch.tensor(list(labels)), list(feature.names)
     values = sorted(set(labels))
     numbers = {value: number for number, value in enumerate(values)}
     return torch.tensor([numbers[label] for label in labels]), [str(value) for value in values]
+
+
+def _none_missing(values: Sequence[Any], kind: str) -> None:
+    if missing := sum(value is None for value in values):
+        raise InputError(f"data.source.{kind}: {missing} of {len(values)} {kind}s are missing; fill or drop those rows")

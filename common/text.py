@@ -231,9 +231,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return max(len(self.tokens) - 1 + (self.length - 1) * self.keep_partial, 0) // self.length
 
-    def __getitem__(
-        self, indices: Sequence[int]
-    ) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
         """``input_ids`` and ``target``; 0 and -100 where the text has ended."""
         positions = np.asarray(indices)[:, None] * self.length + np.arange(self.length + 1)
         tokens = torch.from_numpy(self.tokens[positions.clip(max=len(self.tokens) - 1)].astype(np.int64))
@@ -351,10 +349,7 @@ def _load(*args: str, **kwargs: Any) -> Any:
 def _rows(rows: Any, column: str, name: str) -> Iterator[Piece]:
     for batch in rows.with_format("arrow").iter(batch_size=100):
         if column not in batch.column_names:
-            fix = (
-                nearest(column, batch.column_names)
-                or f"; there are: {shorten(', '.join(batch.column_names), 60)}"
-            )
+            fix = nearest(column, batch.column_names) or f"; there are: {shorten(', '.join(batch.column_names), 60)}"
             raise InputError(f"{name}: no column {column!r}{fix}")
         for text in batch[column].to_pylist():
             if not isinstance(text, str | None):

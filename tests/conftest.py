@@ -1,6 +1,9 @@
 """Fixtures of all tests."""
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: threads of several would fight
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +52,12 @@ def lm_args(small_text: Path) -> list[str]:
         f"{net}.hidden_size", "32", f"{net}.intermediate_size", "64", f"{net}.num_hidden_layers", "2",
         f"{net}.num_attention_heads", "2", "--model.sample_tokens", "16",
     ]  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have recorded as ``summary``, whichever worker ran them."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "summary":
+                    terminalreporter.write_line(str(value))

@@ -27,7 +27,15 @@ def read_metrics(path: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def _rank(rank: int, world: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    log: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    env: dict[str, str],
+) -> None:
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -83,3 +91,23 @@ def run_ranks(
 def logs(folder: Path) -> str:
     """What the ranks of the last run in a folder printed, to be shown by a failing assertion."""
     return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(folder.glob("rank*.log")))
+
+
+def write_encoder(folder: Path, texts: list[str]) -> Path:
+    """A BERT with new weights, small enough to train in a moment, and its tokenizer, trained on the texts."""
+    import tokenizers
+    import transformers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]"]
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    fast.save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=fast.vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder

@@ -25,7 +25,11 @@ STEP = "global_step"
 
 def checkpoint(step: int, size: int = 10) -> dict[str, Any]:
     """A checkpoint whose one weight has ``size`` numbers."""
-    return {"state_dict": {"weight": torch.full((size,), float(step))}, STEP: step, "loops": {"fit": [1, None]}}
+    return {
+        "state_dict": {"weight": torch.full((size,), float(step))},
+        STEP: step,
+        "loops": {"fit": [1, None]},
+    }
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -96,7 +96,9 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
             codes = run_ranks(run_in, clone, plain[1], shlex.split(plain[2]), world=1, folder=tmp_path)
             assert codes == [0], f"{small}\n{logs(tmp_path)}"
             continue
-        done = subprocess.run(["bash", "-c", small], cwd=clone, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash", "-c", small], cwd=clone, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{small}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.support import ROOT, logs, main_of, read_metrics, run_ranks
 
+
 @pytest.fixture
 def plain_args(lm_args: list[str], tmp_path: Path) -> dict[str, list[str]]:
     """Small nets without dropout or batch norm for each recipe."""

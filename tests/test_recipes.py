@@ -27,7 +27,9 @@ def test_anatomy(recipe: str) -> None:
     assert sum(count for name, count in lines.items() if name.endswith(".py")) <= 250
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")) + sorted((ROOT / "configs").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").rglob("*.yaml")) + sorted((ROOT / "configs").rglob("*.yaml")), ids=str
+)
 def test_configs_say_what_they_are_for(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# "), "the head comment says when to use it"
@@ -107,7 +109,9 @@ def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]
         "kind = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModule) and c.__module__ == m.__name__]\n"
         f"net = kind[0].load_from_checkpoint({str(checkpoint)!r}).net\nprint(sum(p.numel() for p in net.parameters()))"
     )
-    loaded = subprocess.run([*PYTHON, "-c", load], cwd="/", env=environment, capture_output=True, text=True, check=False)
+    loaded = subprocess.run(
+        [*PYTHON, "-c", load], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     assert loaded.returncode == 0, loaded.stderr
     assert int(loaded.stdout.split()[-1]) > 1000
 

@@ -69,9 +69,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [
-            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
-        ]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -193,9 +191,7 @@ def test_confusion_matrix_writes_counts_and_recall() -> None:
 
 
 def test_confusion_matrix_of_many_classes_stays_readable() -> None:
-    figure = report.confusion_matrix(
-        torch.eye(120, dtype=torch.long) * 5, [f"class {place}" for place in range(120)]
-    )
+    figure = report.confusion_matrix(torch.eye(120, dtype=torch.long) * 5, [f"class {place}" for place in range(120)])
     pixels(figure)
     boxes = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
     assert not figure.axes[0].texts

@@ -224,9 +224,7 @@ LLAMA3 = (
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "prefix", "llama3", "metaspace", "characters"])
-def test_cutting_long_documents_changes_no_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
+def test_cutting_long_documents_changes_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     content = inspect.getsource(argparse) + SAMPLE * 9
     if kind in ("gpt2", "llama3"):  # these can also be cut where no space is near
         content = "func(xs);\n\n/yes,\n\t\tgo_\n{\n.zoo,\n/to\n" * 999 + "words\n" * 999 + content
@@ -273,9 +271,7 @@ def write_table(file: Path, rows: list[dict]) -> None:
         file.write_text(lines if file.suffix == ".jsonl" else json.dumps(rows))
 
 
-@pytest.mark.parametrize(
-    "name", ["a.csv", "a.parquet", "a.jsonl", "a.JSONL.gz", "a.json", "odd [1] name*.jsonl"]
-)
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "a.JSONL.gz", "a.json", "odd [1] name*.jsonl"])
 def test_tables(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     documents = [*write_documents(50), "line\r\nends, \"quoted\" and 'naïve'\n"]
     rows = [{"id": i, "body": document} for i, document in enumerate([*documents, *documents[:5]])]
@@ -404,8 +400,7 @@ def test_ranks_that_start_at_once_prepare_once_and_can_fork(tmp_path: Path) -> N
     file.write_text("".join(write_documents(5_000)))
     command = [sys.executable, "-W", "ignore", "-c", RANK, str(file), str(tmp_path / "cache")]
     ranks = [
-        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     try:
         outputs = [rank.communicate(timeout=60) for rank in ranks]
@@ -490,9 +485,7 @@ def test_windows_in_spawned_workers(tmp_path: Path) -> None:
     windows = Windows(np.memmap(tmp_path / "train.bin", np.uint16, "r"), 8, keep_partial=True)
     context = multiprocessing.get_context("spawn")
     order = [[3, 1], [0, 124]]
-    loader = DataLoader(
-        windows, batch_size=None, sampler=order, num_workers=1, multiprocessing_context=context
-    )
+    loader = DataLoader(windows, batch_size=None, sampler=order, num_workers=1, multiprocessing_context=context)
     for indices, (input_ids, target) in zip(order, loader, strict=True):
         assert torch.equal(input_ids, windows[indices][0])
         assert torch.equal(target, windows[indices][1])
@@ -501,9 +494,7 @@ def test_windows_in_spawned_workers(tmp_path: Path) -> None:
 # Mistakes
 
 
-def mistake(
-    tmp_path: Path, path: str | None = None, source: TokenizerSource | None = None, **settings
-) -> str:
+def mistake(tmp_path: Path, path: str | None = None, source: TokenizerSource | None = None, **settings) -> str:
     with pytest.raises(InputError) as caught:
         prepare(path, source or BPE(300), cache_dir=tmp_path / "cache", **settings)
     message = str(caught.value)
@@ -542,9 +533,7 @@ def test_unreadable_text_is_named_with_its_place(tmp_path: Path) -> None:
 def test_missing_column_is_corrected(tmp_path: Path, suffix: str) -> None:
     write_table(tmp_path / f"a.{suffix}", [{"body": "one", "number": 1}, {"body": "two", "number": 2}])
     path = str(tmp_path / f"a.{suffix}")
-    assert mistake(tmp_path, path, column="bodi").endswith(
-        f"a.{suffix}: no column 'bodi'; did you mean 'body'?"
-    )
+    assert mistake(tmp_path, path, column="bodi").endswith(f"a.{suffix}: no column 'bodi'; did you mean 'body'?")
     assert mistake(tmp_path, path).endswith("no column 'text'; there are: body, number")
     assert mistake(tmp_path, path, column="number").endswith("column 'number' holds int; choose one of text")
 
@@ -559,9 +548,7 @@ def test_missing_column_is_corrected(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-30]),
     ],
 )
-def test_broken_table_is_named(
-    tmp_path: Path, name: str, content: bytes, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_table_is_named(tmp_path: Path, name: str, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_bytes(content)
     assert f"/{name}: cannot be read as " in mistake(tmp_path, str(tmp_path / name))
     assert capfd.readouterr().err == ""
@@ -572,12 +559,8 @@ def test_too_little_text(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         assert f"{name}: there is no text in it; name a file" in mistake(tmp_path, str(tmp_path / name))
     (tmp_path / "a.txt").write_text("a")
-    assert mistake(tmp_path, str(tmp_path / "a.txt")).endswith(
-        "tokens are too few to train and validate; add text"
-    )
-    with pytest.raises(
-        InputError, match=r"^5 tokens are too few for a window of 5 and its next; give more text"
-    ):
+    assert mistake(tmp_path, str(tmp_path / "a.txt")).endswith("tokens are too few to train and validate; add text")
+    with pytest.raises(InputError, match=r"^5 tokens are too few for a window of 5 and its next; give more text"):
         Windows(np.arange(5), 5, keep_partial=False)
     with pytest.raises(InputError, match=r"^1 tokens are too few for a window"):
         Windows(np.arange(1), 5, keep_partial=True)
@@ -587,9 +570,7 @@ def test_too_little_text(tmp_path: Path) -> None:
 
 def test_wrong_settings(tmp_path: Path) -> None:
     for fraction in (0.0, 1.0, -0.1):
-        assert mistake(tmp_path, val_fraction=fraction).startswith(
-            f"val_fraction is {fraction}: give a share"
-        )
+        assert mistake(tmp_path, val_fraction=fraction).startswith(f"val_fraction is {fraction}: give a share")
     with pytest.raises(InputError, match=r"^vocab_size is 256: .* at least 257$"):
         BPE(256)
 

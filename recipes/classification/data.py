@@ -1,7 +1,7 @@
 """Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
@@ -42,7 +42,7 @@ class ClassificationData(BaseDataModule):
     """Samples of a source, split so that every part has the classes in the same proportion.
 
     Args:
-        source: where samples come from, by class path: ``common.sources.Digits``, ``IDX``, ``ImageTable``, ``TextTable``.
+        source: where samples come from, by class path: one of ``common.sources``.
         val_fraction: share of all samples that validates.
         test_fraction: share of all samples that tests, if the source has no test split of its own.
         batch_size: samples per rank and micro-batch.
@@ -70,7 +70,9 @@ class ClassificationData(BaseDataModule):
         self.class_names = self.labelled.class_names
         counts = torch.bincount(self.labelled.target, minlength=len(self.class_names))
         if (rare := int(counts.argmin())) >= 0 and counts[rare] < 3:
-            raise InputError(f"data.source: class {self.class_names[rare]!r} has {counts[rare]} samples; a split needs at least 3")
+            raise InputError(
+                f"data.source: class {self.class_names[rare]!r} has {counts[rare]} samples; a split needs at least 3"
+            )
         rest = torch.arange(len(self.labelled.target) - self.labelled.num_test)
         self.test = torch.arange(len(rest), len(self.labelled.target))
         if not self.labelled.num_test:
@@ -78,7 +80,7 @@ class ClassificationData(BaseDataModule):
         self.train, self.val = self._split(rest, val_fraction * len(self.labelled.target) / len(rest))
         self.class_counts: list[int] = torch.bincount(self.labelled.target[self.train], minlength=len(counts)).tolist()
 
-    def _split(self, positions: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    def _split(self, positions: Tensor, fraction: float) -> Any:
         labels = self.labelled.target[positions]
         try:
             first, second = train_test_split(positions, test_size=fraction, stratify=labels, random_state=global_seed())

@@ -57,6 +57,7 @@ class ClassificationModule(BaseModule):
         self.augmentation = nn.Sequential(*augmentation or [])
         self.lr_scales = {"body.": body_lr_scale}
         counts = torch.tensor(class_counts)
+        self.class_weight: Tensor | None
         self.register_buffer("class_weight", counts.sum() / (len(counts) * counts) if balance_classes else None)
         classes = len(class_names)
         metrics = MetricCollection({
@@ -67,8 +68,8 @@ class ClassificationModule(BaseModule):
             "auroc": MulticlassAUROC(classes, thresholds=200),
             "calibration_error": MulticlassCalibrationError(classes),
         })  # fmt: skip
-        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
-        self.confusion = MulticlassConfusionMatrix(classes)
+        self.metrics: Any = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.confusion: Any = MulticlassConfusionMatrix(classes)
 
     @override
     def build_net(self) -> nn.Module:

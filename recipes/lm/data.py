@@ -93,7 +93,9 @@ class LMData(BaseDataModule):
         self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
         self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
         if len(self.corpus.train) <= context:
-            raise InputError(f"data.context {context} is too long for {len(self.corpus.train)} tokens; shorten it or add text")
+            raise InputError(
+                f"data.context {context} is too long for {len(self.corpus.train)} tokens; shorten it or add text"
+            )
 
     @override
     def setup(self, stage: str) -> None:

@@ -46,7 +46,7 @@ class LMModule(BaseModule):
         config.vocab_size, config.eos_token_id = vocab_size, eos_id
         config.bos_token_id = config.pad_token_id = None
         if sample_tokens < 0 or temperature < 0:
-            raise InputError(f"model.sample_tokens {sample_tokens} and model.temperature {temperature} must not be negative")
+            raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
 
     @override
@@ -54,7 +54,7 @@ class LMModule(BaseModule):
         try:
             return AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
         except (ValueError, KeyError) as error:
-            raise InputError(f"model.config: {type(self.config).__name__} makes no causal language model: {error}") from error
+            raise InputError(f"model.config: {type(self.config).__name__} makes no language model: {error}") from error
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""
@@ -83,7 +83,8 @@ class LMModule(BaseModule):
     def generate(self, prompt: Tensor) -> list[int]:
         """Continue a prompt of shape (1, time) by up to ``sample_tokens`` tokens; returns all of them."""
         room = self.config.max_position_embeddings - prompt.shape[1]
-        return self.net.generate(
+        net: Any = self.net
+        return net.generate(
             input_ids=prompt.to(self.device),
             max_new_tokens=min(self.sample_tokens, room),
             do_sample=self.temperature > 0,

@@ -1,4 +1,4 @@
-"""Command line: ``python recipes/lm/train.py {fit,validate,test,predict} [--config FILE] [--key value]``."""
+"""Command line: ``python recipes/lm/train.py {fit,validate,test,predict} [--key value]``."""
 
 import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
 

@@ -1,0 +1,158 @@
+"""What the command line and the YAML files on it say, key by key, and where: the ground for error messages."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from common.errors import InputError, nearest
+
+COMMANDS = ("fit", "validate", "test", "predict")
+GROUPS = ("trainer", "model", "data")
+
+# Names of arguments whose value must not be seen; that of `eos_token` may.
+SECRET = re.compile(
+    r"((api|access|private|secret)_?key|passw(or)?d|secret|authorization|(^|\.)((auth|access|hf)_)?token)$", re.I
+)
+
+
+class Entry(NamedTuple):
+    """A key or list item as it was written."""
+
+    where: str  # file and line, or the flag
+    key: str  # in full
+    node: yaml.Node | str  # what was given for it
+
+
+def check(argv: list[str]) -> None:
+    """Find what YAML and jsonargparse let pass or report badly.
+
+    Raises:
+        InputError: no command is given, a secret is, or a config is missing, holds no keys or repeats one.
+    """
+    if not {"-h", "--help", *COMMANDS} & set(argv):
+        wrong = argv[0] if argv and not argv[0].startswith("-") else ""
+        problem = f"{wrong!r} is no command" if wrong else "the command is missing"
+        raise InputError(problem + (nearest(wrong, COMMANDS) or f"; give one of {', '.join(COMMANDS)}"))
+    for flag, value in _flags(argv):
+        seen: dict[str, str] = {}
+        entries = _read(flag, value)
+        for where, key, node in [Entry(f"--{flag}", flag, value), *entries]:
+            if SECRET.search(key) and getattr(node, "value", node) not in ("", "null", "~"):
+                problem = "is a secret, and runs keep their arguments; give it in the environment"
+                raise InputError(f"{where}: {key}: {problem}")
+        for where, key, node in entries:
+            if key in GROUPS and not isinstance(node, yaml.MappingNode):
+                raise InputError(f"{where}: {key}: holds no keys; write them below it, as in config.yaml")
+            if key in seen:
+                raise InputError(f"{where}: {key}: repeats the key of {seen[key]}; keep one of them")
+            seen[key] = where
+        if flag == "config" and value and (not seen or "[0]" in seen):
+            raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
+
+
+def locate(argv: list[str], default: Path, key: str, names: set[str], values: set[str]) -> tuple[str, str]:
+    """Where a key was written, as file and line or as a flag, and the key in full; empty and the key if nowhere.
+
+    Of the entries at or below the key, the one whose last name and value are among those given; of equals, the one that
+    won in parsing. Without a key, one of both must be.
+
+    Args:
+        argv: the command line.
+        default: the recipe's own config.
+        key: a full key; parts that YAML adds for classes and lists may be left out.
+        names: what may be written below the key.
+        values: and with what value, a path also by its end.
+    """
+    layers = [_read_file(default)]
+    for flag, given in _flags(argv):
+        layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_read(flag, given)])
+    wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
+    for entry in (entry for layer in reversed(layers) for entry in layer):
+        name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
+        if not wanted or f"{name}.".startswith(f"{wanted}."):
+            points = 2 + 2 * (name.split(".")[-1] in names) + 2 * any(_is(text, value) for value in values)
+        else:
+            points = int(isinstance(text, str) and wanted.startswith(f"{name}."))
+        if points > best:
+            best, found = points, entry
+    return found.where, found.key if best > 1 else key
+
+
+def _plain(key: str) -> str:
+    """A key without what classes and lists add to it."""
+    return re.sub(r"\.init_args\b|\[\d+\]", "", key)
+
+
+def _is(text: Any, value: str) -> bool:
+    """Whether a value is what was written, its end, or the path that it became."""
+    if not isinstance(text, str) or not text or not value:
+        return False
+    return text.endswith(value[1:]) if value[0] == "…" else text == value or value.endswith(f"/{text}")
+
+
+def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Flags without their dashes, and what follows them."""
+    for arg, after in zip(argv, [*argv[1:], ""], strict=False):
+        if arg.startswith("-"):
+            flag, equals, value = arg.lstrip("-").partition("=")
+            yield "config" if flag == "c" else flag.removesuffix("+"), value if equals else after
+
+
+def _read(flag: str, value: str) -> list[Entry]:
+    """The entries of the YAML that a flag names or holds; none if its value is no YAML."""
+    config, path, prefix = flag in ("config", *GROUPS), Path(value), "" if flag == "config" else flag
+    if "\n" in value or value.startswith(("{", "[")):
+        try:
+            return list(_walk(_compose(value, f"--{flag}"), prefix, f"--{flag}"))
+        except InputError:
+            if config:
+                raise
+            return []
+    if config and path.is_file():
+        return _read_file(path, prefix)
+    if flag == "config" and value:
+        names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
+        problem = "is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}"
+        raise InputError(f"--config {value}: {problem}")
+    return []
+
+
+def _read_file(path: Path, prefix: str = "") -> list[Entry]:
+    try:
+        return list(_walk(_compose(path.read_text(encoding="utf-8"), str(path)), prefix, str(path)))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:1: not a text file in YAML") from error
+
+
+def _compose(text: str, place: str) -> yaml.Node | None:
+    try:
+        yaml.safe_load(text)  # finds tags and keys that composing lets pass
+        return yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line if error.problem_mark else 0
+        raise InputError(f"{_where(place, line)}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{_where(place, 0)}: not a text file in YAML") from error
+
+
+def _walk(node: yaml.Node | None, prefix: str, place: str) -> Iterator[Entry]:
+    """Every key and list item below a node, in the order of the file."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            # A config that stands before the command has the command as its first level.
+            top = not prefix and key.value in COMMANDS
+            name = "" if top else f"{prefix}.{key.value}".lstrip(".").removesuffix("+")
+            if name:
+                yield Entry(_where(place, key.start_mark.line), name, value)
+            yield from _walk(value, name, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield Entry(_where(place, value.start_mark.line), f"{prefix}[{number}]", value)
+            yield from _walk(value, f"{prefix}[{number}]", place)
+
+
+def _where(place: str, line: int) -> str:
+    return place if place.startswith("--") else f"{place}:{line + 1}"
