@@ -1,12 +1,13 @@
 """What the recipe adds to a bare training loop: ``python benchmarks/overhead.py --path tinyshakespeare.txt``.
 
-The shakespeare preset's net and batches are trained in turns by a plain PyTorch loop and by the recipe, in one process, and
-the medians of their step times compared. Both clip, schedule and read the same windows; only the recipe logs.
+The shakespeare preset's net and batches are trained in turns by a plain PyTorch loop and by the recipe, in one process,
+and the medians of their step times compared. Both clip, schedule and read the same windows; only the recipe logs.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import statistics
 import tempfile
@@ -65,7 +66,7 @@ def recipe(path: str, steps: int) -> float:
             "--trainer.accelerator", "cpu",
         ])  # fmt: skip
     Throughput.on_train_batch_end = plain_end  # type: ignore[method-assign]
-    return statistics.median(after - before for before, after in zip(times, times[1:], strict=False)) * 1e3
+    return statistics.median(after - before for before, after in itertools.pairwise(times)) * 1e3
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ class _StepOnPlateau(Callback):
                     scheduler.step(value)
 
 
+class _WeightedMean(MeanMetric):
+    """A mean that shows NaN: torchmetrics' own drops it, or drops the weights if told to let it pass."""
+
+    @override
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        self.mean_value += value * weight
+        self.weight += weight
+
+
 class BaseModule(L.LightningModule):
     """Subclass it with three methods: ``build_net``, ``shared_step`` and, for ``predict``, ``predict_step``.
 
@@ -75,7 +84,7 @@ class BaseModule(L.LightningModule):
             raise InputError(f"model.l1 must not be negative, got {l1}")
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weight_init, self.l1 = weight_init, l1
-        self.mean_loss: Any = nn.ModuleDict({stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
+        self.mean_loss: Any = nn.ModuleDict({stage: _WeightedMean() for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
         self._log_now = False

@@ -126,7 +126,7 @@ def test_the_command_line_runs_no_code_from_a_checkpoint(
     with pytest.raises(SystemExit) as stop:
         main_of("classification")([command, "--ckpt_path", "evil.ckpt"])
     assert stop.value.code == 2
-    line = f"{work}/evil.ckpt: holds objects, not only weights; name another file with --ckpt_path"
+    line = f"--ckpt_path: {work}/evil.ckpt: holds objects, not only weights; name another file with --ckpt_path"
     assert capsys.readouterr().err.splitlines() == [line]
     assert not (work / "mark").exists()
 

@@ -48,7 +48,7 @@ def keep_counts(recipe: str, args: list[str], path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["lm", "classification"])
 def test_evaluation_counts_every_sample_once(recipe: str, work: Path, plain_args: dict[str, list[str]]) -> None:
-    """361 digits in batches of 7 and an odd number of windows, the last one partial: two ranks cannot share them evenly."""
+    """361 digits in batches of 7, an odd number of windows, the last one partial: no even shares for two ranks."""
     metrics, counts = {}, {}
     for world in (1, 2):
         args = [

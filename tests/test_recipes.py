@@ -106,7 +106,8 @@ def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]
     checkpoint = work / "runs/mine/default/checkpoints/last.ckpt"
     load = (
         "import sys, recipes.mine.module as m\nfrom common.module import BaseModule\n"
-        "kind = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModule) and c.__module__ == m.__name__]\n"
+        "kinds = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModule)]\n"
+        "kind = [c for c in kinds if c.__module__ == m.__name__]\n"
         f"net = kind[0].load_from_checkpoint({str(checkpoint)!r}).net\nprint(sum(p.numel() for p in net.parameters()))"
     )
     loaded = subprocess.run(

@@ -1,7 +1,7 @@
 """A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
 
-The matrix is both recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers}; the suite runs a part of it that
-covers every pair of settings, ``make resume-matrix`` all of it.
+The matrix is both recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers}; the suite runs a part of it
+that covers every pair of settings, ``make resume-matrix`` all of it.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from common.checkpoint import read_checkpoint
 from tests.support import ROOT, logs, main_of, run_ranks
@@ -80,10 +81,8 @@ def write_config(folder: Path, saves: dict[str, Any]) -> Path:
     """A layer with one checkpoint callback, which writes ``last.ckpt``."""
     settings = {"dirpath": "checkpoints", "filename": "last", "enable_version_counter": False, **saves}
     path = folder / "resume.yaml"
-    path.write_text(
-        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
-        f"      init_args: {{{', '.join(f'{k}: {str(v).lower() if isinstance(v, bool) else v}' for k, v in settings.items())}}}\n"
-    )
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     return path
 
 
@@ -99,8 +98,8 @@ def test_killed_run_goes_on_to_the_bit(
         "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / "configs/strategy/ddp.yaml"),
         "--data.batch_size", "4", "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
         "--trainer.devices", str(world), "--trainer.max_epochs", "3", "--trainer.max_steps", "-1",
-        "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1",
-        "--trainer.enable_progress_bar", "false", *settings,
+        "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0",
+        "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false", *settings,
     ]  # fmt: skip
     if recipe == "lm":
         args += [*lm_args, "--model.config.init_args.attention_dropout", "0.1"]
