@@ -199,6 +199,17 @@ class BaseModule(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.on_evaluation_end("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.on_evaluation_end("test")
+
+    def on_evaluation_end(self, stage: Stage) -> None:
+        """Log what follows from the metrics of all batches; called on every rank."""
+
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, count = self.shared_step(batch, stage)
         # A rank whose whole batch is padding has a mean over nothing.

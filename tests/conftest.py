@@ -1,10 +1,13 @@
 """Fixtures of all tests."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: threads of several would fight
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it, and share the prepared corpora
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="recipes-cache-")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +16,10 @@ import torch
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prepared corpora are shared by the tests of a process and by none outside."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp().parent / "cache")
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+def pytest_unconfigure() -> None:
+    """Remove the shared cache when the last process is done."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture

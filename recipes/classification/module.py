@@ -8,15 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
+from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
@@ -60,16 +52,16 @@ class ClassificationModule(BaseModule):
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", counts.sum() / (len(counts) * counts) if balance_classes else None)
         classes = len(class_names)
-        metrics = MetricCollection({
-            "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "precision": MulticlassPrecision(classes),
-            "recall": MulticlassRecall(classes),
-            "f1": MulticlassF1Score(classes),
-            "auroc": MulticlassAUROC(classes, thresholds=200),
-            "calibration_error": MulticlassCalibrationError(classes),
+        collection = MetricCollection({
+            "accuracy": metrics.MulticlassAccuracy(classes, average="micro"),
+            "precision": metrics.MulticlassPrecision(classes),
+            "recall": metrics.MulticlassRecall(classes),
+            "f1": metrics.MulticlassF1Score(classes),
+            "auroc": metrics.MulticlassAUROC(classes, thresholds=200),
+            "calibration_error": metrics.MulticlassCalibrationError(classes),
         })  # fmt: skip
-        self.metrics: Any = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
-        self.confusion: Any = MulticlassConfusionMatrix(classes)
+        self.metrics: Any = nn.ModuleDict({stage: collection.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.confusion: Any = metrics.MulticlassConfusionMatrix(classes)
 
     @override
     def build_net(self) -> nn.Module:
@@ -98,14 +90,7 @@ class ClassificationModule(BaseModule):
         return F.cross_entropy(logits, target), batch.mask.sum()
 
     @override
-    def on_validation_epoch_end(self) -> None:
-        self._keep_confusion()
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._keep_confusion()
-
-    def _keep_confusion(self) -> None:
+    def on_evaluation_end(self, stage: Stage) -> None:
         self._counts = self.confusion.compute().cpu()
         self.confusion.reset()
 

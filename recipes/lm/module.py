@@ -67,14 +67,7 @@ class LMModule(BaseModule):
         return loss, (target != -100).sum()
 
     @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_derived("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_derived("test")
-
-    def _log_derived(self, stage: str) -> None:
+    def on_evaluation_end(self, stage: Stage) -> None:
         loss = self.mean_loss[stage].compute()
         bits = loss / math.log(2) / self.bytes_per_token
         self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
