@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev ## lint, format and types, the same as CI
 	@$(PY) -m pyright --pythonpath $(PY)
 
 resume-matrix: $(VENV)/.installed-dev ## every case of exact resume after kill -9 (long)
-	@$(PY) -m pytest -m matrix -n0 tests/test_resume.py
+	@$(PY) -m pytest -m "" tests/test_resume.py -n2 --dist=load
 
 # torch and the CUDA packages it pulls in stay out: which build is right depends on the machine. pip-compile loses
 # the marker of an extra, and deepspeed installs on Linux only.

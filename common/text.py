@@ -10,6 +10,7 @@ import io
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import re
 import shutil
@@ -377,7 +378,9 @@ class _Plan(NamedTuple):
 
 
 def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: int, folder: Path) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    # A forked process has lost the threads that its parent may have used, and would wait for them for ever.
+    forked = multiprocessing.parent_process() is not None
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if forked else "true"
     look = TextColumn("{task.description:>18}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*look) as progress:
         plan = _plan(_track(source.read(), progress, "reading", None), source.name, val_fraction, seed)
