@@ -196,13 +196,15 @@ def prepare(
     facts = [FORMAT, source.stamp, column, kind, tokenizer.settings(), val_fraction, seed]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / fingerprint
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _build(source, tokenizer, val_fraction, seed, folder)
-    # Off from here on: a worker process forked after the threads were in use would warn, or hang using them.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.exists():
+                    _build(source, tokenizer, val_fraction, seed, folder)
+    finally:
+        # A worker process forked after the threads were in use would warn, or hang using them.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     meta = json.loads((folder / "meta.json").read_text())
     dtype = meta.pop("dtype")
     train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))

@@ -45,6 +45,7 @@ def _rank(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
         )  # fmt: skip
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that another test has used did not survive the fork
     os.environ.update(env)
     import torch
 
