@@ -17,7 +17,13 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
@@ -82,6 +88,31 @@ class Throughput(Callback):
             metrics["perf/mfu"] = rate * pl_module.flops_per_item / self._peak
         pl_module.log_dict(metrics)
         self._items, self._steps, self._since = 0, trainer.global_step, now
+
+
+class RunProgressBar(RichProgressBar):
+    """Counts to the end of the run where ``max_steps`` ends it within an epoch; Lightning's counts the whole epoch."""
+
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the epoch that are trained."""
+        trainer = self.trainer
+        epoch = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return epoch
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return min(epoch, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        # max_epochs says nothing where max_steps decides.
+        ends_by_steps = self.trainer.max_steps >= 0
+        return f"Epoch {current_epoch}" if ends_by_steps else super()._get_train_description(current_epoch)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_progress()  # what is printed from here on stands below the bar
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -161,6 +161,8 @@ class RecipeCLI(LightningCLI):
                     f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"
                 ) from error
             self.config[self.subcommand].ckpt_path = str(checkpoint)
+        elif self.subcommand != "fit" and not _get_rank():
+            print("no --ckpt_path: new weights; give last or best for those of a run", flush=True)
         self._check(self.config[self.subcommand])
 
     @override

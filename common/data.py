@@ -41,21 +41,25 @@ def global_seed() -> int:
 
 def step_seed(*parts: int) -> int:
     """A seed in [0, 2**63) from whole numbers such as (seed, rank, step), without the collisions that sums have."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    # With their number: SeedSequence pads with zeros, so that (seed,) and (seed, 0) would be one seed.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
     """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch.
 
     Raises:
-        InputError: it leaves nothing.
+        InputError: it leaves nothing, or a last optimizer step of fewer micro-batches, whose samples would weigh less.
     """
-    limit = trainer.limit_train_batches
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if limit is None:
         return num_batches
     left = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
     if not left:
         raise InputError(f"trainer.limit_train_batches {limit} leaves none of {num_batches} batches; raise it")
+    if left % accumulate:
+        problem = f"leaves {left} micro-batches, no multiple of accumulate_grad_batches {accumulate}"
+        raise InputError(f"trainer.limit_train_batches {limit} {problem}; try {left + accumulate - left % accumulate}")
     return left
 
 

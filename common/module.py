@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -87,6 +87,7 @@ class BaseModule(L.LightningModule):
         self.mean_loss: Any = nn.ModuleDict({stage: _WeightedMean() for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
+        self._given: list[dict[str, Any]] = []  # the optimizer's arguments that no schedule changes, by group
         self._log_now = False
         self._lr = 0.0
         self._grad_norm = torch.tensor(0.0)
@@ -128,6 +129,17 @@ class BaseModule(L.LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         return [_StepOnPlateau()]
+
+    @override
+    def on_train_start(self) -> None:
+        interval, accumulate = self.trainer.val_check_batch, self.trainer.accumulate_grad_batches
+        if interval != float("inf") and interval % accumulate:
+            problem = f"{interval} micro-batches are no multiple of accumulate_grad_batches {accumulate}"
+            raise InputError(f"trainer.val_check_interval: {problem}; a checkpoint there would lose half a step")
+        # A checkpoint brings the optimizer's arguments of its own run; those given now win.
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        for group, given in zip(groups, self._given, strict=False):
+            group.update(given)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -240,16 +252,20 @@ class BaseModule(L.LightningModule):
             raise InputError("model: every parameter is frozen, there is nothing to train")
         try:
             optimizer = self.optimizer(groups)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             hint = "; common.optim.MuonAdamW takes all of them" if "Muon only" in str(error) else ""
             raise InputError(f"model.optimizer: {error}{hint}") from error
         scale_lr(optimizer)
+        scheduled = ["params"] + ["lr"] * (self.lr_scheduler is not None)
+        self._given = [{k: v for k, v in group.items() if k not in scheduled} for group in optimizer.param_groups]
         if self.lr_scheduler is None:
             return optimizer
         try:
             scheduler = self.lr_scheduler(optimizer)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"model.lr_scheduler: {error}") from error
+        if isinstance(scheduler, CyclicLR | OneCycleLR):
+            self._given = [{k: v for k, v in g.items() if k not in ("momentum", "betas")} for g in self._given]
         if isinstance(scheduler, Schedule):
             scheduler.start(total_steps(self.trainer))
         elif isinstance(scheduler, OneCycleLR) and scheduler.total_steps < total_steps(self.trainer):

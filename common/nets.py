@@ -20,10 +20,12 @@ class ConvNet(nn.Sequential):
         dropout: probability before the head.
 
     Raises:
-        InputError: the images have other channels, or are too small for so many stages.
+        InputError: there is no stage, or the images have other channels or are too small for so many stages.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 1, widths: Sequence[int] = (32, 64), dropout: float = 0.0):
+        if not widths:
+            raise InputError("model.net.widths is empty; give a width for each stage")
         self.in_channels, self.stages = in_channels, len(widths)
         layers: list[nn.Module] = []
         for before, width in zip([in_channels, *widths[:-1]], widths, strict=True):

@@ -20,5 +20,8 @@ if _file and not getattr(_main, "__package__", None) and (Path(_file).resolve().
         _folder = _folder.parent
     # The script's own folder must not shadow top-level modules: its data.py is recipes.<task>.data, never `data`.
     sys.path[0] = str(_folder)
+    # The common beside these recipes, also when the environment has another clone's installed.
+    if (_folder / "common").is_dir():
+        importlib.import_module("common").__path__ = [str(_folder / "common")]
     _main.__package__ = ".".join(_parts)
     importlib.import_module(_main.__package__)

@@ -24,7 +24,7 @@ class Labelled:
 
     Attributes:
         inputs: argument name to values, all of shape (samples, …).
-        target: class numbers.
+        target: class numbers; -1 for samples without labels.
         class_names: a name for each class number.
         num_test: how many samples at the end are the data set's own test split; 0 if it has none.
     """
@@ -104,7 +104,7 @@ class ImageTable(Source):
     Args:
         path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
         image: name of the column of images, or of their files' names or bytes.
-        label: name of the label column.
+        label: name of the label column; None for images without labels, to predict.
         size: height and width that images are resized to, in pixels.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
     """
@@ -113,7 +113,7 @@ class ImageTable(Source):
         self,
         path: str,
         image: str = "image",
-        label: str = "label",
+        label: str | None = "label",
         size: int = 28,
         mode: Literal["L", "RGB"] = "L",
     ):
@@ -124,8 +124,7 @@ class ImageTable(Source):
     def read(self) -> Labelled:  # noqa: D102
         parts = load_splits(self.path, "imagefolder")
         pixels = [pixels for part in parts for pixels in self._pixels(part)]
-        labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
-        target, names = encode_labels(labels, parts[0].features[self.label])
+        target, names = _labels(parts, self.label)
         num_test = len(parts[1]) if len(parts) > 1 else 0
         return Labelled({"pixel_values": torch.stack(pixels)}, target, names, num_test)
 
@@ -149,11 +148,13 @@ class TextTable(Source):
         path: a file or a glob, or a hub name.
         tokenizer: folder or hub name of a transformers tokenizer.
         text: name of the text column.
-        label: name of the label column.
+        label: name of the label column; None for texts without labels, to predict.
         max_length: tokens kept of a text; the longest text decides if it is shorter.
     """
 
-    def __init__(self, path: str, tokenizer: str, text: str = "text", label: str = "label", max_length: int = 128):
+    def __init__(
+        self, path: str, tokenizer: str, text: str = "text", label: str | None = "label", max_length: int = 128
+    ):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
@@ -164,8 +165,7 @@ class TextTable(Source):
         parts = load_splits(self.path)
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
-        labels = [value for part in parts for value in column(part, self.label, "data.source.label")]
-        target, names = encode_labels(labels, parts[0].features[self.label])
+        target, names = _labels(parts, self.label)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
@@ -231,6 +231,13 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
             f"{key} {name!r}: no such column among {table.column_names}{nearest(name, table.column_names)}"
         )
     return table[name]
+
+
+def _labels(parts: Sequence[Any], name: str | None) -> tuple[Int64[Tensor, " samples"], list[str]]:
+    if name is None:
+        return torch.full((sum(map(len, parts)),), -1), []
+    labels = [value for part in parts for value in column(part, name, "data.source.label")]
+    return encode_labels(labels, parts[0].features[name])
 
 
 def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " samples"], list[str]]:

@@ -74,12 +74,12 @@ def test_each_epoch_and_seed_has_its_own_order(monkeypatch: pytest.MonkeyPatch) 
     assert all(60 < count < 140 for count in np.bincount(firsts, minlength=8))
 
 
-@pytest.mark.parametrize("limit", [1.0, None, 7, 0.5, 100])
+@pytest.mark.parametrize("limit", [1.0, None, 8, 0.5, 100])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_position_is_read_off_the_counters(limit: float | None, accumulate: int) -> None:
     settings: dict[str, Any] = {"accumulate": accumulate, "limit": limit}
     sampler = TrainSampler(50, 4, Rank(**settings))
-    length = {1.0: 12, None: 12, 7: 7, 0.5: 6, 100: 12}[limit]
+    length = {1.0: 12, None: 12, 8: 8, 0.5: 6, 100: 12}[limit]
     assert len(sampler) == 12
     assert batches_per_epoch(12, Rank(**settings)) == length
     run = [batch for epoch in range(3) for batch in epoch_of(50, 4, processed=epoch * length, **settings)]
@@ -99,6 +99,7 @@ def test_random_numbers_differ_between_steps_and_ranks() -> None:
 def test_seeds_do_not_collide_as_sums_do() -> None:
     seeds = {parts: step_seed(*parts) for parts in itertools.product(range(30), repeat=3)}
     assert len(set(seeds.values())) == len(seeds)
+    assert step_seed(1) != step_seed(1, 0) != step_seed(1, 0, 0)
     assert step_seed(2**32 - 1, 3) == step_seed(2**32 - 1, 3) != step_seed(2**32 - 1, 2)
 
 
@@ -112,6 +113,13 @@ def test_too_few_samples_are_refused() -> None:
 def test_an_epoch_must_keep_a_batch(limit: float) -> None:
     with pytest.raises(InputError, match=rf"trainer.limit_train_batches {limit} leaves none of 12 batches"):
         batches_per_epoch(12, Rank(limit=limit))
+
+
+@pytest.mark.parametrize("limit", [7, 0.6])
+def test_an_epoch_must_keep_whole_steps(limit: float) -> None:
+    problem = rf"limit_train_batches {limit} leaves 7 micro-batches, no multiple of accumulate_grad_batches 2; try 8"
+    with pytest.raises(InputError, match=problem):
+        batches_per_epoch(12, Rank(limit=limit, accumulate=2))
 
 
 # Evaluation

@@ -15,6 +15,7 @@ import pytest
 import torch
 import wandb.sdk.launch  # noqa: F401  # so that no forked run has to
 import yaml
+from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import RECIPES, ROOT, TINY, logs, main_of, run_ranks
@@ -324,9 +325,13 @@ def test_predictions_do_not_depend_on_ranks(recipe: str, runs: dict[tuple[str, i
         assert [row["prompt"] for row in tables[0]] == ["Help on", "The ", "a, b"]
         assert all(row["text"].startswith(row["prompt"]) and row["text"] != row["prompt"] for row in tables[0])
         return
-    assert len(tables[0]) == 360
+    assert len(tables[0]) == len({row["index"] for row in tables[0]}) == 360
+    labels: Any = load_digits().target  # type: ignore[union-attr]
+    assert all(row["target"] == str(labels[int(row["index"])]) for row in tables[0])
     for one, two in zip(*tables, strict=True):
-        assert one.pop("prediction") == two.pop("prediction")
+        assert [one.pop(key) for key in ("index", "target", "prediction")] == [
+            two.pop(key) for key in ("index", "target", "prediction")
+        ]
         values = [float(value) for value in one.values()]
         assert values == pytest.approx([float(value) for value in two.values()], abs=1e-6)
         assert sum(values) == pytest.approx(1, abs=1e-5)

@@ -129,7 +129,7 @@ def test_l1_must_not_be_negative() -> None:
 
 def a_batch(data: ClassificationData, count: int = 60) -> Batch:
     inputs = {"pixel_values": data.labelled.inputs["pixel_values"][:count]}
-    return Batch(inputs, data.labelled.target[:count], torch.ones(count, dtype=torch.bool))
+    return Batch(inputs, data.labelled.target[:count], torch.arange(count), torch.ones(count, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -465,6 +465,23 @@ def test_padding_does_not_change_an_encoding(reviews: Reviews) -> None:
 def test_an_encoder_learns_on_two_ranks(reviews: Reviews, work: Path) -> None:
     args = [*reviews.args, "--config", str(ROOT / "configs/strategy/ddp.yaml"), "--trainer.devices", "2"]
     assert run_ranks(main_of("classification"), [*args, "--trainer.max_steps", "2"], folder=work) == [0, 0], logs(work)
+
+
+def test_texts_without_labels_are_predicted(reviews: Reviews, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_of("classification")([*reviews.args, "--trainer.max_steps", "2"])
+    (work / "new.csv").write_text("review\na fine film\na dull film\na weak film\n")
+    args = [
+        "predict", "--ckpt_path", "last", "--data.predict_source", "common.sources.TextTable",
+        "--data.predict_source.path", "new.csv", "--data.predict_source.tokenizer", str(reviews.encoder),
+        "--data.predict_source.label", "null",
+    ]  # fmt: skip
+    main_of("classification")([*args, "--data.predict_source.text", "review"])
+    table = list(csv.DictReader((work / "runs/classification/default/predict/predictions.csv").open()))
+    assert [row["index"] for row in table] == ["0", "1", "2"]
+    assert list(table[0]) == ["index", "prediction", "p(bad)", "p(good)"]
+    with pytest.raises(SystemExit):
+        main_of("classification")([*args, "--data.predict_source.text", "text"])
+    assert "--data.predict_source.text: 'text': no such column among ['review']" in capsys.readouterr().err
 
 
 def test_a_missing_encoder_is_named(

@@ -72,6 +72,7 @@ def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
     assert (run / "test/metrics.csv").is_file()
     main(["predict", "--ckpt_path", "last"])
     assert len((run / "predict/predictions.csv").read_text().splitlines()) > 1
+    main(["validate"])
     assert (run / "metrics.csv").is_file(), "later commands leave the training's metrics alone"
     main(["fit", *args])
     assert (work / "runs" / recipe / "default.1/checkpoints/last.ckpt").is_file(), "an earlier run is moved aside"
@@ -80,11 +81,14 @@ def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[str]) -> None:
     main, args = main_of(recipe), tiny(recipe, lm_args)
-    main(["fit", *args, "--model.l1", "0.001", "--seed_everything", "5"])
+    decay = "--model.optimizer.weight_decay"
+    main(["fit", *args, "--model.l1", "0.001", "--seed_everything", "5", decay, "0.3"])
     cli = main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
     assert (cli.model.hparams.l1, cli.trainer.max_steps, cli.trainer.global_step) == (0.001, 5, 5)
-    cli = main(["fit", "--ckpt_path", "last", "--model.l1", "0.5", "--trainer.max_steps", "6"])
+    assert cli.trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.3
+    cli = main(["fit", "--ckpt_path", "last", "--model.l1", "0.5", "--trainer.max_steps", "6", decay, "0.4"])
     assert cli.model.hparams.l1 == 0.5
+    assert cli.trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.4
     # A checkpoint away from its run brings its own hyper-parameters.
     moved = work / "elsewhere.ckpt"
     shutil.copy(work / "runs" / recipe / "default/checkpoints/last.ckpt", moved)
@@ -98,11 +102,14 @@ def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]
     clone = work / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
     shutil.copytree(clone / "recipes" / recipe, clone / "recipes/mine")
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    with (clone / "common/errors.py").open("a") as file:
+        file.write('print("from the clone")\n')
     fit = [*PYTHON, str(clone / "recipes/mine/train.py"), "fit", *tiny(recipe, lm_args)]
-    done = subprocess.run(fit, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    installed = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(fit, cwd=work, env=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+    assert "from the clone" in done.stdout, "common is the one beside the recipe, not the one that is installed"
     checkpoint = work / "runs/mine/default/checkpoints/last.ckpt"
     load = (
         "import sys, recipes.mine.module as m\nfrom common.module import BaseModule\n"
@@ -111,7 +118,12 @@ def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]
         f"net = kind[0].load_from_checkpoint({str(checkpoint)!r}).net\nprint(sum(p.numel() for p in net.parameters()))"
     )
     loaded = subprocess.run(
-        [*PYTHON, "-c", load], cwd="/", env=environment, capture_output=True, text=True, check=False
+        [*PYTHON, "-c", load],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert loaded.returncode == 0, loaded.stderr
     assert int(loaded.stdout.split()[-1]) > 1000

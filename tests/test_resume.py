@@ -19,13 +19,13 @@ from common.checkpoint import read_checkpoint
 from tests.support import ROOT, logs, main_of, run_ranks
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
-# Each epoch has 12 micro-batches, 11 where they are odd.
+# Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
 STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
     "mid_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 5}, 19),
     "step_on_last_batch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 12}, 14),
     "per_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_epochs": 1}, 15),
     "odd_accumulation": (
-        ["--trainer.limit_train_batches", "11", "--trainer.accumulate_grad_batches", "2"],
+        ["--trainer.limit_train_batches", "1.0", "--trainer.accumulate_grad_batches", "2"],
         {"every_n_train_steps": 4},
         17,
     ),
@@ -94,9 +94,10 @@ def test_killed_run_goes_on_to_the_bit(
     recipe: str, world: int, stop: str, workers: int, work: Path, lm_args: list[str]
 ) -> None:
     settings, saves, micro_batch = STOPS[stop]
+    batch_size = TRAINING_SAMPLES[recipe] // (11 * world) if stop == "odd_accumulation" else 4
     args = [
         "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / "configs/strategy/ddp.yaml"),
-        "--data.batch_size", "4", "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
+        "--data.batch_size", str(batch_size), "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
         "--trainer.devices", str(world), "--trainer.max_epochs", "3", "--trainer.max_steps", "-1",
         "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0",
         "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false", *settings,

@@ -1,6 +1,7 @@
 """Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from common.sources import Labelled, Source
 
 
 class Batch(NamedTuple):
-    """Samples as keyword arguments of the net, their classes, and which of them are not padding."""
+    """Samples as keyword arguments of the net, their classes and places in the source, and which are not padding."""
 
     inputs: Mapping[str, Tensor]
     target: Int64[Tensor, " batch"]
+    index: Int64[Tensor, " batch"]
     mask: Bool[Tensor, " batch"]
 
 
@@ -35,7 +37,7 @@ class LabelledDataset(Dataset[Batch]):
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         chosen = self.positions[indices]
         inputs = {name: values[chosen] for name, values in self.data.inputs.items()}
-        return Batch(inputs, self.data.target[chosen], torch.ones(len(indices), dtype=torch.bool))
+        return Batch(inputs, self.data.target[chosen], chosen, torch.ones(len(indices), dtype=torch.bool))
 
 
 class ClassificationData(BaseDataModule):
@@ -43,6 +45,7 @@ class ClassificationData(BaseDataModule):
 
     Args:
         source: where samples come from, by class path: one of ``common.sources``.
+        predict_source: samples that ``predict`` classifies, with or without labels; None for the part that tests.
         val_fraction: share of all samples that validates.
         test_fraction: share of all samples that tests, if the source has no test split of its own.
         batch_size: samples per rank and micro-batch.
@@ -53,6 +56,7 @@ class ClassificationData(BaseDataModule):
     def __init__(
         self,
         source: Source,
+        predict_source: Source | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         batch_size: int = 64,
@@ -65,9 +69,12 @@ class ClassificationData(BaseDataModule):
                 f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must be above 0 and leave "
                 "samples to train on"
             )
+        self.predict_source = predict_source
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.labelled = source.read()
         self.class_names = self.labelled.class_names
+        if not self.class_names:
+            raise InputError("data.source.label is null, but training needs labels; name their column")
         counts = torch.bincount(self.labelled.target, minlength=len(self.class_names))
         if (rare := int(counts.argmin())) >= 0 and counts[rare] < 3:
             raise InputError(
@@ -90,6 +97,14 @@ class ClassificationData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "predict" and self.predict_source is not None:
+            try:
+                given = self.predict_source.read()
+            except InputError as error:
+                raise InputError(str(error).replace("data.source", "data.predict_source")) from error
+            unknown = replace(given, target=torch.full_like(given.target, -1))
+            self.predict_data = LabelledDataset(unknown, torch.arange(len(unknown.target)))
+            return
         self.train_data = LabelledDataset(self.labelled, self.train)
         self.val_data = LabelledDataset(self.labelled, self.val)
         self.test_data = self.predict_data = LabelledDataset(self.labelled, self.test)

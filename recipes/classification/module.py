@@ -102,7 +102,10 @@ class ClassificationModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        probabilities = self(batch)[batch.mask].float().softmax(-1)
+        probabilities, target = self(batch)[batch.mask].float().softmax(-1), batch.target[batch.mask].tolist()
+        known = {"target": [self.class_names[number] for number in target]} if -1 not in target else {}
         best = [self.class_names[number] for number in probabilities.argmax(-1).tolist()]
-        columns = zip(self.class_names, probabilities.T.tolist(), strict=True)
-        return {"prediction": best, **{f"p({name})": column for name, column in columns}}
+        columns = {
+            f"p({name})": column for name, column in zip(self.class_names, probabilities.T.tolist(), strict=True)
+        }
+        return {"index": batch.index[batch.mask].tolist(), **known, "prediction": best, **columns}
