@@ -45,6 +45,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._items, self._steps, self._since = 0, 0, 0.0
+        self._paused: float | None = None
         self._peak: float | None = None
 
     @override
@@ -57,11 +58,15 @@ class Throughput(Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since -= time.perf_counter()
+        self._paused = time.perf_counter()
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since += time.perf_counter()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._paused is not None:  # what other callbacks do after a validation is no training either
+            self._since += time.perf_counter() - self._paused
+            self._paused = None
 
     @override
     def on_train_batch_end(  # type: ignore[override]
@@ -84,8 +89,8 @@ class Throughput(Callback):
 
             unit = 1 if platform.system() == "Darwin" else 1024
             metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-        if self._peak and pl_module.flops_per_item:
-            metrics["perf/mfu"] = rate * pl_module.flops_per_item / self._peak
+        if self._peak and (flops := pl_module.flops_per_item()):
+            metrics["perf/mfu"] = rate * flops / self._peak
         pl_module.log_dict(metrics)
         self._items, self._steps, self._since = 0, trainer.global_step, now
 
@@ -101,8 +106,19 @@ class RunProgressBar(RichProgressBar):
         epoch = trainer.num_training_batches
         if trainer.max_steps < 0:
             return epoch
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return min(epoch, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Showing metrics waits for the device: only where there are new ones, in the step after they were logged.
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 1 % every or self.train_progress_bar_id is None or self.progress is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        else:
+            self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:
@@ -116,7 +132,7 @@ class RunProgressBar(RichProgressBar):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and at ``max_steps``.
+    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and when training ends.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch.
@@ -131,8 +147,24 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # Not when training ends: Lightning then counts an epoch that max_steps cut short as complete.
-        done = trainer.global_step == trainer.max_steps and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if done and self._last_global_step_saved != trainer.global_step:
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        ends = trainer.current_epoch + 1 == trainer.max_epochs and batches.is_last_batch and self._every_n_train_steps
+        stops = trainer.should_stop and not (batch_idx + 1) % trainer.accumulate_grad_batches  # max_time
+        self._save_if(trainer, trainer.global_step == trainer.max_steps or bool(ends) or stops)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._save_if(trainer, trainer.state.fn == "fit" and trainer.should_stop)  # early stopping, or below
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_if(trainer, trainer.should_stop)
+
+    def _save_if(self, trainer: L.Trainer, done: bool) -> None:
+        fresh = self._last_global_step_saved == trainer.global_step or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if done and not fresh:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -234,6 +266,20 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
                 logger.log_hyperparams({**self.config, "environment": environment})
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience  # the one given now wins
+        # In a run that was moved, callbacks would forget which checkpoint is the best: its folder is another.
+        for state in checkpoint["callbacks"].values():
+            before = state.get("dirpath", "")
+            here = str(run_folder(trainer) / Path(before).name)
+            if state.get("best_model_path") and Path(state["best_model_path"].replace(before, here)).exists():
+                state.update({k: v.replace(before, here) for k, v in state.items() if isinstance(v, str)})
+                scores = state["best_k_models"].items()
+                state["best_k_models"] = {path.replace(before, here): score for path, score in scores}
 
     @override
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,8 +13,8 @@ from typing_extensions import override
 from common.errors import InputError
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read tensors and plain values from a checkpoint file, never objects.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read tensors and plain values from a checkpoint file, never objects; with ``mmap`` tensors when they are used.
 
     Raises:
         InputError: the file is missing, damaged, no checkpoint, or holds more than weights and plain values.
@@ -25,13 +25,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         if not zipfile.is_zipfile(path):
             raise EOFError("no archive, hence cut short, or of an older format than any that is written here")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
     except Exception as error:  # damaged bytes make the reader raise nearly anything
         raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"{path}: no checkpoint of a run, it lacks 'state_dict'; {hint}")
+    lacks = {"state_dict", "global_step", "callbacks"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if lacks:
+        raise InputError(f"{path}: no checkpoint of a run, it lacks {min(lacks)!r}; {hint}")
     return checkpoint
 
 

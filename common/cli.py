@@ -108,10 +108,9 @@ class RecipeCLI(LightningCLI):
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
-        allowed = [*ALLOWED, *filter(None, os.environ.get("RECIPES_ALLOW", "").split(","))]
-        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
         default = {"default_config_files": [str(self.recipe_dir / "config.yaml")], "exit_on_error": False}
         with one_line_errors(self, debug):
+            jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_allowed())
             super().__init__(
                 module_class,
                 datamodule_class,
@@ -120,6 +119,7 @@ class RecipeCLI(LightningCLI):
                 parser_class=RecipeParser,
                 # A mistyped flag must not pass as the short form of another.
                 parser_kwargs={"allow_abbrev": False, **{name: dict(default) for name in self.subcommands()}},
+                trainer_defaults={"use_distributed_sampler": False},  # the samplers of common.data know their rank
                 auto_configure_optimizers=False,
                 args=self.argv,
             )
@@ -144,11 +144,11 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(self.argv)
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
-        self.run_dir = (
-            Path(config.trainer.default_root_dir or ".").resolve() / "runs" / self.recipe_dir.name / config.name
-        )
-        if Path(config.name).name != config.name or config.name in ("", ".", ".."):
-            raise InputError(f"--name {config.name!r} must be a plain folder name")
+        self._set_run_dir(config)
+        if self.subcommand != "fit" and not config.get("ckpt_path"):
+            config.ckpt_path = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
+            if not _get_rank():
+                print(f"--ckpt_path {config.ckpt_path or 'is not given: these are new weights'}", flush=True)
         if config.get("ckpt_path"):
             checkpoint = self._find_checkpoint(str(config.ckpt_path))
             where = self.argv.index(self.subcommand) + 1
@@ -161,13 +161,25 @@ class RecipeCLI(LightningCLI):
                     f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"
                 ) from error
             self.config[self.subcommand].ckpt_path = str(checkpoint)
-        elif self.subcommand != "fit" and not _get_rank():
-            print("no --ckpt_path: new weights; give last or best for those of a run", flush=True)
+            self._set_run_dir(self.config[self.subcommand])
+            if self.subcommand != "fit" and not self._is_of_this_run(checkpoint) and self.run_dir.exists():
+                raise InputError(
+                    f"--ckpt_path {checkpoint}: is not of the run {self.run_dir}; give --name another name"
+                )
         self._check(self.config[self.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:
         """Done in ``parse_arguments``; Lightning's lets a checkpoint's hyper-parameters win over the user's flags."""
+
+    def _set_run_dir(self, config: Any) -> None:
+        if Path(config.name).name != config.name or config.name in ("", ".", ".."):
+            raise InputError(f"--name {config.name!r} must be a plain folder name")
+        root = Path(config.trainer.default_root_dir or ".").resolve()
+        self.run_dir = root / "runs" / self.recipe_dir.name / config.name
+
+    def _is_of_this_run(self, checkpoint: str | Path | None) -> bool:
+        return checkpoint is not None and self.run_dir in Path(checkpoint).parents
 
     def _find_checkpoint(self, name: str) -> Path:
         if name not in ("last", "best"):
@@ -204,6 +216,8 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"trainer.{key} must be above 0, got {value}")
         if not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
+        if config.trainer.use_distributed_sampler:
+            raise InputError("trainer.use_distributed_sampler must be false: the loaders share the data out themselves")
         if config.trainer.overfit_batches:
             raise InputError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
 
@@ -211,8 +225,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         keep = ("seed_everything", "name", "trainer", "model", "data")
-        config.trainer.logger = _one_per_folder(config.trainer.logger)
-        config.trainer.callbacks = _without_repeats(config.trainer.callbacks)
+        config.trainer.logger = _last_of_each(config.trainer.logger)
+        config.trainer.callbacks = _last_of_each(config.trainer.callbacks)
         resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in keep}
         self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
@@ -227,12 +241,12 @@ class RecipeCLI(LightningCLI):
 
         Called when everything is built, so that a mistake found until then leaves the earlier run where it is.
         """
-        if self.config.fit.trainer.fast_dev_run or _get_rank():
+        if self.config.fit.trainer.fast_dev_run or self.trainer.global_rank:
             return
-        resuming = self.config.fit.ckpt_path is not None
+        resuming = self._is_of_this_run(self.config.fit.ckpt_path)
         metrics = self.run_dir / "metrics.csv"
         if resuming and metrics.exists():
-            step = read_checkpoint(self.config.fit.ckpt_path)["global_step"]
+            step = read_checkpoint(self.config.fit.ckpt_path, mmap=True)["global_step"]
             segment = metrics.with_name(f"metrics.until-step-{step}.csv")
             number = 1
             while segment.exists():
@@ -295,23 +309,25 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
 
 
-def _without_repeats(items: Any) -> Any:
-    """A layer that is given again when a run is resumed must not append its callbacks a second time."""
+def _last_of_each(items: Any) -> Any:
+    """Of loggers or callbacks that do the same, the last: a layer given again on resume may have other settings."""
     if not isinstance(items, list):
         return items
-    return [item for number, item in enumerate(items) if item not in items[:number]]
+
+    def purpose(item: Any) -> tuple[Any, ...]:
+        settings = item.get("init_args", {})
+        return item.class_path, *(settings.get(key) for key in ("save_dir", "dirpath", "filename", "monitor"))
+
+    return list({purpose(item): item for item in items}.values())
 
 
-def _one_per_folder(loggers: Any) -> Any:
-    """Of loggers of one class in one folder, the last: a layer given again may have other settings."""
-    if not isinstance(loggers, list):
-        return loggers
-
-    def place(logger: Any) -> tuple[Any, ...]:
-        settings = logger.get("init_args", {})
-        return logger.class_path, settings.get("save_dir"), settings.get("dirpath")
-
-    return list({place(logger): logger for logger in loggers}.values())
+def _allowed() -> list[str]:
+    """Packages whose classes a config may name."""
+    own = [name.strip() for name in os.environ.get("RECIPES_ALLOW", "").split(",") if name.strip()]
+    for name in own:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(f"RECIPES_ALLOW: {name!r} is no name of a package; separate several by commas")
+    return [*ALLOWED, *own]
 
 
 def _trainer_mistake(message: str) -> str:

@@ -52,7 +52,7 @@ def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
         InputError: it leaves nothing, or a last optimizer step of fewer micro-batches, whose samples would weigh less.
     """
     limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    if limit is None:
+    if limit is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return num_batches
     left = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
     if not left:
@@ -103,6 +103,33 @@ class TrainSampler(Sampler[Positions]):
             yield Positions(mine.tolist(), self.batch_size, step_seed(seed, epoch, step, trainer.global_rank))
 
 
+def geometry(trainer: L.Trainer) -> dict[str, int]:
+    """How the training data is shared out: samples of a global batch, and micro-batches of an epoch and of a step."""
+    sampler: TrainSampler = trainer.datamodule.train_dataloader().sampler  # type: ignore[attr-defined]
+    per_epoch = batches_per_epoch(sampler.num_batches, trainer)
+    return {"batch": sampler.global_batch, "per_epoch": per_epoch, "per_step": trainer.accumulate_grad_batches}
+
+
+def move_position(progress: dict[str, Any], before: dict[str, int], now: dict[str, int]) -> None:
+    """Rewrite a checkpoint's count of micro-batches for another :func:`geometry`, at the whole step before its place.
+
+    Args:
+        progress: state of Lightning's ``batch_progress``, changed in place.
+        before: the geometry that it was counted in.
+        now: the geometry that it is to be counted in.
+    """
+    epochs, inside = divmod(progress["total"]["processed"], before["per_epoch"])
+    steps = inside * before["batch"] // (now["batch"] * now["per_step"])
+    moved = min(steps * now["per_step"], now["per_epoch"])
+    at_end = not inside and progress["current"]["processed"]
+    for count, to in (
+        (progress["total"], epochs * now["per_epoch"] + moved),
+        (progress["current"], now["per_epoch"] if at_end else moved),
+    ):
+        shift = to - count["processed"]
+        count.update({key: max(value + shift, 0) for key, value in count.items()})
+
+
 class EvalSampler(Sampler[Positions]):
     """Every sample once, in order, with the same number of batches on every rank.
 
@@ -148,7 +175,8 @@ class BaseDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per rank and micro-batch in training.
         eval_batch_size: the same in evaluation; None for ``batch_size``.
-        num_workers: reading processes per loader; 0 reads in the training process.
+        num_workers: reading processes per loader; 0 reads in the training process. None for 0, and 2 on GPUs, which
+            would wait for it.
     """
 
     train_data: BatchDataset
@@ -156,14 +184,14 @@ class BaseDataModule(L.LightningDataModule):
     test_data: BatchDataset
     predict_data: BatchDataset
 
-    def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int = 0):
+    def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int | None = None):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
-            if getattr(self, key) < least:
-                raise InputError(f"data.{key} must be at least {least}, got {getattr(self, key)}")
+            if (value := getattr(self, key)) is not None and value < least:
+                raise InputError(f"data.{key} must be at least {least}, got {value}")
 
     @property
     def _trainer(self) -> L.Trainer:
@@ -176,7 +204,7 @@ class BaseDataModule(L.LightningDataModule):
             _Batches(dataset),
             batch_size=None,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=2 * on_gpu if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
             persistent_workers=False,
         )
@@ -209,7 +237,6 @@ def total_steps(trainer: L.Trainer) -> int:
     """
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        sampler: TrainSampler = trainer.datamodule.train_dataloader().sampler  # type: ignore[attr-defined]
-        batches = batches_per_epoch(sampler.num_batches, trainer)
-        limits.append(-(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
+        epoch = geometry(trainer)
+        limits.append(epoch["per_epoch"] // epoch["per_step"] * trainer.max_epochs)
     return min(limits, default=-1)

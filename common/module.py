@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from common.data import global_seed, step_seed, total_steps
+from common.data import geometry, global_seed, move_position, step_seed, total_steps
 from common.errors import InputError, nearest
 from common.optim import Schedule, param_groups, scale_lr
 
@@ -45,12 +45,17 @@ class _StepOnPlateau(Callback):
 
 
 class _WeightedMean(MeanMetric):
-    """A mean that shows NaN: torchmetrics' own drops it, or drops the weights if told to let it pass."""
+    """A mean that shows NaN: torchmetrics' own drops it, or drops the weights if told to let it pass.
+
+    It adds up in fp64 (fp32 where the device has none): 16-bit sums, which ``bf16-true`` makes of a metric's state,
+    stop growing after some hundred batches.
+    """
 
     @override
     def update(self, value: Tensor, weight: Tensor) -> None:
-        self.mean_value += value * weight
-        self.weight += weight
+        dtype = torch.float32 if value.device.type == "mps" else torch.float64
+        self.mean_value = self.mean_value.to(dtype) + value.to(dtype) * weight
+        self.weight = self.weight.to(dtype) + weight
 
 
 class BaseModule(L.LightningModule):
@@ -68,7 +73,6 @@ class BaseModule(L.LightningModule):
 
     net: nn.Module
     unit: Literal["samples", "tokens"] = "samples"
-    flops_per_item: float | None = None
     lr_scales: Mapping[str, float] | None = None
 
     def __init__(
@@ -88,6 +92,7 @@ class BaseModule(L.LightningModule):
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
         self._given: list[dict[str, Any]] = []  # the optimizer's arguments that no schedule changes, by group
+        self._rates: list[float] = []  # and the rates that a schedule of torch starts from
         self._log_now = False
         self._lr = 0.0
         self._grad_norm = torch.tensor(0.0)
@@ -112,6 +117,10 @@ class BaseModule(L.LightningModule):
         """Samples in a batch of this rank, or tokens if ``unit`` says so: what throughput counts."""
         return len(batch.mask)
 
+    def flops_per_item(self) -> float | None:
+        """Floating-point operations of a training step per item, for MFU; None where they are not known."""
+        return None
+
     @override
     def configure_model(self) -> None:
         if hasattr(self, "net"):
@@ -132,7 +141,7 @@ class BaseModule(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        interval, accumulate = self.trainer.val_check_batch, self.trainer.accumulate_grad_batches
+        interval, accumulate = self.trainer.val_check_batch or 1, self.trainer.accumulate_grad_batches
         if interval != float("inf") and interval % accumulate:
             problem = f"{interval} micro-batches are no multiple of accumulate_grad_batches {accumulate}"
             raise InputError(f"trainer.val_check_interval: {problem}; a checkpoint there would lose half a step")
@@ -140,6 +149,10 @@ class BaseModule(L.LightningModule):
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         for group, given in zip(groups, self._given, strict=False):
             group.update(given)
+        for group, rate in zip(groups, self._rates, strict=False):
+            if group.get("initial_lr", rate) != rate:
+                problem = f"{rate} is not the checkpoint's {group['initial_lr']}, which its lr_scheduler goes on from"
+                raise InputError(f"model.optimizer.lr: {problem}; those of common.optim can change it")
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -152,7 +165,11 @@ class BaseModule(L.LightningModule):
         loss, _ = self.shared_step(batch, "train")
         self._losses.append((self.trainer.global_step, loss.detach()))
         if self.l1:
-            return loss + self.l1 * torch.stack([p.abs().sum() for p in self.parameters() if p.ndim >= 2]).sum()
+            return (
+                loss
+                + self.l1
+                * torch.stack([p.abs().sum() for p in self.net.parameters() if p.ndim >= 2 and p.requires_grad]).sum()
+            )
         return loss
 
     @override
@@ -191,13 +208,22 @@ class BaseModule(L.LightningModule):
         if self._losses:
             self._checked_losses()
         self._check_weights()
+        checkpoint["geometry"] = geometry(self.trainer)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        before, now = checkpoint["geometry"], geometry(self.trainer)
+        if before != now:
+            move_position(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], before, now)
 
     @override
     def on_validation_start(self) -> None:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        if not all(p.isfinite().all() for p in self.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.parameters()]).all():
             raise InputError(
                 f"weights are not finite after step {self.trainer.global_step - 1}: lower model.optimizer.lr or set "
                 "trainer.gradient_clip_val; the last checkpoint is intact"
@@ -225,7 +251,7 @@ class BaseModule(L.LightningModule):
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, count = self.shared_step(batch, stage)
         # A rank whose whole batch is padding has a mean over nothing.
-        self.mean_loss[stage].update(torch.where(count > 0, loss.float(), 0.0), count)
+        self.mean_loss[stage].update(torch.where(count > 0, loss, 0.0), count)
         self.log(f"{stage}/loss", self.mean_loss[stage], prog_bar=True)
 
     @override
@@ -255,6 +281,9 @@ class BaseModule(L.LightningModule):
         except (ValueError, TypeError, ArithmeticError) as error:
             hint = "; common.optim.MuonAdamW takes all of them" if "Muon only" in str(error) else ""
             raise InputError(f"model.optimizer: {error}{hint}") from error
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and self.trainer.precision == "16-mixed":
+            problem = "clips and logs gradients before it undoes their loss scaling; drop it, or take bf16-mixed"
+            raise InputError(f"model.optimizer.fused: with trainer.precision 16-mixed it {problem}")
         scale_lr(optimizer)
         scheduled = ["params"] + ["lr"] * (self.lr_scheduler is not None)
         self._given = [{k: v for k, v in group.items() if k not in scheduled} for group in optimizer.param_groups]
@@ -266,9 +295,12 @@ class BaseModule(L.LightningModule):
             raise InputError(f"model.lr_scheduler: {error}") from error
         if isinstance(scheduler, CyclicLR | OneCycleLR):
             self._given = [{k: v for k, v in g.items() if k not in ("momentum", "betas")} for g in self._given]
+        self._rates = []
         if isinstance(scheduler, Schedule):
             scheduler.start(total_steps(self.trainer))
-        elif isinstance(scheduler, OneCycleLR) and scheduler.total_steps < total_steps(self.trainer):
+        else:
+            self._rates = [group.get("initial_lr", 0.0) for group in optimizer.param_groups]
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < total_steps(self.trainer):
             problem = f"{scheduler.total_steps} is less than the run's {total_steps(self.trainer)}"
             raise InputError(f"model.lr_scheduler.total_steps {problem}")
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from common.errors import InputError
 
@@ -80,10 +81,15 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, num_classes: int, name: str, freeze: bool = False, dropout: float = 0.1):
         super().__init__()
+        disable_progress_bar()  # it stands on stderr
         try:
-            self.body = AutoModel.from_pretrained(name, use_safetensors=True)
+            self.body = AutoModel.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, dtype=torch.get_default_dtype()
+            )
         except (OSError, ValueError) as error:
-            raise InputError(f"model.net name {name!r}: neither a folder with an encoder nor a hub name") from error
+            reason = str(error).splitlines()[0][:80]
+            problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
+            raise InputError(f"model.net name {name!r}: {problem}") from error
         if hasattr(self.body, "pooler"):
             self.body.pooler = None  # unused here, which distributed training refuses
         self.body.requires_grad_(not freeze)

@@ -65,11 +65,12 @@ def read_metrics(run_dir: Path) -> Series:
         For each metric its optimizer steps, ascending, and finite values. Empty where nothing was logged.
     """
     earlier = run_dir.glob("metrics.until-step-*.csv")
-    segments = sorted(((int(path.stem.rpartition("-")[2]), path) for path in earlier), reverse=True)
+    numbers = {path: [int(part) for part in path.stem.rpartition("-")[2].split(".")] for path in earlier}
+    segments = sorted(((number[0], number, path) for path, number in numbers.items()), reverse=True)
     history: list[dict[str, str]] = []
     end = math.inf
     # Newest first: a file supersedes what older ones hold from its first step on.
-    for limit, path in [(math.inf, run_dir / "metrics.csv"), *segments]:
+    for limit, _, path in [(math.inf, [], run_dir / "metrics.csv"), *segments]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         # A killed run can leave half a last line, whose last number would be wrong.
         rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))

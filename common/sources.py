@@ -167,11 +167,10 @@ class TextTable(Source):
         _none_missing(texts, "text")
         target, names = _labels(parts, self.label)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"data.source.tokenizer {self.tokenizer!r}: neither a folder with a tokenizer nor a hub name"
-            ) from error
+            problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
+            raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
         encoded = tokenizer(
             [str(text) for text in texts],
             truncation=True,

@@ -1,7 +1,7 @@
 """Text for language models: any source → documents → tokenizer → token files → windows of tokens.
 
-A corpus is prepared once, in streaming passes whose memory stays flat, and kept under a fingerprint of its
-source and settings; later runs only map the files.
+A corpus is prepared once, in streaming passes that keep 24 bytes per document in memory, and kept under a
+fingerprint of its source and settings; later runs only map the files.
 """
 
 import glob
@@ -125,11 +125,11 @@ class Pretrained(TokenizerSource):
             if path.is_file():
                 found = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
-                found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name)
+                found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name, trust_remote_code=False)
             tokenizer: Tokenizer = found.backend_tokenizer
         except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
             fix = "give a folder, a tokenizer.json or a hub name"
-            raise InputError(f"{name}: no fast tokenizer there; {fix}") from error
+            raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 50)}); {fix}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # A bare tokenizer.json does not say which token ends a text.

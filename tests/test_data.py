@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.data import BaseDataModule, EvalSampler, Positions, TrainSampler, batches_per_epoch, step_seed, total_steps
+from common.data import (
+    BaseDataModule,
+    EvalSampler,
+    Positions,
+    TrainSampler,
+    batches_per_epoch,
+    move_position,
+    step_seed,
+    total_steps,
+)
 from common.errors import InputError
 
 
@@ -24,6 +33,7 @@ class Rank(L.Trainer):
     ):
         self.world, self.rank = world, rank
         self.accumulate_grad_batches, self.limit_train_batches = accumulate, limit  # type: ignore[assignment]
+        self.fast_dev_run = False
         total = SimpleNamespace(processed=processed)
         self.fit_loop: Any = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
 
@@ -120,6 +130,36 @@ def test_an_epoch_must_keep_whole_steps(limit: float) -> None:
     problem = rf"limit_train_batches {limit} leaves 7 micro-batches, no multiple of accumulate_grad_batches 2; try 8"
     with pytest.raises(InputError, match=problem):
         batches_per_epoch(12, Rank(limit=limit, accumulate=2))
+
+
+def test_a_position_moves_with_the_samples() -> None:
+    """Two ranks instead of one, and steps of two micro-batches: the next whole step takes the next samples."""
+    before = {"batch": 4, "per_epoch": 12, "per_step": 1}
+    now = {"batch": 8, "per_epoch": 6, "per_step": 2}
+    for done, moved, at_end in [
+        (0, 0, 0),
+        (3, 0, 0),
+        (4, 2, 0),
+        (7, 2, 0),
+        (11, 4, 0),
+        (12, 6, 6),
+        (16, 8, 0),
+        (24, 12, 6),
+    ]:
+        inside = done % 12 or (12 if done else 0)
+        counts = {"ready": 0, "started": 0, "processed": 0, "completed": -1}  # as when a step is saved
+        progress: dict[str, Any] = {
+            "total": {key: max(done + lag, 0) for key, lag in counts.items()},
+            "current": {key: max(inside + lag, 0) for key, lag in counts.items()},
+        }
+        move_position(progress, before, now)
+        assert progress["total"]["ready"] == progress["total"]["processed"] == moved, done
+        assert progress["total"]["completed"] == max(moved - 1, 0), done
+        assert progress["current"]["processed"] == (at_end or moved % 6), done
+        assert moved * 8 <= done * 4 < (moved + 2) * 8
+    progress = {"total": {"processed": 3}, "current": {"processed": 3}}
+    move_position(progress, now, before)
+    assert progress == {"total": {"processed": 6}, "current": {"processed": 6}}
 
 
 # Evaluation
@@ -223,7 +263,7 @@ def test_evaluation_takes_the_batch_size_of_training() -> None:
         ({"max_epochs": 3, "limit_train_batches": 2}, 6),
         ({"max_epochs": 3, "limit_train_batches": 0.5}, 6),
         ({"max_epochs": 3, "accumulate_grad_batches": 2}, 6),
-        ({"max_epochs": 3, "accumulate_grad_batches": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2, "limit_train_batches": 4}, 6),
         ({"max_epochs": -1}, -1),
         ({"max_epochs": -1, "max_steps": 9}, 9),
     ],

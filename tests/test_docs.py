@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import RECIPES, ROOT, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, logs, main_of, run_ranks, write_encoder
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")])
 
@@ -22,22 +22,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")])
 def commands(page: Path) -> list[str]:
     """The lines of the page's shell blocks, without comments and without what needs make."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = [block.replace("\\\n", " ") for block in blocks]
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("make ")]
-
-
-def tiny_encoder(folder: Path) -> None:
-    """A BERT of two layers and a tokenizer of words, as transformers saves them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "good", "bad", "a", "film", "very"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(folder)
-    config = BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    BertModel(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts[:20]))
     rows = [f"a {'very ' * (n % 3)}{word} film,{word}" for n in range(40) for word in ("good", "bad")]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
-    tiny_encoder(folder / "sentence-transformers/all-MiniLM-L6-v2")
+    write_encoder(folder / "sentence-transformers/all-MiniLM-L6-v2", rows)
     generator = np.random.default_rng(0)
     (folder / "fashion-mnist").mkdir()
     for part, size in (("train", 200), ("t10k", 50)):

@@ -191,7 +191,7 @@ def test_a_schedule_goes_on_where_it_stood() -> None:
         ({"max_steps": 5}, 5),
         ({"max_epochs": 2, "limit_train_batches": 3}, 6),
         ({"max_epochs": 2, "limit_train_batches": 0.05}, 2 * 7),  # of 157 batches
-        ({"max_epochs": 2, "limit_train_batches": 5, "accumulate_grad_batches": 2}, 6),
+        ({"max_epochs": 2, "limit_train_batches": 6, "accumulate_grad_batches": 2}, 6),
         ({"max_epochs": 3, "limit_train_batches": 4, "accumulate_grad_batches": 2, "max_steps": 5}, 5),
         ({"max_epochs": 1, "max_steps": 1000, "limit_train_batches": 2}, 2),
     ],
@@ -267,17 +267,17 @@ def test_schedulers_of_torch_step_as_in_a_plain_loop(name: str, settings: dict[s
             {
                 "max_epochs": 2,
                 "limit_train_batches": 6,
-                "val_check_interval": 3,
+                "val_check_interval": 2,
                 "accumulate_grad_batches": 2,
             },
-            [0, 1, 1, 2, 3, 3],
+            [0, 1, 2, 3, 4, 5],
         ),
     ],
 )
 def test_reduce_on_plateau_follows_the_validations(
     settings: dict[str, Any], validations: list[int], work: Path
 ) -> None:
-    never_better = {"threshold": 100.0, "threshold_mode": "abs", "patience": 0, "factor": 0.5}
+    never_better = {"threshold": 1.0e9, "threshold_mode": "abs", "patience": 0, "factor": 0.5}
     monitor = {"monitor": "val/accuracy", "mode": "max"}
     plateau = a_class("lightning.pytorch.cli.ReduceLROnPlateau", **never_better, **monitor)
     flags = [part for key, value in settings.items() for part in (f"--trainer.{key}", str(value))]
@@ -287,7 +287,7 @@ def test_reduce_on_plateau_follows_the_validations(
 
 def test_reduce_on_plateau_is_resumed(work: Path) -> None:
     """Torch's own, which monitors val/loss, from a checkpoint that was written in a validation it stepped after."""
-    never_better = {"threshold": 100.0, "threshold_mode": "abs", "patience": 0, "factor": 0.5}
+    never_better = {"threshold": 1.0e9, "threshold_mode": "abs", "patience": 0, "factor": 0.5}
     plateau = layer(work, lr_scheduler=a_class("torch.optim.lr_scheduler.ReduceLROnPlateau", **never_better))
     args = [*plateau, "--model.optimizer.lr", "0.8", "--trainer.limit_train_batches", "2"]
     best = work / "runs/classification/default/checkpoints/best.ckpt"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import RECIPES, ROOT, TINY, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 LIMITS = {"README.md": 80, "config.yaml": 60, "data.py": 110, "module.py": 115, "train.py": 25}
 PYTHON = [sys.executable, "-W", "ignore"]
@@ -148,8 +148,65 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("layer", sorted((ROOT / "configs/precision").glob("*.yaml")), ids=lambda path: path.stem)
-def test_precision_layers_train(recipe: str, layer: Path, work: Path, lm_args: list[str]) -> None:
-    args = ["fit", *tiny(recipe, lm_args), "--config", str(layer), "--trainer.max_steps", "2"]
-    codes = run_ranks(main_of(recipe), args, world=1, folder=work)
-    assert codes == [0], logs(work)
+def test_precision_layers_train(recipe: str, work: Path, lm_args: list[str]) -> None:
+    """The layers find about the same validation loss after two steps."""
+    losses = {}
+    for layer in (ROOT / "configs/precision").glob("*.yaml"):
+        args = ["fit", *tiny(recipe, lm_args), "--config", str(layer), "--trainer.max_steps", "2", "--name", layer.stem]
+        codes = run_ranks(main_of(recipe), args, world=1, folder=work)
+        assert codes == [0], logs(work)
+        losses[layer.stem] = read_metrics(work / "runs" / recipe / layer.stem / "metrics.csv", "val/loss")[-1]
+    assert len(losses) == 5
+    assert list(losses.values()) == pytest.approx([losses["fp32"]] * len(losses), rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_checkpoint_goes_on_in_its_own_run(
+    recipe: str, work: Path, lm_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever names it, and at another batch size; that of another run starts a run of its own."""
+    main, args, runs = main_of(recipe), tiny(recipe, lm_args), work / "runs" / recipe
+    main(["fit", *args])
+    main(["fit", *args, "--name", "other"])
+    default = {path: path.read_bytes() for path in (runs / "default").rglob("*") if path.is_file()}
+    checkpoint = str(runs / "other/checkpoints/last.ckpt")
+    main(["fit", "--ckpt_path", checkpoint, "--trainer.max_steps", "6", "--data.batch_size", "2"])
+    assert [path.name for path in (runs / "other").glob("metrics*.csv")] != ["metrics.csv"]
+    main(["test", "--ckpt_path", checkpoint])
+    assert (runs / "other/test/metrics.csv").is_file()
+    assert default == {path: path.read_bytes() for path in default}
+    shutil.copy(checkpoint, work / "away.ckpt")
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", "away.ckpt"])
+    assert "is not of the run" in capsys.readouterr().err
+    main(["fit", "--ckpt_path", "away.ckpt", "--trainer.max_steps", "8"])
+    assert (runs / "default.1/checkpoints/last.ckpt").is_file(), "the run that had the name is moved aside"
+    main(["test"])
+    assert "--ckpt_path best\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_moved_run_keeps_its_best(
+    recipe: str, work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = main_of(recipe)
+    main(["fit", *tiny(recipe, lm_args)])
+    (work / "runs").rename(work / "moved")
+    (work / "elsewhere").mkdir()
+    (work / "moved").rename(work / "elsewhere/runs")
+    monkeypatch.chdir(work / "elsewhere")
+    cli = main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5", "--model.optimizer.lr", "0.0"])
+    best = next(callback for callback in cli.trainer.checkpoint_callbacks if callback.monitor)
+    assert best.best_model_path == str(work / f"elsewhere/runs/{recipe}/default/checkpoints/best.ckpt")
+
+
+def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
+    def layer(patience: int) -> list[str]:
+        stop = {"monitor": "val/loss", "patience": patience}
+        callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
+        (work / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+        return ["--config", str(work / "stop.yaml")]
+
+    main_of("lm")(["fit", *tiny("lm", lm_args), *layer(5)])
+    cli = main_of("lm")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5", *layer(7)])
+    assert [callback.patience for callback in cli.trainer.early_stopping_callbacks] == [7]

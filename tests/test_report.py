@@ -117,6 +117,15 @@ def test_sparse_rows_become_series_without_gaps_and_non_finite_values(tmp_path: 
             [0] * 5 + [2] * 3,
         ),
         ([("metrics.until-step-10.csv", 0, 14)], [0] * 10),
+        (  # twice from the same step
+            [
+                ("metrics.until-step-10.csv", 0, 14),
+                ("metrics.until-step-10.1.csv", 10, 12),
+                ("metrics.until-step-10.2.csv", 10, 11),
+                ("metrics.csv", 10, 12),
+            ],
+            [0] * 10 + [3] * 3,
+        ),
         (  # compared as numbers, not as text
             [
                 ("metrics.until-step-9.csv", 0, 9),

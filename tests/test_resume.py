@@ -30,6 +30,7 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
         17,
     ),
 }
+TRAINING_SAMPLES = {"lm": 1687, "classification": 1258}
 CELLS = list(itertools.product(("lm", "classification"), (1, 2), STOPS, (0, 2)))
 # Two values of each setting meet the others' at least once.
 FAST = {
@@ -110,7 +111,8 @@ def test_killed_run_goes_on_to_the_bit(
     killed = run_ranks(killed_main, recipe, cut, micro_batch, world=world, folder=work / "killed")
     assert killed == [-signal.SIGKILL] * world, logs(work / "killed")
     last = work / "runs" / recipe / "cut/checkpoints/last.ckpt"
-    half = read_checkpoint(last)["global_step"]
+    half, geometry = (read_checkpoint(last)[key] for key in ("global_step", "geometry"))
+    assert geometry["per_epoch"] == (10 if stop == "odd_accumulation" else 12)
     resumed = run_ranks(main, [*cut, "--ckpt_path", "last"], world=world, folder=work / "resumed")
     assert resumed == [0] * world, logs(work / "resumed")
     assert 0 < half < read_checkpoint(last)["global_step"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from common.data import BaseDataModule, global_seed
+from common.data import BaseDataModule
 from common.errors import InputError
 from common.sources import Labelled, Source
 
@@ -48,6 +48,7 @@ class ClassificationData(BaseDataModule):
         predict_source: samples that ``predict`` classifies, with or without labels; None for the part that tests.
         val_fraction: share of all samples that validates.
         test_fraction: share of all samples that tests, if the source has no test split of its own.
+        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -59,17 +60,16 @@ class ClassificationData(BaseDataModule):
         predict_source: Source | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
+        split_seed: int = 0,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
-            raise InputError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must be above 0 and leave "
-                "samples to train on"
-            )
-        self.predict_source = predict_source
+            shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
+            raise InputError(f"{shares} must be above 0 and leave samples to train on")
+        self.predict_source, self.split_seed = predict_source, split_seed
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.labelled = source.read()
         self.class_names = self.labelled.class_names
@@ -90,7 +90,9 @@ class ClassificationData(BaseDataModule):
     def _split(self, positions: Tensor, fraction: float) -> Any:
         labels = self.labelled.target[positions]
         try:
-            first, second = train_test_split(positions, test_size=fraction, stratify=labels, random_state=global_seed())
+            first, second = train_test_split(
+                positions, test_size=fraction, stratify=labels, random_state=self.split_seed
+            )
         except ValueError as error:
             raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
         return first, second
@@ -98,12 +100,9 @@ class ClassificationData(BaseDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
-            try:
-                given = self.predict_source.read()
-            except InputError as error:
-                raise InputError(str(error).replace("data.source", "data.predict_source")) from error
-            unknown = replace(given, target=torch.full_like(given.target, -1))
-            self.predict_data = LabelledDataset(unknown, torch.arange(len(unknown.target)))
+            given = self.predict_source.read()
+            positions, unknown = torch.arange(len(given.target)), torch.full_like(given.target, -1)
+            self.predict_data = LabelledDataset(replace(given, target=unknown), positions)
             return
         self.train_data = LabelledDataset(self.labelled, self.train)
         self.val_data = LabelledDataset(self.labelled, self.val)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -12,6 +11,7 @@ from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
+from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 
 from .data import Batch
@@ -78,8 +78,7 @@ class ClassificationModule(BaseModule):
             if len(self.augmentation):
                 pixels = self.augmentation(batch.inputs["pixel_values"])
                 batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
-            smoothing = self.label_smoothing
-            loss = F.cross_entropy(self(batch), batch.target, self.class_weight, label_smoothing=smoothing)
+            loss = cross_entropy(self(batch), batch.target, self.class_weight, self.label_smoothing)
             return loss, batch.mask.sum()
         logits, target = self(batch)[batch.mask], batch.target[batch.mask]
         if len(target):
@@ -87,7 +86,7 @@ class ClassificationModule(BaseModule):
             self.metrics[stage].update(probabilities, target)
             self.confusion.update(probabilities, target)
         self.log_dict(self.metrics[stage], prog_bar=False)
-        return F.cross_entropy(logits, target), batch.mask.sum()
+        return cross_entropy(logits, target), batch.mask.sum()
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:

@@ -80,7 +80,7 @@ class LMData(BaseDataModule):
         cache_dir: str = CACHE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if context < 1:

@@ -1,16 +1,17 @@
 """The objective: predict the next token."""
 
 import math
+import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from typing_extensions import override
 
 from common.errors import InputError
+from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 
 from .data import Batch
@@ -23,7 +24,8 @@ class LMModule(BaseModule):
         config: any causal language model of transformers, by its config's class path and settings.
         vocab_size: number of tokens; comes from the data.
         eos_id: the token that ends a text; comes from the data.
-        bytes_per_token: UTF-8 bytes that a token stands for on average; comes from the data.
+        bytes_per_token: UTF-8 bytes of an average token; comes from the data.
+        context: tokens of a window; comes from the data.
         sample_tokens: length of the sample that is drawn after each validation; 0 for none.
         temperature: of the samples; 0 takes the most likely token.
         kwargs: of :class:`common.module.BaseModule`.
@@ -37,22 +39,26 @@ class LMModule(BaseModule):
         vocab_size: int,
         eos_id: int,
         bytes_per_token: float,
+        context: int,
         sample_tokens: int = 200,
         temperature: float = 0.8,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.config, self.bytes_per_token = config, bytes_per_token
+        self.config, self.bytes_per_token, self.context = config, bytes_per_token, context
         config.vocab_size, config.eos_token_id = vocab_size, eos_id
         config.bos_token_id = config.pad_token_id = None
-        if sample_tokens < 0 or temperature < 0:
+        if min(sample_tokens, temperature) < 0:
             raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
+        self.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if context > self.positions:
+            raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {self.positions}")
 
     @override
     def build_net(self) -> nn.Module:
         try:
-            return AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_config(self.config)  # SDPA attention wherever the net has it
         except (ValueError, KeyError) as error:
             raise InputError(f"model.config: {type(self.config).__name__} makes no language model: {error}") from error
 
@@ -63,27 +69,26 @@ class LMModule(BaseModule):
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
-        loss = F.cross_entropy(self(batch).flatten(0, 1), target.flatten())
+        loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
         return loss, (target != -100).sum()
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
         loss = self.mean_loss[stage].compute()
-        bits = loss / math.log(2) / self.bytes_per_token
-        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+        self.log(f"{stage}/bits_per_byte", loss / math.log(2) / self.bytes_per_token, sync_dist=True)
 
-    @torch.no_grad()
     def generate(self, prompt: Tensor) -> list[int]:
         """Continue a prompt of shape (1, time) by up to ``sample_tokens`` tokens; returns all of them."""
-        room = self.config.max_position_embeddings - prompt.shape[1]
-        net: Any = self.net
-        return net.generate(
-            input_ids=prompt.to(self.device),
-            max_new_tokens=min(self.sample_tokens, room),
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or None,
-            pad_token_id=self.config.eos_token_id,
-        )[0].tolist()
+        room, net = min(self.sample_tokens, self.positions - prompt.shape[1]), self.net
+        if room < 1:
+            limits = f"model.sample_tokens {self.sample_tokens} or the net's {self.positions} positions"
+            raise InputError(f"data.prompts: {limits} leave no room after {prompt.shape[1]} tokens")
+        options = {"max_new_tokens": room, "do_sample": self.temperature > 0, "temperature": self.temperature or None}
+        generate: Any = net.eval().generate
+        ids = generate(prompt.to(self.device), pad_token_id=self.config.eos_token_id, **options)
+        net.train(self.training)
+        return ids[0].tolist()
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[str]]:
@@ -96,18 +101,14 @@ class LMModule(BaseModule):
     @override
     def media(self, stage: str) -> dict[str, Any]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not self.sample_tokens:
-            return {}
-        prompt = torch.from_numpy(data.corpus.val[:8].astype("int64"))[None]
-        return {"samples": data.tokenizer.decode(self.generate(prompt))}
+        prompt = torch.from_numpy(data.corpus.val[: min(8, self.positions - 1)].astype("int64"))[None]
+        return {"samples": data.tokenizer.decode(self.generate(prompt))} if self.sample_tokens else {}
 
-    @property
     @override
-    def flops_per_item(self) -> float:  # type: ignore[override]
+    def flops_per_item(self) -> float:
         """Forward and backward operations per token (PaLM, appendix B)."""
         weights = sum(p.numel() for p in self.net.parameters())
-        c = self.config
-        return 6 * weights + 12 * c.num_hidden_layers * c.hidden_size * self.trainer.datamodule.context  # type: ignore[attr-defined]
+        return 6 * weights + 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
 
     @override
     def num_items(self, batch: Batch) -> int:
