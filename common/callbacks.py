@@ -106,7 +106,7 @@ class RunProgressBar(RichProgressBar):
         epoch = trainer.num_training_batches
         if trainer.max_steps < 0:
             return epoch
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         return min(epoch, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
 
     @override

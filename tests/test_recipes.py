@@ -179,7 +179,7 @@ def test_a_checkpoint_goes_on_in_its_own_run(
     with pytest.raises(SystemExit):
         main(["test", "--ckpt_path", "away.ckpt"])
     assert "is not of the run" in capsys.readouterr().err
-    main(["fit", "--ckpt_path", "away.ckpt", "--trainer.max_steps", "8"])
+    main(["fit", *args, "--ckpt_path", "away.ckpt", "--trainer.max_steps", "8"])
     assert (runs / "default.1/checkpoints/last.ckpt").is_file(), "the run that had the name is moved aside"
     main(["test"])
     assert "--ckpt_path best\n" in capsys.readouterr().out
