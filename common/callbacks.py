@@ -269,11 +269,12 @@ class RunRecord(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
-                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience  # the one given now wins
+            if isinstance(callback, EarlyStopping) and callback.state_key in states:
+                states[callback.state_key]["patience"] = callback.patience  # the one given now wins
         # In a run that was moved, callbacks would forget which checkpoint is the best: its folder is another.
-        for state in checkpoint["callbacks"].values():
+        for state in states.values():
             before = state.get("dirpath", "")
             here = str(run_folder(trainer) / Path(before).name)
             if state.get("best_model_path") and Path(state["best_model_path"].replace(before, here)).exists():

@@ -30,9 +30,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
     except Exception as error:  # damaged bytes make the reader raise nearly anything
         raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
-    lacks = {"state_dict", "global_step", "callbacks"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if lacks:
-        raise InputError(f"{path}: no checkpoint of a run, it lacks {min(lacks)!r}; {hint}")
+    for key in ("state_dict", "global_step"):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise InputError(f"{path}: no checkpoint of a run, it lacks {key!r}; {hint}")
     return checkpoint
 
 

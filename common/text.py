@@ -129,7 +129,7 @@ class Pretrained(TokenizerSource):
             tokenizer: Tokenizer = found.backend_tokenizer
         except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
             fix = "give a folder, a tokenizer.json or a hub name"
-            raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 50)}); {fix}") from error
+            raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 36)}); {fix}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # A bare tokenizer.json does not say which token ends a text.
