@@ -63,7 +63,8 @@ def recipe(path: str, steps: int) -> float:
         main([
             "fit", "--config", str(ROOT / "recipes/lm/shakespeare.yaml"), "--data.path", path,
             "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--model.sample_tokens", "0",
-            "--trainer.accelerator", "cpu",
+            "--trainer.accelerator", "cpu", "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "4.0e-3",
+            "--model.optimizer.betas", "[0.9, 0.99]", "--model.optimizer.weight_decay", "0.1",
         ])  # fmt: skip
     Throughput.on_train_batch_end = plain_end  # type: ignore[method-assign]
     return statistics.median(after - before for before, after in itertools.pairwise(times)) * 1e3

@@ -403,6 +403,37 @@ def test_a_broken_checkpoint_is_not_written(data: ClassificationData, tmp_path: 
     assert not (tmp_path / "bad.ckpt").exists()
 
 
+# Samples of a language model
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 70])
+def test_text_goes_on_past_the_context(length: int, work: Path, lm_args: list[str]) -> None:
+    """The net was trained on windows of 32; whatever it is given, it never sees more."""
+    args = [
+        "fit",
+        *lm_args,
+        "--trainer.max_steps",
+        "1",
+        "--trainer.limit_val_batches",
+        "0",
+        "--trainer.logger",
+        "false",
+    ]
+    module = main_of("lm")([*args, "--model.sample_tokens", "50", "--trainer.enable_progress_bar", "false"]).model
+    seen: list[int] = []
+    module.net.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(int(inputs["position_ids"].max()) + 1), with_kwargs=True
+    )
+    prompt = torch.arange(length)[None] % 20 + 2
+    module.temperature = 0
+    ids = module.generate(prompt)
+    assert ids[:length] == prompt[0].tolist()
+    assert len(ids) == length + 50 or ids[-1] == module.config.eos_token_id
+    assert 0 < max(seen) <= 32
+    module.sample_tokens = 0
+    assert module.generate(prompt) == prompt[0].tolist()
+
+
 # Callbacks from a layer
 
 

@@ -1,7 +1,6 @@
 """The objective: predict the next token."""
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -51,9 +50,9 @@ class LMModule(BaseModule):
         if min(sample_tokens, temperature) < 0:
             raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
-        self.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        if context > self.positions:
-            raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {self.positions}")
+        positions = getattr(config, "max_position_embeddings", context)
+        if context > positions:
+            raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {positions}")
 
     @override
     def build_net(self) -> nn.Module:
@@ -75,40 +74,41 @@ class LMModule(BaseModule):
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
         loss = self.mean_loss[stage].compute()
-        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
-        self.log(f"{stage}/bits_per_byte", loss / math.log(2) / self.bytes_per_token, sync_dist=True)
+        bits = loss / math.log(2) / self.bytes_per_token
+        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
 
     def generate(self, prompt: Tensor) -> list[int]:
-        """Continue a prompt of shape (1, time) by up to ``sample_tokens`` tokens; returns all of them."""
-        room, net = min(self.sample_tokens, self.positions - prompt.shape[1]), self.net
-        if room < 1:
-            limits = f"model.sample_tokens {self.sample_tokens} or the net's {self.positions} positions"
-            raise InputError(f"data.prompts: {limits} leave no room after {prompt.shape[1]} tokens")
-        options = {"max_new_tokens": room, "do_sample": self.temperature > 0, "temperature": self.temperature or None}
-        generate: Any = net.eval().generate
-        ids = generate(prompt.to(self.device), pad_token_id=self.config.eos_token_id, **options)
-        net.train(self.training)
-        return ids[0].tolist()
+        """Continue a prompt (1, time) by ``sample_tokens`` tokens; past ``context`` it sees the last half of one."""
+        net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
+        options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
+        while len(ids) < end:
+            seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
+            options["max_new_tokens"] = min(end - len(ids), max(self.context - seen.shape[1], 1))
+            new: Any = net.generate(seen.to(self.device), pad_token_id=self.config.eos_token_id, **options)  # type: ignore[operator]
+            ids += new[0, seen.shape[1] :].tolist()
+            end = len(ids) if ids[-1] == self.config.eos_token_id else end
+        self.net.train(self.training)
+        return ids
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[str]]:
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if not batch.mask[0]:
             return {"prompt": [], "text": []}
-        prompt, text = (tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids)))
-        return {"prompt": [prompt], "text": [text]}
+        texts = [tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids))]
+        return {"prompt": texts[:1], "text": texts[1:]}
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        prompt = torch.from_numpy(data.corpus.val[: min(8, self.positions - 1)].astype("int64"))[None]
+        prompt = torch.from_numpy(data.corpus.val[:8].astype("int64"))[None]
         return {"samples": data.tokenizer.decode(self.generate(prompt))} if self.sample_tokens else {}
 
     @override
     def flops_per_item(self) -> float:
         """Forward and backward operations per token (PaLM, appendix B)."""
-        weights = sum(p.numel() for p in self.net.parameters())
-        return 6 * weights + 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
+        attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
+        return 6 * sum(p.numel() for p in self.net.parameters()) + attention
 
     @override
     def num_items(self, batch: Batch) -> int:
