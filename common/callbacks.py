@@ -51,6 +51,7 @@ class Throughput(Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         self._items, self._steps, self._since = 0, trainer.global_step, time.perf_counter()
+        self._paused = None  # by the sanity check, which is over
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             half = "16" in str(trainer.precision)
@@ -129,6 +130,11 @@ class RunProgressBar(RichProgressBar):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_progress()  # what is printed from here on stands below the bar
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_end(trainer, pl_module)
+        self._stop_progress()
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -297,13 +303,13 @@ class RunRecord(Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer)
+        self._finish(trainer, "val")
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer)
+        self._finish(trainer, "test")
 
-    def _finish(self, trainer: L.Trainer) -> None:
+    def _finish(self, trainer: L.Trainer, stage: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         from common.report import write_report
@@ -317,7 +323,7 @@ class RunRecord(Callback):
             if name.startswith(("val/", "test/")):
                 table.add_row(name, f"{value.item():.4f}")
         console.print(table)
-        for text in sorted((folder / "texts").glob("*.txt")):
+        for text in sorted((folder / "texts").glob(f"{stage}-*.txt")):
             console.print(f"\n{text.stem}", style="bold")
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         console.print(f"report: {report}", soft_wrap=True)
@@ -344,6 +350,11 @@ def describe_environment() -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
+
+
+def _readable(values: Sequence[Any]) -> list[Any]:
+    """Numbers of fp32 without the digits that they do not have."""
+    return [f"{value:.7g}" if isinstance(value, float) else value for value in values]
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -378,7 +389,7 @@ class PredictionWriter(BasePredictionWriter):
             table.writerow(everyone[0][0])
             for batches in zip(*everyone, strict=True):
                 # Ranks took every world-th sample, so the rows interleave; zip stops where padding was masked out.
-                rows = [list(zip(*batch.values(), strict=True)) for batch in batches]
+                rows = [list(zip(*map(_readable, batch.values()), strict=True)) for batch in batches]
                 for position in range(len(rows[0])):
                     table.writerows(rank[position] for rank in rows if position < len(rank))
         Console().print(f"predictions: {path}", soft_wrap=True)

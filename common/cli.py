@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,7 @@ class RecipeCLI(LightningCLI):
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
+        self.moved: Path | None = None  # the earlier run of this name, when fit has moved it aside
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         default = {"default_config_files": [str(self.recipe_dir / "config.yaml")], "exit_on_error": False}
         with one_line_errors(self, debug):
@@ -148,7 +150,7 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit" and not config.get("ckpt_path"):
             config.ckpt_path = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
             if not _get_rank():
-                print(f"--ckpt_path {config.ckpt_path or 'is not given: these are new weights'}", flush=True)
+                print(f"{self.subcommand}: {config.ckpt_path or 'no'} checkpoint of {self.run_dir}", flush=True)
         if config.get("ckpt_path"):
             checkpoint = self._find_checkpoint(str(config.ckpt_path))
             where = self.argv.index(self.subcommand) + 1
@@ -189,9 +191,9 @@ class RecipeCLI(LightningCLI):
         path = self.run_dir / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
             found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
-            raise InputError(
-                f"--ckpt_path {name}: {path} does not exist (found: {found}); run fit first or give --name"
-            )
+            runs = sorted(p.parent.parent.name for p in self.run_dir.parent.glob(f"*/checkpoints/{name}.ckpt"))
+            hint = f"give --name {runs[-1]}" if runs else "run fit first or give --name"
+            raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
     def _config_of(self, checkpoint: Path) -> str:
@@ -239,7 +241,8 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Move an earlier run of the same name aside, or keep its metrics when it goes on, as the logger starts anew.
 
-        Called when everything is built, so that a mistake found until then leaves the earlier run where it is.
+        Called when everything is built, so that a mistake found until then leaves the earlier run where it is; one that
+        shows before the first step puts it back.
         """
         if self.config.fit.trainer.fast_dev_run or self.trainer.global_rank:
             return
@@ -256,7 +259,8 @@ class RecipeCLI(LightningCLI):
             numbers = [
                 int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()
             ]
-            self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}"))
+            self.moved = self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}")
+            self.run_dir.rename(self.moved)
         self._make_folder()
 
     def _make_folder(self) -> None:
@@ -282,6 +286,11 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except InputError:
+            if self.moved is not None and self.trainer.global_step == 0:
+                shutil.rmtree(self.run_dir)
+                self.moved.rename(self.run_dir)
+            raise
         except (RuntimeError, ValueError) as error:
             misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
             if misfit and self.config[subcommand].get("ckpt_path"):
@@ -289,6 +298,11 @@ class RecipeCLI(LightningCLI):
                     f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}"
                 ) from error
             raise
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "verbose": False} if subcommand == "test" else kwargs  # RunRecord prints a shorter table
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -363,7 +377,7 @@ def _quiet_stderr() -> None:
         logger.handlers = [logging.StreamHandler(sys.stdout)]
         logger.propagate = False
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not re.search("litlogger|already configured with model summary", record.getMessage())
     )
     for message in NO_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -67,6 +67,7 @@ def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {"config.yaml", "environment.json", "metrics.csv", "report.html", "checkpoints"} <= set(os.listdir(run))
     assert list((run / "figures").glob("*.png"))
+    assert min(read_metrics(run / "metrics.csv", "perf/step_ms")) > 0, "also after the sanity check"
     main(["validate", "--ckpt_path", "best"])
     main(["test", "--ckpt_path", "best"])
     assert (run / "test/metrics.csv").is_file()
@@ -182,7 +183,7 @@ def test_a_checkpoint_goes_on_in_its_own_run(
     main(["fit", *args, "--ckpt_path", "away.ckpt", "--trainer.max_steps", "8"])
     assert (runs / "default.1/checkpoints/last.ckpt").is_file(), "the run that had the name is moved aside"
     main(["test"])
-    assert "--ckpt_path best\n" in capsys.readouterr().out
+    assert "test: best checkpoint of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -201,8 +202,8 @@ def test_a_moved_run_keeps_its_best(
 
 
 def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
-    def layer(patience: int) -> list[str]:
-        stop = {"monitor": "val/loss", "patience": patience}
+    def layer(patience: int, monitor: str = "val/loss") -> list[str]:
+        stop = {"monitor": monitor, "patience": patience}
         callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
         (work / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
         return ["--config", str(work / "stop.yaml")]
@@ -210,3 +211,7 @@ def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
     main_of("lm")(["fit", *tiny("lm", lm_args), *layer(5)])
     cli = main_of("lm")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5", *layer(7)])
     assert [callback.patience for callback in cli.trainer.early_stopping_callbacks] == [7]
+    with pytest.raises(SystemExit):  # found only when a validation has logged its metrics
+        main_of("lm")(["fit", *tiny("lm", lm_args), *layer(7, "val/lss")])
+    assert os.listdir(work / "runs/lm") == ["default"], "the run that was moved aside is back"
+    assert (work / "runs/lm/default/checkpoints/last.ckpt").is_file()
