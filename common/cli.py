@@ -263,6 +263,12 @@ class RecipeCLI(LightningCLI):
             self.run_dir.rename(self.moved)
         self._make_folder()
 
+    def _put_back(self) -> None:
+        """Undo the move when no step was made in its place."""
+        if self.moved is not None and self.trainer.global_step == 0:
+            shutil.rmtree(self.run_dir)
+            self.moved.rename(self.run_dir)
+
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -286,14 +292,13 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except InputError:
-            if self.moved is not None and self.trainer.global_step == 0:
-                shutil.rmtree(self.run_dir)
-                self.moved.rename(self.run_dir)
+        except (InputError, MisconfigurationException):
+            self._put_back()
             raise
         except (RuntimeError, ValueError) as error:
             misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
             if misfit and self.config[subcommand].get("ckpt_path"):
+                self._put_back()
                 raise InputError(
                     f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}"
                 ) from error

@@ -580,7 +580,7 @@ def test_wrong_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "a.txt").write_text(SAMPLE)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{}")
-    fix = "no fast tokenizer there; give a folder, a tokenizer.json or a hub name"
+    fix = "; give a folder, a tokenizer.json or a hub name"
     for name in (
         tmp_path / "empty",
         tmp_path / "broken.json",
@@ -589,7 +589,8 @@ def test_wrong_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "some/one",
     ):
         message = mistake(tmp_path, str(tmp_path / "a.txt"), Pretrained(str(name)))
-        assert message.endswith(f"{Path(name).name}: {fix}")
+        assert f"{Path(name).name}: no fast tokenizer there (" in message
+        assert message.endswith(fix)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1, "None": 2}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "endless.json"))
     message = mistake(tmp_path, str(tmp_path / "a.txt"), Pretrained(str(tmp_path / "endless.json")))
