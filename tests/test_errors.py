@@ -349,11 +349,11 @@ def test_refused_when_the_run_starts(
     recipe: str, files: dict[str, str | bytes], flags: list[str], where: str, key: str, hint: str | None,
     earlier: Path, fit_only: None, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """What only shows when net, optimizer and loaders are there: the earlier run was moved aside by then, whole."""
+    """What only shows when net, optimizer and loaders are there: the earlier run was moved aside, and is put back."""
     write(files)
     check(refused(recipe, ["fit", *small(recipe, request), *flags], capfd), where, key, hint)
-    assert contents(earlier.with_name("default.1")) == {"kept": b"weeks of work"}
-    assert not list(Path("runs").rglob("*.ckpt"))
+    assert contents(earlier) == {"kept": b"weeks of work"}
+    assert list(earlier.parent.iterdir()) == [earlier]
 
 
 # Checkpoints
