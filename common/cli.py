@@ -266,7 +266,7 @@ class RecipeCLI(LightningCLI):
     def _put_back(self) -> None:
         """Undo the move when no step was made in its place."""
         if self.moved is not None and self.trainer.global_step == 0:
-            shutil.rmtree(self.run_dir)
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # it may not even have been made
             self.moved.rename(self.run_dir)
 
     def _make_folder(self) -> None:
