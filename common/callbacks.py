@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from common.data import global_seed, step_seed
 from common.errors import InputError, nearest
 from common.module import BaseModule
 
@@ -208,9 +209,12 @@ class Media(Callback):
         self._publish(trainer, pl_module, "test")
 
     def _publish(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        for name, item in module.media(stage).items():
+        # A net that is sharded answers only when all ranks ask, and ask the same.
+        torch.manual_seed(step_seed(global_seed(), self._step))
+        media = module.media(stage)
+        for name, item in media.items() if trainer.is_global_zero else ():
             if isinstance(item, str):
                 _write_text(trainer, f"{stage}-{name}", item, self._step)
             else:

@@ -45,7 +45,7 @@ SWITCHES = {
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a
-# frozen body stays in eval mode.
+# frozen body stays in eval mode, DeepSpeed clips, FSDP on one rank has nothing to shard.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -55,6 +55,11 @@ NO_WARNINGS = (
     "The dirpath has changed from",
     "Found .* module\\(s\\) in eval mode at the start of training",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "`torch.distributed.\\w+` is deprecated",
+    "Since DeepSpeed handles gradient clipping internally",
+    "FSDP is switching to use `NO_SHARD`",
+    "When using ``NO_SHARD`` for ``ShardingStrategy``",
+    "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
 )
 
 

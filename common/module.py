@@ -1,5 +1,6 @@
 """The shared LightningModule: a net built late, one ``shared_step`` for every stage, an optimizer from YAML."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,13 +9,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from common.data import geometry, global_seed, move_position, step_seed, total_steps
 from common.errors import InputError, nearest
 from common.optim import Schedule, param_groups, scale_lr
+from common.strategies.sharding import blocks, plain_name, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +71,10 @@ class BaseModule(L.LightningModule):
             length of the run. A ``ReduceLROnPlateau`` steps after each validation, by ``val/loss`` if it does not
             name what it monitors, as Lightning's does.
         weight_init: name of the ``torch.nn.init`` function for matrices and convolutions; None keeps the net's own.
-        l1: weight of the sum of absolute values of all decaying parameters, added to the loss that is minimized, not
-            to the loss that is logged.
+        l1: weight of the sum of absolute values of all decaying parameters; its gradient is added to that of the loss.
+        compile: compile the net's blocks with ``torch.compile``, one graph for all of them.
+        activation_checkpointing: keep only the inputs of the net's blocks for backward, and compute the rest again:
+            about a third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
     """
 
     net: nn.Module
@@ -81,6 +87,8 @@ class BaseModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         weight_init: Init | None = None,
         l1: float = 0.0,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -88,6 +96,7 @@ class BaseModule(L.LightningModule):
             raise InputError(f"model.l1 must not be negative, got {l1}")
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weight_init, self.l1 = weight_init, l1
+        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.mean_loss: Any = nn.ModuleDict({stage: _WeightedMean() for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
@@ -95,7 +104,7 @@ class BaseModule(L.LightningModule):
         self._rates: list[float] = []  # and the rates that a schedule of torch starts from
         self._log_now = False
         self._lr = 0.0
-        self._grad_norm = torch.tensor(0.0)
+        self.grad_norm = torch.tensor(0.0)
 
     def build_net(self) -> nn.Module:
         """Make the net; called once, where the strategy wants it made."""
@@ -110,7 +119,7 @@ class BaseModule(L.LightningModule):
         raise NotImplementedError
 
     def media(self, stage: str) -> "dict[str, Figure | str]":
-        """Pictures and texts that show where the net stands, by name; called after evaluation, on rank 0."""
+        """Pictures and texts that show where the net stands, by name; called after evaluation, on every rank."""
         return {}
 
     def num_items(self, batch: Any) -> int:
@@ -134,6 +143,29 @@ class BaseModule(L.LightningModule):
                 for p in self.net.parameters():
                     if p.ndim >= 2 and p.requires_grad:
                         initialize(p)
+        # By name: a strategy may put flat or sharded parameters in the place of these.
+        names = {p: name for name, p in self.named_parameters()}
+        groups = param_groups(self.net, self.lr_scales)
+        self._groups = [{**group, "params": [names[p] for p in group["params"]]} for group in groups]
+        self.num_params = sum(p.numel() for p in self.net.parameters())
+        self._prepare_blocks()
+
+    @property
+    def param_names(self) -> list[str]:
+        """Names of the trained parameters in the order in which the optimizer numbers them."""
+        return [name for group in self._groups for name in group["params"]]
+
+    def _prepare_blocks(self) -> None:
+        if not (self.compile_blocks or self.activation_checkpointing):
+            return
+        if not (layers := blocks(self.net)):
+            key = "compile" if self.compile_blocks else "activation_checkpointing"
+            raise InputError(f"model.{key}: {type(self.net).__name__} names no blocks; set its _no_split_modules")
+        for layer in layers:  # in place, so that names stay what they are
+            if self.activation_checkpointing:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            if self.compile_blocks:
+                layer.compile()
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -164,13 +196,16 @@ class BaseModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, _ = self.shared_step(batch, "train")
         self._losses.append((self.trainer.global_step, loss.detach()))
-        if self.l1:
-            return (
-                loss
-                + self.l1
-                * torch.stack([p.abs().sum() for p in self.net.parameters() if p.ndim >= 2 and p.requires_grad]).sum()
-            )
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:  # DeepSpeed's is no torch.optim.Optimizer
+        # The gradient of the sum of absolute values, which every rank adds to the share that it holds.
+        if self.l1:
+            for group, given in zip(optimizer.param_groups, self._groups, strict=True):
+                for p in group["params"]:
+                    if "weight_decay" not in given and p.grad is not None:
+                        p.grad.add_(p.detach().sign(), alpha=self.l1)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -180,7 +215,7 @@ class BaseModule(L.LightningModule):
             self._log_now = False
             self.log("train/loss", self._checked_losses().mean(), prog_bar=True)
             self._losses.clear()
-            self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self._grad_norm})
+            self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self.grad_norm})
 
     def _checked_losses(self) -> Tensor:
         """The losses since the last logged step, averaged over ranks.
@@ -223,7 +258,8 @@ class BaseModule(L.LightningModule):
         self._check_weights()
 
     def _check_weights(self) -> None:
-        if not torch.stack([p.isfinite().all() for p in self.parameters()]).all():
+        finite = bool(torch.stack([share(p).isfinite().all() for p in self.parameters()]).all())
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # each rank may hold a part
             raise InputError(
                 f"weights are not finite after step {self.trainer.global_step - 1}: lower model.optimizer.lr or set "
                 "trainer.gradient_clip_val; the last checkpoint is intact"
@@ -257,23 +293,28 @@ class BaseModule(L.LightningModule):
     @override
     def configure_gradient_clipping(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed accumulates by itself and calls this for every micro-batch
         self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._log_now or gradient_clip_val:
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self._lr = max(group["lr"] for group in optimizer.param_groups)
-            self._grad_norm = nn.utils.get_total_norm(gradients)
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            # What a strategy shards in a way of its own, it adds up by itself.
+            norm = getattr(self.trainer.strategy, "total_norm", nn.utils.get_total_norm)(gradients)
+            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.grad_norm)
 
     @override
     def configure_optimizers(self) -> Any:
-        groups = param_groups(self.net, self.lr_scales)
+        params = {plain_name(name): p for name, p in self.named_parameters()}
+        groups = [{**group, "params": [params[name] for name in group["params"]]} for group in self._groups]
         if not groups:
             raise InputError("model: every parameter is frozen, there is nothing to train")
         try:

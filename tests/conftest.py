@@ -51,6 +51,19 @@ def lm_args(small_text: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture
+def plain_args(lm_args: list[str], tmp_path: Path) -> dict[str, list[str]]:
+    """Small nets without dropout or batch norm for each recipe."""
+    net = tmp_path / "net.yaml"
+    net.write_text(
+        "model:\n  augmentation: null\n  net:\n    class_path: common.nets.ImageClassifier\n    init_args:\n"
+        "      config:\n        class_path: transformers.ViTConfig\n        init_args: {image_size: 8, patch_size: 4, "
+        "num_channels: 1, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, "
+        "hidden_dropout_prob: 0.0}\n"
+    )
+    return {"lm": lm_args, "classification": ["--config", str(net)]}
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the figures that tests have recorded as ``summary``, whichever worker ran them."""
     for outcome in ("passed", "failed"):

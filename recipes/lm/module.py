@@ -12,6 +12,7 @@ from typing_extensions import override
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
+from common.strategies.sharding import gathered
 
 from .data import Batch
 
@@ -45,13 +46,16 @@ class LMModule(BaseModule):
     ):
         super().__init__(**kwargs)
         self.config, self.bytes_per_token, self.context = config, bytes_per_token, context
-        config.vocab_size, config.eos_token_id = vocab_size, eos_id
-        config.bos_token_id = config.pad_token_id = None
+        config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
+            vocab_size,
+            eos_id,
+            None,
+            None,
+        )
         if min(sample_tokens, temperature) < 0:
             raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
-        positions = getattr(config, "max_position_embeddings", context)
-        if context > positions:
+        if context > (positions := getattr(config, "max_position_embeddings", context)):
             raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {positions}")
 
     @override
@@ -81,11 +85,14 @@ class LMModule(BaseModule):
         """Continue a prompt (1, time) by ``sample_tokens`` tokens; past ``context`` it sees the last half of one."""
         net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
         options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
-        while len(ids) < end:
+        options |= {"pad_token_id": self.config.eos_token_id, "synced_gpus": self.trainer.world_size > 1}
+        # Where weights are sharded, every rank has to call the net as often as the others.
+        while self.trainer.strategy.reduce_boolean_decision(len(ids) < end, all=False):
             seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
-            options["max_new_tokens"] = min(end - len(ids), max(self.context - seen.shape[1], 1))
-            new: Any = net.generate(seen.to(self.device), pad_token_id=self.config.eos_token_id, **options)  # type: ignore[operator]
-            ids += new[0, seen.shape[1] :].tolist()
+            options["max_new_tokens"] = max(min(end - len(ids), self.context - seen.shape[1]), 1)
+            with gathered(net):
+                new: Any = net.generate(seen.to(self.device), **options)  # type: ignore[operator]
+            ids += new[0, seen.shape[1] :].tolist() if len(ids) < end else []
             end = len(ids) if ids[-1] == self.config.eos_token_id else end
         self.net.train(self.training)
         return ids
@@ -93,10 +100,8 @@ class LMModule(BaseModule):
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[str]]:
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        if not batch.mask[0]:
-            return {"prompt": [], "text": []}
         texts = [tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids))]
-        return {"prompt": texts[:1], "text": texts[1:]}
+        return {"prompt": texts[:1], "text": texts[1:]} if batch.mask[0] else {"prompt": [], "text": []}
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
@@ -108,7 +113,7 @@ class LMModule(BaseModule):
     def flops_per_item(self) -> float:
         """Forward and backward operations per token (PaLM, appendix B)."""
         attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
-        return 6 * sum(p.numel() for p in self.net.parameters()) + attention
+        return 6 * self.num_params + attention
 
     @override
     def num_items(self, batch: Batch) -> int:

@@ -1,0 +1,1 @@
+"""Strategies that Lightning lacks, or that it refuses on CPUs."""

@@ -1,0 +1,188 @@
+"""Fully sharded data parallel, both of torch's: every rank keeps a share of weights, gradients and optimizer state.
+
+Checkpoints are those of a single process: one file, whole tensors, the optimizer's state numbered in the order of its
+groups. So they go on under any other strategy and on any number of ranks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from common.strategies.sharding import blocks
+
+
+class FSDP(FSDPStrategy):
+    """Lightning's FSDP1 (https://arxiv.org/abs/2304.11277), on CPUs too.
+
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Takes the arguments of
+    ``lightning.pytorch.strategies.FSDPStrategy``; the blocks of the net are the units that are gathered at a time.
+    """
+
+    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        assert self.lightning_module is not None
+        net: Any = self.lightning_module.net
+        units = {id(module) for module in [*blocks(net), net]}
+        wrapped = FullyShardedDataParallel(
+            model,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
+            device_id=self.root_device,
+            **self.kwargs,
+        )
+        for module in wrapped.modules():  # FSDP moves parameters and buffers, not the state of metrics
+            if isinstance(module, Metric):
+                module.to(self.root_device)
+        return wrapped
+
+    def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Norm of all gradients, of which each rank holds a share."""
+        assert isinstance(self.model, FullyShardedDataParallel)
+        return self.model.clip_grad_norm_(float("inf"))
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        assert self.model is not None
+        # On CPUs, "offloaded" tensors would share memory that FSDP frees.
+        on_gpu = self.root_device.type == "cuda"
+        settings = {"offload_to_cpu": on_gpu, "rank0_only": on_gpu}
+        configs = FullStateDictConfig(**settings), FullOptimStateDictConfig(**settings)
+        return FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, *configs)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        with self._whole():
+            return self.model.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        assert self.model is not None
+        with self._whole():
+            state = FullyShardedDataParallel.optim_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+        return _by_number(state, self.lightning_module.param_names) if state else state  # type: ignore[union-attr]
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.model is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = _by_name(state, self.lightning_module.param_names)  # type: ignore[union-attr]
+            with self._whole():
+                mine = FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimizer, named)
+            optimizer.load_state_dict(mine)
+
+
+class FSDP2(ModelParallelStrategy):
+    """Torch's ``fully_shard`` (FSDP2): each parameter is sharded for itself, along its first axis.
+
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share.
+
+    Args:
+        reshard_after_forward: free a block's gathered weights between forward and backward: less memory for gathering
+            them again, as ZeRO-3; otherwise they stay until backward has used them, as ZeRO-2.
+        cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
+    """
+
+    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+
+    def __init__(self, reshard_after_forward: bool = True, cpu_offload: bool = False):
+        super().__init__(save_distributed_checkpoint=False)
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.lightning_module is not None
+        bf16 = trainer.precision == "bf16-mixed"
+        settings: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            "reshard_after_forward": self.reshard_after_forward,
+            "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        net: Any = self.lightning_module.net
+        for module in [*blocks(net), net]:
+            fully_shard(module, **settings)
+        super().setup(trainer)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return {name: _whole_tensor(value) for name, value in self.lightning_module.state_dict().items()}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state = optimizer.state_dict()
+        whole = {
+            number: {name: _whole_tensor(value) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            mine = {
+                number: {name: _share_like(params[number], value) for name, value in values.items()}
+                for number, values in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": mine})
+
+
+def _whole_tensor(value: Any) -> Any:
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def _share_like(parameter: Tensor, value: Any) -> Any:
+    """A whole tensor of an optimizer's state, sharded as its parameter if it has the same shape."""
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` with names of parameters for their numbers, which count in the groups' order."""
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def _by_number(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The inverse of :func:`_by_name`."""
+    number_of = {name: number for number, name in enumerate(names)}
+    groups = [{**group, "params": [number_of[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {number_of[name]: value for name, value in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,142 @@
+"""Every strategy computes what a single process does, and its checkpoints go on under every other.
+
+The recipes and the layers in ``configs/strategy`` are discovered: a new one is tested as it is.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
+
+import deepspeed  # noqa: F401  # here, so that forked ranks need not
+import pytest
+import torch
+
+from common.checkpoint import read_checkpoint
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks
+
+CELLS = [
+    (recipe, strategy, world, accumulate)
+    for recipe in RECIPES
+    for strategy in STRATEGIES
+    for world in (1, 2)
+    for accumulate in (1, 2)
+]
+# For each strategy two ranks, with and without accumulation, each with half of the recipes, and one rank with one.
+FAST = {
+    *((RECIPES[(i + a) % len(RECIPES)], name, 2, a) for i, name in enumerate(STRATEGIES) for a in (1, 2)),
+    *((RECIPES[i % len(RECIPES)], name, 1, 1 + i % 2) for i, name in enumerate(STRATEGIES)),
+}
+
+TWENTY = ("--trainer.max_steps", "20", "--trainer.gradient_clip_val", "0.5")
+
+Fit = Callable[..., Path]
+
+
+@pytest.fixture
+def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
+    """Train without randomness, 16 samples per step, and return the run's folder."""
+
+    def run(recipe: str, strategy: str | None, world: int, *args: str, name: str, accumulate: int = 1) -> Path:
+        layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
+        command = [
+            "fit", *layer, *plain_args[recipe], "--name", name, "--data.batch_size", str(16 // world // accumulate),
+            "--trainer.accumulate_grad_batches", str(accumulate), "--trainer.accelerator", "cpu",
+            "--trainer.check_val_every_n_epoch", "null",
+            "--trainer.devices", str(world), "--trainer.log_every_n_steps", "1",
+            "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
+        ]  # fmt: skip
+        folder = work / f"logs-{name}"
+        assert run_ranks(main_of(recipe), command, world=world, folder=folder) == [0] * world, logs(folder)
+        return work / "runs" / recipe / name
+
+    return run
+
+
+def difference(values: list[float], expected: list[float]) -> float:
+    """The largest difference, relative to what is expected."""
+    return max(abs(value / wanted - 1) for value, wanted in zip(values, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "strategy", "world", "accumulate"),
+    [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
+)
+def test_losses_equal_one_process(
+    recipe: str,
+    strategy: str,
+    world: int,
+    accumulate: int,
+    fit: Fit,
+    reference: Callable[[str], Path],
+    record_property: Callable[[str, Any], None],
+) -> None:
+    """Losses, norms of the gradients, which are clipped, and the weights in the end."""
+    validate = ("--trainer.val_check_interval", str(10 * accumulate))
+    folder = fit(recipe, strategy, world, *TWENTY, *validate, name="run", accumulate=accumulate)
+    runs = [path / "metrics.csv" for path in (folder, reference(recipe))]
+    losses, expected = (read_metrics(path, "train/loss") for path in runs)
+    assert len(expected) == 20
+    worst = difference(losses, expected)
+    cell = f"{recipe}, {strategy}, {world} ranks, accumulation {accumulate}"
+    record_property("summary", f"largest relative difference of a loss: {worst:.1e} ({cell})")
+    assert worst < 1e-5
+    norms, expected = (read_metrics(path, "optim/grad_norm") for path in runs)
+    assert sum(norm > 0.5 for norm in expected) > 5
+    assert difference(norms, expected) < 1e-4
+    for name in ("val/loss", "val/accuracy" if recipe == "classification" else "val/perplexity"):
+        values, expected = (read_metrics(path, name) for path in runs)
+        assert difference(values, expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def _references() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def reference(
+    fit: Fit, _references: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A recipe's run in a single process, without any strategy; made once."""
+
+    def run(recipe: str) -> Path:
+        if recipe not in _references:
+            made = fit(recipe, None, 1, *TWENTY, "--trainer.val_check_interval", "10", name="reference")
+            _references[recipe] = made.rename(tmp_path_factory.mktemp(recipe) / "reference")
+        return _references[recipe]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_property: Callable[[str, Any], None]) -> None:
+    """Two steps under each, one after the other, on one rank and on two, end where a single process does."""
+    hops: list[tuple[str | None, int]] = [(name, 2) for name in STRATEGIES]
+    hops = [(None, 1), *hops, (None, 1)]
+    schedule = "torch.optim.lr_scheduler.LinearLR"  # the same however long the run is
+    args = ["--model.lr_scheduler", schedule, "--trainer.val_check_interval", "2", "--trainer.max_steps"]
+    whole = fit(recipe, None, 1, *args, str(2 * len(hops)), name="whole")
+    folder, end = Path(), []
+    for step, (strategy, world) in enumerate(hops, 1):
+        resumed = ["--ckpt_path", "last"] if step > 1 else []
+        given = ["--trainer.strategy", "auto"] if strategy is None else []
+        folder = fit(recipe, strategy, world, *args, str(2 * step), *resumed, *given, name="hops")
+        end += read_metrics(folder / "metrics.csv", "val/loss")
+    expected = read_metrics(whole / "metrics.csv", "val/loss")
+    assert len(end) == len(hops)
+    record_property("summary", f"{recipe}: val/loss through {len(hops)} strategies: {difference(end, expected):.1e}")
+    assert difference(end, expected) < 1e-5
+    last, wanted = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (folder, whole))
+    for name, value in wanted["state_dict"].items():
+        # The bias of attention's keys changes no output: its gradient is rounding, which Adam scales up.
+        assert name.endswith("k_proj.bias") or torch.allclose(last["state_dict"][name], value, atol=1e-5), name
+    states, wanted_states = (c["optimizer_states"][0] for c in (last, wanted))
+    assert states["param_groups"] == wanted_states["param_groups"]
+    for number, state in wanted_states["state"].items():
+        for key, value in state.items():
+            assert torch.allclose(states["state"][number][key], value, atol=1e-5), (number, key)
+    assert last["lr_schedulers"] == wanted["lr_schedulers"]
