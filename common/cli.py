@@ -45,7 +45,8 @@ SWITCHES = {
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a
-# frozen body stays in eval mode, DeepSpeed clips, FSDP on one rank has nothing to shard.
+# frozen body stays in eval mode, DeepSpeed clips, FSDP on one rank has nothing to shard
+# and leaves batch norm in fp32.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -58,6 +59,7 @@ NO_WARNINGS = (
     "`torch.distributed.\\w+` is deprecated",
     "Since DeepSpeed handles gradient clipping internally",
     "FSDP is switching to use `NO_SHARD`",
+    "Both mixed precision and an auto_wrap_policy were specified to FSDP",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
     "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
 )

@@ -1,7 +1,7 @@
 """A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
 
-The matrix is both recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers}; the suite runs a part of it
-that covers every pair of settings, ``make resume-matrix`` all of it.
+The matrix is all recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers} under DDP, and without workers
+under every other strategy; the suite runs a part of it that covers every pair of settings, ``make resume-matrix`` all.
 """
 
 import hashlib
@@ -11,12 +11,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
+
+import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import ROOT, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -31,13 +34,18 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
     ),
 }
 TRAINING_SAMPLES = {"lm": 1687, "classification": 1258}
-CELLS = list(itertools.product(("lm", "classification"), (1, 2), STOPS, (0, 2)))
+OTHERS = [name for name in STRATEGIES if name != "ddp"]
+CELLS = [
+    *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
+    *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),
+]
 # Two values of each setting meet the others' at least once.
 FAST = {
-    ("lm", 1, "mid_epoch", 0), ("classification", 2, "mid_epoch", 2),
-    ("lm", 2, "step_on_last_batch", 2), ("classification", 1, "step_on_last_batch", 0),
-    ("lm", 2, "per_epoch", 0), ("classification", 1, "per_epoch", 2),
-    ("lm", 1, "odd_accumulation", 2), ("classification", 2, "odd_accumulation", 0),
+    ("lm", 1, "mid_epoch", 0, "ddp"), ("classification", 2, "mid_epoch", 2, "ddp"),
+    ("lm", 2, "step_on_last_batch", 2, "ddp"), ("classification", 1, "step_on_last_batch", 0, "ddp"),
+    ("lm", 2, "per_epoch", 0, "ddp"), ("classification", 1, "per_epoch", 2, "ddp"),
+    ("lm", 1, "odd_accumulation", 2, "ddp"), ("classification", 2, "odd_accumulation", 0, "ddp"),
+    *((RECIPES[i % len(RECIPES)], 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS)),
 }  # fmt: skip
 
 
@@ -88,16 +96,16 @@ def write_config(folder: Path, saves: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "world", "stop", "workers"),
+    ("recipe", "world", "stop", "workers", "strategy"),
     [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
 )
 def test_killed_run_goes_on_to_the_bit(
-    recipe: str, world: int, stop: str, workers: int, work: Path, lm_args: list[str]
+    recipe: str, world: int, stop: str, workers: int, strategy: str, work: Path, lm_args: list[str]
 ) -> None:
     settings, saves, micro_batch = STOPS[stop]
     batch_size = TRAINING_SAMPLES[recipe] // (11 * world) if stop == "odd_accumulation" else 4
     args = [
-        "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / "configs/strategy/ddp.yaml"),
+        "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"),
         "--data.batch_size", str(batch_size), "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
         "--trainer.devices", str(world), "--trainer.max_epochs", "3", "--trainer.max_steps", "-1",
         "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0",

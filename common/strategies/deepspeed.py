@@ -18,6 +18,7 @@ from typing_extensions import override
 from common.errors import InputError
 from common.module import BaseModule
 from common.optim import MuonAdamW
+from common.strategies.sharding import share_buffers
 
 # Their step is more than a function of each element, and DeepSpeed hands them flat pieces of many parameters.
 _NOT_ELEMENTWISE = (MuonAdamW, torch.optim.Muon, torch.optim.Adafactor)
@@ -107,6 +108,11 @@ class DeepSpeed(DeepSpeedStrategy):
     @override
     def model_sharded_context(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()  # the net is made whole, with the weights that it has under every strategy
+
+    @override
+    def _setup_model(self, model: BaseModule) -> BaseModule:  # type: ignore[override]
+        share_buffers(model.net)
+        return model
 
     @override
     def _init_optimizers(self) -> Any:

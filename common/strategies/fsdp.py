@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from common.strategies.sharding import blocks
+from common.strategies.sharding import blocks, share_buffers
 
 
 class FSDP(FSDPStrategy):
@@ -47,6 +47,7 @@ class FSDP(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.lightning_module is not None
         net: Any = self.lightning_module.net
+        share_buffers(net)
         units = {id(module) for module in [*blocks(net), net]}
         wrapped = FullyShardedDataParallel(
             model,
@@ -135,6 +136,7 @@ class FSDP2(ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         net: Any = self.lightning_module.net
+        share_buffers(net)
         for module in [*blocks(net), net]:
             fully_shard(module, **settings)
         super().setup(trainer)

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -32,3 +33,23 @@ def gathered(net: nn.Module) -> AbstractContextManager[None]:
     if isinstance(net, FullyShardedDataParallel):
         return FullyShardedDataParallel.summon_full_params(net, recurse=False, writeback=False)
     return nullcontext()
+
+
+def share_buffers(net: nn.Module) -> None:
+    """Give all ranks the saved buffers of rank 0 before each forward, as DDP does.
+
+    Otherwise each rank would keep running statistics of its own, of which a checkpoint could hold only one.
+    """
+    places = [
+        (module, name)
+        for module in net.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set and buffer.numel()
+    ]
+
+    def broadcast(*_: object) -> None:
+        group: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+        dist._broadcast_coalesced(group, [getattr(*place) for place in places], 2**28, 0)  # type: ignore
+
+    if places and dist.get_world_size() > 1:
+        net.register_forward_pre_hook(broadcast)

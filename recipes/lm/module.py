@@ -46,12 +46,8 @@ class LMModule(BaseModule):
     ):
         super().__init__(**kwargs)
         self.config, self.bytes_per_token, self.context = config, bytes_per_token, context
-        config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
-            vocab_size,
-            eos_id,
-            None,
-            None,
-        )
+        config.vocab_size, config.eos_token_id = vocab_size, eos_id
+        config.bos_token_id = config.pad_token_id = None
         if min(sample_tokens, temperature) < 0:
             raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
@@ -112,8 +108,7 @@ class LMModule(BaseModule):
     @override
     def flops_per_item(self) -> float:
         """Forward and backward operations per token (PaLM, appendix B)."""
-        attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
-        return 6 * self.num_params + attention
+        return 6 * self.num_params + 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
 
     @override
     def num_items(self, batch: Batch) -> int:
