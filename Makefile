@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install lm classification test check resume-matrix lock clean
+.PHONY: help install lm classification test check resume-matrix matrix lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,10 @@ check: $(VENV)/.installed-dev ## lint, format and types, the same as CI
 
 resume-matrix: $(VENV)/.installed-dev ## every case of exact resume after kill -9 (long)
 	@$(PY) -m pytest -m "" tests/test_resume.py -n2 --dist=load
+
+matrix: $(VENV)/.installed-dev ## every recipe x strategy x precision; renders docs/compatibility.md (long)
+	@$(PY) -m pytest -m matrix tests/test_matrix.py -n2 --dist=load
+	@$(PY) -m tests.test_matrix
 
 # torch and the CUDA packages it pulls in stay out: which build is right depends on the machine. pip-compile loses
 # the marker of an extra, and deepspeed installs on Linux only.

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
@@ -45,8 +45,8 @@ SWITCHES = {
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a
-# frozen body stays in eval mode, DeepSpeed clips, FSDP on one rank has nothing to shard
-# and leaves batch norm in fp32.
+# frozen body stays in eval mode, DeepSpeed clips, fp16 on a CPU is refused, FSDP on
+# one rank has nothing to shard and leaves batch norm in fp32.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -58,6 +58,9 @@ NO_WARNINGS = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "`torch.distributed.\\w+` is deprecated",
     "Since DeepSpeed handles gradient clipping internally",
+    "You passed .* AMP with fp16 is not supported on CPU",
+    "torch.cuda.amp.GradScaler is enabled, but CUDA is not available",
+    "FSDP with `.*-true` enables computation in lower precision",
     "FSDP is switching to use `NO_SHARD`",
     "Both mixed precision and an auto_wrap_policy were specified to FSDP",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
@@ -326,9 +329,13 @@ class RecipeCLI(LightningCLI):
             callbacks.append(PredictionWriter(self.folder))
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(_trainer_mistake(str(error))) from error
+        if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
+            problem = "needs a GPU, and Lightning would run another on a CPU"
+            raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
+        return trainer
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -361,6 +368,9 @@ def _trainer_mistake(message: str) -> str:
     if m := re.search(r"`(strategy|accelerator)='([^']+)'`", message):
         names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto", "gpu"]
         return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{nearest(m[2], names)}"
+    if m := re.search(r"precision='([\w-]+)'.*(?:one of|among): (.*)", message):
+        names = re.findall(r"\w+-(?:true|mixed)", m[2])
+        return f"trainer.precision: {m[1]} does not go with this strategy; take one of {', '.join(names)}"
     return f"trainer.{m[1]}: {message}" if (m := re.search(r"`(\w+)`", message)) else f"trainer: {message}"
 
 

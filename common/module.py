@@ -18,6 +18,7 @@ from typing_extensions import override
 from common.data import geometry, global_seed, move_position, step_seed, total_steps
 from common.errors import InputError, nearest
 from common.optim import Schedule, param_groups, scale_lr
+from common.precision import to_float8
 from common.strategies.sharding import blocks, plain_name, share
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class BaseModule(L.LightningModule):
         compile: compile the net's blocks with ``torch.compile``, one graph for all of them.
         activation_checkpointing: keep only the inputs of the net's blocks for backward, and compute the rest again:
             about a third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
+        matmul_precision: of products of fp32 matrices, see ``torch.set_float32_matmul_precision``; high is TF32.
+        float8: run linear layers in float8, see :func:`common.precision.to_float8`.
     """
 
     net: nn.Module
@@ -89,6 +92,8 @@ class BaseModule(L.LightningModule):
         l1: float = 0.0,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+        float8: bool = False,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -97,6 +102,7 @@ class BaseModule(L.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.weight_init, self.l1 = weight_init, l1
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
+        self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: _WeightedMean() for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
@@ -134,6 +140,7 @@ class BaseModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "net"):
             return
+        torch.set_float32_matmul_precision(self.matmul_precision)
         # A seed of its own, so that the initial weights do not depend on what drew random numbers before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(step_seed(global_seed()))
@@ -143,6 +150,8 @@ class BaseModule(L.LightningModule):
                 for p in self.net.parameters():
                     if p.ndim >= 2 and p.requires_grad:
                         initialize(p)
+        if self.float8:
+            to_float8(self.net)
         # By name: a strategy may put flat or sharded parameters in the place of these.
         names = {p: name for name, p in self.named_parameters()}
         groups = param_groups(self.net, self.lr_scales)

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from common.errors import InputError
 from common.strategies.sharding import blocks, share_buffers
 
 
@@ -35,6 +36,9 @@ class FSDP(FSDPStrategy):
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Takes the arguments of
     ``lightning.pytorch.strategies.FSDPStrategy``; the blocks of the net are the units that are gathered at a time.
+
+    Raises:
+        InputError: mixed precision on CPUs, where Lightning's autocast does nothing.
     """
 
     restore_checkpoint_after_setup = False  # type: ignore[assignment]
@@ -42,6 +46,13 @@ class FSDP(FSDPStrategy):
     save_checkpoint = Strategy.save_checkpoint
     load_checkpoint = Strategy.load_checkpoint
     load_model_state_dict = Strategy.load_model_state_dict
+
+    @override
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cpu" and "mixed" in self.precision_plugin.precision:
+            problem = "under FSDP1 needs a GPU: Lightning would leave it out on a CPU"
+            raise InputError(f"trainer.precision: {self.precision_plugin.precision} {problem}; take fsdp2 or bf16-true")
+        super().setup_environment()
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:

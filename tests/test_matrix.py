@@ -1,0 +1,139 @@
+"""Recipe x strategy x precision: every cell on two ranks equals one process in that precision, or says why it cannot.
+
+``make matrix`` runs all cells; those that have been run with the same code and configs are not run again. Then it
+renders ``docs/compatibility.md``. The suite runs a part that has every strategy with every precision.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
+
+import deepspeed  # noqa: F401  # here, so that forked ranks need not
+import pytest
+
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks
+
+PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
+CELLS = [(recipe, strategy, precision) for recipe in RECIPES for strategy in STRATEGIES for precision in PRECISIONS]
+PAGE = ROOT / "docs/compatibility.md"
+CACHE = ROOT / ".matrix"
+
+# The largest relative difference of a loss in ten steps that is rounding: bf16 has 8 bits.
+TOLERANCE = {"fp32": 1e-5, "tf32": 1e-5, "fp64": 1e-12, "bf16-mixed": 2e-2, "bf16-true": 2e-2}
+
+
+def key_of(cell: tuple[str, str, str]) -> str:
+    """A hash of the code and the configs that decide what a cell does."""
+    recipe, strategy, precision = cell
+    layers = [ROOT / f"configs/{layer}.yaml" for layer in (f"strategy/{strategy}", f"precision/{precision}")]
+    files = [*(ROOT / "common").rglob("*.py"), *(ROOT / "recipes" / recipe).rglob("*.*"), *layers, Path(__file__)]
+    sha = hashlib.sha256()
+    for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
+        sha.update(path.read_bytes())
+    for package in ("torch", "lightning", "transformers", "deepspeed"):
+        sha.update(importlib.metadata.version(package).encode())
+    return sha.hexdigest()
+
+
+def cached(cell: tuple[str, str, str]) -> dict[str, str]:
+    """What the cell gave with the present code; empty if it has not been run."""
+    path = CACHE / f"{'-'.join(cell)}.json"
+    outcome = json.loads(path.read_text()) if path.exists() else {}
+    return outcome if outcome.get("key") == key_of(cell) else {}
+
+
+def run(cell: tuple[str, str, str], strategy: str | None, args: list[str], work: Path) -> tuple[list[float], str]:
+    """Losses of ten steps at 16 samples, or the line that refuses the run."""
+    recipe, _, precision = cell
+    world, name = (2, "cell") if strategy else (1, "single")
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
+    command = [
+        "fit", *layer, "--config", str(ROOT / f"configs/precision/{precision}.yaml"), *args, "--name", name,
+        "--data.batch_size", str(16 // world), "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
+        "--trainer.max_steps", "10", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
+        "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5",
+        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+    ]  # fmt: skip
+    codes = run_ranks(main_of(recipe), command, world=world, folder=work / name)
+    if codes == [2] * world:
+        return [], (work / name / "rank0.log").read_text().strip().splitlines()[-1]
+    assert codes == [0] * world, logs(work / name)
+    return read_metrics(work / "runs" / recipe / name / "metrics.csv", "train/loss"), ""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("recipe", "strategy", "precision"), CELLS)
+def test_cell(recipe: str, strategy: str, precision: str, work: Path, plain_args: dict[str, list[str]]) -> None:
+    cell = (recipe, strategy, precision)
+    if cached(cell):
+        return
+    losses, refusal = run(cell, strategy, plain_args[recipe], work)
+    if refusal:
+        assert ": trainer." in refusal or ": model." in refusal
+        assert "; take " in refusal
+        detail = refusal.partition(": ")[2]
+        outcome = {"result": "GPU" if "needs a GPU" in refusal else "refused", "detail": detail}
+    else:
+        expected, _ = run(cell, None, plain_args[recipe], work)
+        worst = max(abs(loss / wanted - 1) for loss, wanted in zip(losses, expected, strict=True))
+        assert len(expected) == 10
+        assert worst < TOLERANCE[precision]
+        outcome = {"result": "equal", "detail": f"{worst:.0e}"}
+    CACHE.mkdir(exist_ok=True)
+    (CACHE / f"{'-'.join(cell)}.json").write_text(json.dumps({"key": key_of(cell), **outcome}))
+
+
+def render() -> str:
+    """The page, from the cells that were run."""
+    outcomes = {cell: cached(cell) for cell in CELLS}
+    missing = [cell for cell, outcome in outcomes.items() if not outcome]
+    assert not missing, f"not run with the present code: {missing}; make matrix runs them"
+    refusals = sorted({outcome["detail"] for outcome in outcomes.values() if outcome["result"] == "refused"})
+    lines = [
+        "# What works with what",
+        "",
+        "Made by `make matrix`, which trains every cell on two gloo ranks on CPU and compares ten losses with those of",
+        "a single process at the same global batch and in the same precision. ✓ stands beside the largest relative",
+        "difference; fp64 may differ by 1e-12, fp32 by 1e-5, bf16 by 2e-2. [n] is the line with which the cell is",
+        "refused before training starts.",
+    ]
+    for recipe in RECIPES:
+        lines += [
+            "",
+            f"## {recipe}",
+            "",
+            f"| strategy | {' | '.join(PRECISIONS)} |",
+            "|---" * (len(PRECISIONS) + 1) + "|",
+        ]
+        for strategy in STRATEGIES:
+            row = [outcomes[recipe, strategy, precision] for precision in PRECISIONS]
+            texts = [
+                f"✓ {outcome['detail']}"
+                if outcome["result"] == "equal"
+                else "needs GPU: not run"
+                if outcome["result"] == "GPU"
+                else f"[{refusals.index(outcome['detail']) + 1}]"
+                for outcome in row
+            ]
+            lines.append(f"| {strategy} | {' | '.join(texts)} |")
+    lines += ["", "## Refusals", "", *(f"{number}. `{text}`" for number, text in enumerate(refusals, 1))]
+    return "\n".join(lines) + "\n"
+
+
+def test_page_names_every_cell() -> None:
+    page = PAGE.read_text()
+    for recipe in RECIPES:
+        section = page.split(f"## {recipe}\n")[1].split("\n## ")[0]
+        assert [line.split(" | ")[0].strip("| ") for line in section.splitlines() if line.startswith("| ")] == [
+            "strategy", *STRATEGIES,
+        ]  # fmt: skip
+        assert all(f" {precision} " in section for precision in PRECISIONS)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    print(f"{PAGE}: {dict(sorted({r: PAGE.read_text().count(r) for r in ('✓', 'not run', '| [')}.items()))}")
