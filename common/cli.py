@@ -29,7 +29,8 @@ from common import layers
 from common.callbacks import PredictionWriter, RunRecord
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import InputError, nearest
+from common.errors import InputError, Stopped, nearest
+from common.faults import LOST_RANK_EXIT, StopOnSigterm, lost_rank
 from common.messages import explain
 from common.module import BaseModule
 
@@ -312,6 +313,10 @@ class RecipeCLI(LightningCLI):
                 raise InputError(
                     f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}"
                 ) from error
+            if cause := lost_rank(error):
+                problem = f"rank {self.trainer.global_rank}: another rank has ended ({cause})"
+                goes_on = "; --ckpt_path last goes on from the last checkpoint" if subcommand == "fit" else ""
+                raise Stopped(problem + goes_on, LOST_RANK_EXIT) from error
             raise
 
     @override
@@ -324,7 +329,7 @@ class RecipeCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
         callbacks = [callback for callback in _as_list(settings.get("callbacks")) if not isinstance(callback, off)]
-        callbacks.append(RunRecord(self.resolved, self.folder))
+        callbacks += [RunRecord(self.resolved, self.folder), StopOnSigterm()]
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.folder))
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
@@ -390,6 +395,9 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         known = {k: v for k, v in actions.items() if k not in cli.links.values() and not k.endswith("help")}
         print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as error:
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(error.code) from None
 
 
 def _quiet_stderr() -> None:

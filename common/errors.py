@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what the user typed, pointed to or fed in."""
+"""Exceptions that the command line prints as one line: mistakes of the user, and an end that comes from outside."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ class InputError(Exception):
 
     The message is a single line that names the file or key and how to mend it.
     """
+
+
+class Stopped(Exception):
+    """The run was ended from outside; the command line prints it as one line and exits with ``code``."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def closest(wrong: str, known: Iterable[str]) -> str | None:

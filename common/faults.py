@@ -1,0 +1,82 @@
+"""Runs that are ended from outside: SIGTERM, and ranks that are lost."""
+
+import re
+import signal
+import threading
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from common.callbacks import LastCheckpoint
+from common.errors import Stopped
+
+SIGTERM_EXIT = 128 + signal.SIGTERM  # what shells give a process that ends by it
+LOST_RANK_EXIT = 3
+
+# What gloo and NCCL say when the other end is gone.
+_LOST = re.compile(
+    r"Connection (?:closed|reset|refused)(?: by peer)?|Broken pipe|remote process (?:has )?exited|"
+    r"[Tt]imed out|Timeout|NCCL error|Socket closed"
+)
+
+
+def lost_rank(error: Exception) -> str | None:
+    """What an error says about the loss of another rank; None if it is about anything else."""
+    message = str(error)
+    found = _LOST.search(message)
+    about_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in message
+    return found[0] if found and about_ranks else None
+
+
+class StopOnSigterm(Callback):
+    """Ends training on all ranks at the same step, with a new ``last.ckpt``, when any of them is sent SIGTERM.
+
+    Lightning's own handler talks to other ranks from wherever the signal finds it, which can lock them up, hears rank 0
+    only, and ends with exit code 0; it also makes every micro-batch wait for the device. Here the ranks ask one another
+    after the first step and about every five seconds from then on.
+    """
+
+    seconds = 5.0
+
+    @override
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen(trainer)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not hasattr(self, "_received"):
+            self._listen(trainer)
+        self._step, self._since, self._due = trainer.global_step, time.perf_counter(), trainer.global_step + 1
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        self._received = False
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)  # Lightning puts the former one back when it ends
+
+    def _note(self, *_: Any) -> None:
+        self._received = True
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step < self._due:
+            return
+        elapsed = time.perf_counter() - self._since
+        mine = torch.tensor([float(self._received), elapsed], device=trainer.strategy.root_device)
+        received, elapsed = trainer.strategy.reduce(mine, reduce_op="max").tolist()
+        if received:
+            saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
+            for callback in saved:
+                callback._save_if(trainer, True)
+            where = "this rank" if self._received else "another rank"
+            hint = "; --ckpt_path last goes on from here" if saved else ""
+            raise Stopped(f"rank {trainer.global_rank}: SIGTERM to {where} after step {step}{hint}", SIGTERM_EXIT)
+        self._due = step + max(int(self.seconds * (step - self._step) / elapsed), 1)
+        self._step, self._since = step, time.perf_counter()

@@ -1,0 +1,96 @@
+"""A rank is killed, raises or is sent SIGTERM: every rank ends, with a code and a line, and the run goes on later."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
+
+import deepspeed  # noqa: F401  # here, so that forked ranks need not
+import pytest
+
+from common.checkpoint import read_checkpoint
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks
+
+# What happens to each rank before micro-batch 9, and how each of the two ends.
+FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
+    "kill_0": ({0: "kill"}, [-9, 3]),
+    "kill_1": ({1: "kill"}, [3, -9]),
+    "raise_0": ({0: "raise"}, [1, 3]),
+    "raise_1": ({1: "raise"}, [3, 1]),
+    "sigterm_1": ({1: "sigterm"}, [143, 143]),
+    "sigterm_both": ({0: "sigterm", 1: "sigterm"}, [143, 143]),
+}
+CELLS = [(recipe, strategy, fault) for recipe in RECIPES for strategy in STRATEGIES for fault in FAULTS]
+# Every strategy with two faults, every fault with two strategies or more.
+FAST = {
+    (RECIPES[i % len(RECIPES)], strategy, list(FAULTS)[(2 * i + j) % len(FAULTS)])
+    for i, strategy in enumerate(STRATEGIES)
+    for j in (0, 3)
+}
+
+
+def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
+    """Train until a fault strikes this rank."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def start_or_fail(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx == 8:
+            fault = faults.get(self.global_rank)
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "raise":
+                raise ArithmeticError("a bug in one rank")
+            elif fault == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx > 8:
+            time.sleep(0.1)  # so that the run does not end before the ranks ask one another
+        start(self, batch, batch_idx)
+
+    BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
+    main_of(recipe)(args)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "strategy", "fault"),
+    [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
+)
+def test_every_rank_ends(
+    recipe: str, strategy: str, fault: str, work: Path, plain_args: dict[str, list[str]], record_property: Any
+) -> None:
+    faults, expected = FAULTS[fault]
+    args = [
+        "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *plain_args[recipe],
+        "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.devices", "2",
+        "--trainer.max_steps", "200", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_model_summary", "false",
+    ]  # fmt: skip
+    saves = work / "saves.yaml"
+    saves.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: common.callbacks.LastCheckpoint\n"
+        "      init_args: {every_n_train_steps: 5}\n"
+    )
+    began = time.monotonic()
+    args += ["--config", str(saves)]
+    codes = run_ranks(faulty_main, recipe, args, faults, folder=work / "faulty")
+    seconds = time.monotonic() - began
+    assert codes == expected, logs(work / "faulty")
+    assert seconds < 60
+    record_property("summary", f"{recipe}, {strategy}, {fault}: exit codes {codes} after {seconds:.0f} s")
+    for rank, code in enumerate(codes):
+        text = (work / f"faulty/rank{rank}.log").read_text()
+        if code == 3:
+            assert f"rank {rank}: another rank has ended (" in text.splitlines()[-1]
+        elif code == 143:
+            which = "this rank" if rank in faults else "another rank"
+            assert f"rank {rank}: SIGTERM to {which} after step" in text.splitlines()[-1]
+        elif code == 1:
+            assert "ArithmeticError: a bug in one rank" in text.splitlines()[-1]
+    last = read_checkpoint(work / "runs" / recipe / "default/checkpoints/last.ckpt")
+    assert last["global_step"] > 8 if "sigterm" in fault else last["global_step"] == 5
+    resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(last["global_step"] + 2)]
+    assert run_ranks(main_of(recipe), resumed, folder=work / "resumed") == [0, 0], logs(work / "resumed")
