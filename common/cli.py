@@ -33,6 +33,7 @@ from common.errors import InputError, Stopped, nearest
 from common.faults import LOST_RANK_EXIT, StopOnSigterm, lost_rank
 from common.messages import explain
 from common.module import BaseModule
+from common.trainer import RecipeTrainer
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
 ALLOWED = ("torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "common", "recipes")
@@ -127,6 +128,7 @@ class RecipeCLI(LightningCLI):
             super().__init__(
                 module_class,
                 datamodule_class,
+                trainer_class=RecipeTrainer,
                 save_config_callback=None,
                 seed_everything_default=1,
                 parser_class=RecipeParser,
@@ -141,7 +143,8 @@ class RecipeCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         # Checkpoints are always loaded with weights only.
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        own = {"preflight": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()} | own
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -158,7 +161,7 @@ class RecipeCLI(LightningCLI):
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
         self._set_run_dir(config)
-        if self.subcommand != "fit" and not config.get("ckpt_path"):
+        if self.subcommand not in ("fit", "preflight") and not config.get("ckpt_path"):
             config.ckpt_path = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
             if not _get_rank():
                 print(f"{self.subcommand}: {config.ckpt_path or 'no'} checkpoint of {self.run_dir}", flush=True)

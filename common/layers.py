@@ -9,7 +9,7 @@ import yaml
 
 from common.errors import InputError, nearest
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "preflight", "export")
 GROUPS = ("trainer", "model", "data")
 
 # Names of arguments whose value must not be seen; that of `eos_token` may.

@@ -18,10 +18,12 @@ from typing_extensions import override
 from common.errors import InputError
 from common.module import BaseModule
 from common.optim import MuonAdamW
-from common.strategies.sharding import share_buffers
+from common.strategies.sharding import Memory, share_buffers
 
 # Their step is more than a function of each element, and DeepSpeed hands them flat pieces of many parameters.
 _NOT_ELEMENTWISE = (MuonAdamW, torch.optim.Muon, torch.optim.Adafactor)
+
+BUCKET = 50_000_000  # gradients that ZeRO-3 reduces at a time
 
 
 class _Piece(NamedTuple):
@@ -112,7 +114,20 @@ class DeepSpeed(DeepSpeedStrategy):
     @override
     def _setup_model(self, model: BaseModule) -> BaseModule:  # type: ignore[override]
         share_buffers(model.net)
+        # DeepSpeed allocates a bucket of half a billion gradients, whatever the net.
+        self.config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, model.num_params))  # type: ignore
         return model
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What is left on a rank of memory that is not sharded; the optimizer has fp32 weights of its own."""
+        zero: dict[str, Any] = self.config["zero_optimization"]  # type: ignore[index]
+        weights, gradients = whole.weights, whole.gradients // ranks
+        if "offload_optimizer" in zero:
+            gradients *= 2  # on the device and on the host
+        if self.zero_stage_3:
+            weights //= ranks
+            gradients += zero.get("reduce_bucket_size", min(BUCKET, trained)) * 4
+        return Memory(weights, gradients, (whole.optimizer + 4 * trained) // ranks)
 
     @override
     def _init_optimizers(self) -> Any:

@@ -28,7 +28,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import blocks, share_buffers
+from common.strategies.sharding import Memory, blocks, share_buffers
 
 
 class FSDP(FSDPStrategy):
@@ -78,6 +78,12 @@ class FSDP(FSDPStrategy):
         """Norm of all gradients, of which each rank holds a share."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return self.model.clip_grad_norm_(float("inf"))
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What is left on a rank of memory that is not sharded."""
+        name = self.sharding_strategy.name
+        parts = 1 if name == "NO_SHARD" else self.num_processes if "HYBRID" in name else ranks
+        return Memory(*(size // parts for size in whole))
 
     def _whole(self) -> AbstractContextManager[Any]:
         assert self.model is not None
@@ -130,6 +136,10 @@ class FSDP2(ModelParallelStrategy):
     def __init__(self, reshard_after_forward: bool = True, cpu_offload: bool = False):
         super().__init__(save_distributed_checkpoint=False)
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What is left on a rank of memory that is not sharded."""
+        return Memory(*(size // ranks for size in whole))
 
     @override
     def setup_environment(self) -> None:

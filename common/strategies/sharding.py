@@ -1,11 +1,20 @@
 """What recipes and sharding strategies share: the blocks of a net, and what a rank holds of its parameters."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+
+class Memory(NamedTuple):
+    """Bytes that one rank holds through a step; what the host holds instead of the device is counted too."""
+
+    weights: int
+    gradients: int
+    optimizer: int
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:

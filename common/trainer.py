@@ -1,0 +1,145 @@
+"""Lightning's trainer with two more commands: what a run takes, before it, and its net for others, after it."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
+
+from common.checkpoint import read_checkpoint
+from common.data import BaseDataModule, total_steps
+from common.errors import InputError
+from common.module import BaseModule
+from common.strategies.sharding import Memory
+
+
+class Preflight(NamedTuple):
+    """What a run takes, on each rank."""
+
+    params: int
+    trained: int
+    ranks: int
+    memory: Memory
+    activations: int | None  # bytes that backward needs of one micro-batch; None if the net cannot tell
+    items: int  # samples or tokens of an optimizer step, over all ranks
+    steps: int  # of the run; -1 if it has no end
+
+
+class RecipeTrainer(L.Trainer):
+    """The trainer of every recipe."""
+
+    def preflight(self, model: BaseModule, datamodule: BaseDataModule) -> None:
+        """Print parameters, memory per rank, items per step and steps of a run, without allocating the net."""
+        self._attach(model, datamodule)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        # Tensors with shapes and without memory.
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, self.precision_plugin.tensor_init_context(), no_init_weights():
+            model.configure_model()
+        params = list(model.net.parameters())
+        trained = [p for p in params if p.requires_grad]
+        batch = next(iter(datamodule.train_dataloader()))
+        with fake:
+            activations = self._activations(model, apply_to_collection(batch, Tensor, fake.from_tensor))
+            configured: Any = model.configure_optimizers()
+            optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+            for p in trained:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+        memory = Memory(
+            _bytes(params), _bytes(trained), _bytes(v for s in optimizer.state.values() for v in s.values())
+        )
+        if shard := getattr(self.strategy, "memory_per_rank", None):
+            memory = shard(memory, sum(p.numel() for p in trained), self.world_size)
+        self.found = Preflight(
+            params=sum(p.numel() for p in params),
+            trained=sum(p.numel() for p in trained),
+            ranks=self.world_size,
+            memory=memory,
+            activations=activations,
+            items=model.num_items(batch) * self.world_size * self.accumulate_grad_batches,
+            steps=total_steps(self),
+        )
+        _print(self.found, model.unit)
+
+    def _attach(self, model: BaseModule, datamodule: BaseDataModule) -> None:
+        model.trainer = datamodule.trainer = self
+        self._data_connector.attach_datamodule(model, datamodule)
+        getattr(self.strategy, "set_world_ranks", lambda: None)()
+
+    def _activations(self, model: BaseModule, batch: Any) -> int | None:
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in known:
+                saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        try:
+            with (
+                self.precision_plugin.forward_context(),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                model.shared_step(batch, "train")
+        except (RuntimeError, NotImplementedError):  # an operation that has no shapes without data
+            return None
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+    def export(self, model: BaseModule, datamodule: BaseDataModule, ckpt_path: str | None = None) -> None:
+        """Write a checkpoint's net to ``export/`` in the run's folder: safetensors, as ``from_pretrained`` reads it.
+
+        Args:
+            model: the module.
+            datamodule: its data; its tokenizer is written beside the net.
+            ckpt_path: ``best``, which is the default, ``last`` or a file.
+        """
+        from safetensors.torch import save_model
+        from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+        if ckpt_path is None:
+            raise InputError("--ckpt_path: there is no best checkpoint; run fit first, or give last or a file")
+        self._attach(model, datamodule)
+        model.configure_model()
+        model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
+        folder = Path(self.default_root_dir) / "export"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        net: nn.Module = model.net
+        # A classifier of common.nets holds the net of transformers that others can load.
+        inner = [net, *net.children()]
+        if found := next((module for module in inner if isinstance(module, PreTrainedModel)), None):
+            found.save_pretrained(folder)
+        else:
+            save_model(net, str(folder / "model.safetensors"))
+        if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        print(f"export: {folder}", flush=True)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _print(found: Preflight, unit: str) -> None:
+    def size(value: int | None) -> str:
+        if value is None:
+            return "not known"
+        return f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+
+    table = Table(show_header=False, box=None)
+    table.add_row("parameters", f"{found.params:,} ({found.trained:,} trained)")
+    for name, value in found.memory._asdict().items():
+        table.add_row(f"{name} per rank", size(value))
+    table.add_row("activations per rank, about", size(found.activations))
+    table.add_row(f"{unit} per step", f"{found.items:,} ({found.ranks} ranks)")
+    table.add_row("optimizer steps", f"{found.steps:,}" if found.steps >= 0 else "no end")
+    Console().print(table)
