@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.support import RECIPES, ROOT, logs, main_of, run_ranks, write_encoder
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "docs/scaling.md", *(ROOT / "recipes").glob("*/README.md")])
 
 
 def commands(page: Path) -> list[str]:

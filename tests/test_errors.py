@@ -72,6 +72,8 @@ def case(recipe: str, text: str, flags: str, where: str, key: str, hint: str | N
     return pytest.param(recipe, text, shlex.split(flags), where, key, hint, id=f"{recipe} {where} {key}")
 
 
+STRATEGY = ROOT / "configs/strategy"
+
 # fmt: off
 WRONG_KEYS = [
     case(LM, "trainr:\n  max_steps: 3\n", "", "bad.yaml:2", "trainr.max_steps", "trainer.max_steps"),
@@ -260,6 +262,9 @@ WRONG_NUMBERS = [
     built(LM, {}, "--data.val_fraction 1.5", "--data.val_fraction", "give a share between 0 and 1"),
     built(CLASSES, {}, "--data.val_fraction 0", "--data.val_fraction", "must be above 0"),
     built(LM, {}, "--model.l1=-1", "--model.l1", "must not be negative, got -1.0"),
+    built(LM, {}, "--trainer.precision 16-mixed", "--trainer.precision", "16-mixed needs a GPU"),
+    built(LM, {}, f"--config {STRATEGY}/fsdp2.yaml --trainer.precision 64-true", "--trainer.precision",
+          "64-true does not go with this strategy; take one of 32-true"),
     built(LM, {}, "--model.sample_tokens=-1", "--model.sample_tokens", "is negative"),
     built(CLASSES, {}, "--model.label_smoothing 1", "--model.label_smoothing", "must be in [0, 1), got 1.0"),
     built(LM, {}, "--trainer.max_steps=-5", "--trainer.max_steps", "must be a non-negative integer or -1"),
@@ -326,6 +331,11 @@ def test_refused_before_the_run_starts(
 MONITOR = CALLBACK + "{}\n      init_args: {{monitor: val/los}}\n"
 # fmt: off
 WRONG_RUNS = [
+    built(LM, {}, "--model.float8 true", "--model.float8", "needs a GPU with float8"),
+    built(CLASSES, {}, "--model.compile true", "--model.compile", "ConvNet names no blocks"),
+    built(CLASSES, {}, "--model.activation_checkpointing true", "--model.activation_checkpointing", "names no blocks"),
+    built(LM, {}, f"--config {STRATEGY}/fsdp.yaml --trainer.precision bf16-mixed", "--trainer.precision",
+          "under FSDP1 needs a GPU"),
     built(LM, {}, "--data.batch_size 100000", "--data.batch_size", "> 1687 training samples; lower it"),
     built(CLASSES, {}, "--data.batch_size 100000", "--data.batch_size", "> 1257 training samples; lower it"),
     built(LM, {}, f"{SCHEDULE}.warmup 500", f"{SCHEDULE}.warmup", "500 does not fit into 4 steps"),

@@ -1,6 +1,7 @@
 """Training as BaseModule does it, step by step against plain torch, and fine-tuning of a pretrained encoder."""
 
 import csv
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from common.nets import ConvNet, PretrainedEncoder
 from common.sources import Digits
 from recipes.classification.data import Batch, ClassificationData
 from recipes.classification.module import ClassificationModule
-from tests.support import ROOT, logs, main_of, run_ranks, write_encoder
+from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
 
 CLASSES = [str(number) for number in range(10)]
 
@@ -390,6 +391,36 @@ def test_a_broken_checkpoint_is_not_written(data: ClassificationData, tmp_path: 
     with pytest.raises(InputError, match="weights are not finite after step 0"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt", weights_only=True)
     assert not (tmp_path / "bad.ckpt").exists()
+
+
+# Blocks
+
+
+def test_activation_checkpointing_changes_no_loss(work: Path, lm_args: list[str]) -> None:
+    """With dropout, whose numbers have to be drawn again."""
+    size = "--model.config.init_args.attention_dropout"
+    for name, flag in (("plain", "false"), ("checkpointed", "true")):
+        args = ["fit", *lm_args, *TINY, size, "0.1", "--name", name, "--model.activation_checkpointing", flag]
+        module = main_of("lm")(args).model
+    assert list(module.state_dict()) == list(
+        read_checkpoint(work / "runs/lm/plain/checkpoints/last.ckpt")["state_dict"]
+    )
+    losses = [read_metrics(work / f"runs/lm/{name}/metrics.csv", "train/loss") for name in ("plain", "checkpointed")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # what dynamo warns of while it traces is not ours
+def test_compiled_blocks_compute_the_same(work: Path, lm_args: list[str]) -> None:
+    for name, flag in (("plain", "false"), ("compiled", "true")):
+        main_of("lm")(["fit", *lm_args, *TINY, "--name", name, "--model.compile", flag])
+    plain, compiled = (
+        read_checkpoint(work / f"runs/lm/{name}/checkpoints/last.ckpt") for name in ("plain", "compiled")
+    )
+    assert list(plain["state_dict"]) == list(compiled["state_dict"])
+    losses = [read_metrics(work / f"runs/lm/{name}/metrics.csv", "train/loss") for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # Samples of a language model

@@ -4,7 +4,9 @@ The recipes and the layers in ``configs/strategy`` are discovered: a new one is 
 """
 
 import os
+import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,44 @@ def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_proper
         for key, value in state.items():
             assert torch.allclose(states["state"][number][key], value, atol=1e-5), (number, key)
     assert last["lr_schedulers"] == wanted["lr_schedulers"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--model.optimizer", "common.optim.MuonAdamW"], "model.optimizer: MuonAdamW needs whole matrices"),
+        (["--model.l1", "0.1"], "model.l1: DeepSpeed keeps gradients to itself"),
+        (["--trainer.gradient_clip_algorithm", "value"], "DeepSpeed does not support clipping gradients by value"),
+    ],
+)
+def test_deepspeed_refuses_what_it_would_leave_out(
+    flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]
+) -> None:
+    layer = ["--config", str(ROOT / "configs/strategy/deepspeed_zero2.yaml"), "--trainer.accelerator", "cpu"]
+    codes = run_ranks(main_of("lm"), ["fit", *layer, *plain_args["lm"], *flags], world=1, folder=work)
+    assert codes == [2], logs(work)
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+    assert not (work / "runs/lm/default/checkpoints").exists()
+
+
+def test_a_missing_engine_is_named_with_its_command(work: Path, plain_args: dict[str, list[str]]) -> None:
+    """In an environment whose path has everything but DeepSpeed."""
+    layer = ["--config", str(ROOT / "configs/strategy/deepspeed_zero2.yaml")]
+    assert run_ranks(without_deepspeed, ["fit", *layer, *plain_args["lm"]], world=1, folder=work) == [2], logs(work)
+    last = (work / "rank0.log").read_text().splitlines()[-1]
+    assert "trainer.strategy: DeepSpeed is not installed; pip install -e '.[deepspeed]'" in last
+
+
+def without_deepspeed(args: list[str]) -> None:
+    """Run the recipe where DeepSpeed cannot be found."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+        del sys.modules[name]
+
+    class Hide(PathFinder):
+        @classmethod
+        def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+            return None if name.split(".")[0] == "deepspeed" else PathFinder.find_spec(name, path, target)
+
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not PathFinder]
+    sys.meta_path.append(Hide)
+    main_of("lm")(args)
