@@ -144,6 +144,29 @@ def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_proper
     assert last["lr_schedulers"] == wanted["lr_schedulers"]
 
 
+def test_texts_and_metrics_do_not_depend_on_the_strategy(
+    work: Path, plain_args: dict[str, list[str]], fit: Fit
+) -> None:
+    """Three prompts on two ranks, one of which has a padded row; ``validate`` counts the same windows."""
+    fit("lm", None, 1, "--trainer.max_steps", "4", "--model.temperature", "0", name="run")
+    run, found = work / "runs/lm/run", {}
+    for strategy in (None, *STRATEGIES):
+        layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
+        world = 2 if strategy else 1
+        given = ["--name", "run", "--ckpt_path", "last", *layer, "--trainer.devices", str(world)]
+        prompts = ["--data.prompts", '["The import", "a", "An object"]']
+        for command in (["predict", *given, *prompts], ["validate", *given]):
+            codes = run_ranks(main_of("lm"), command, world=world, folder=work / "logs")
+            assert codes == [0] * world, logs(work / "logs")
+        losses = read_metrics(run / "validate/metrics.csv", "val/loss")
+        found[strategy] = (run / "predict/predictions.csv").read_text(), losses[-1]
+    texts, loss = found.pop(None)
+    assert len(texts.splitlines()) > 3
+    for strategy, (text, value) in found.items():
+        assert text == texts, strategy
+        assert value == pytest.approx(loss, rel=1e-6), strategy
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
