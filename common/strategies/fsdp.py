@@ -134,7 +134,9 @@ class FSDP2(ModelParallelStrategy):
     load_model_state_dict = Strategy.load_model_state_dict
 
     def __init__(self, reshard_after_forward: bool = True, cpu_offload: bool = False):
-        super().__init__(save_distributed_checkpoint=False)
+        # What lies on the host is gathered there, for norms and checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
