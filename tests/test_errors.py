@@ -498,8 +498,11 @@ def test_loss_that_is_not_finite(work: Path, request: pytest.FixtureRequest, cap
     ("args", "line"),
     [
         (["ft"], "'ft' is no command; did you mean 'fit'?"),
-        ([], "the command is missing; give one of fit, validate, test, predict"),
-        (["--trainer.max_steps", "3"], "the command is missing; give one of fit, validate, test, predict"),
+        ([], "the command is missing; give one of fit, validate, test, predict, preflight, export"),
+        (
+            ["--trainer.max_steps", "3"],
+            "the command is missing; give one of fit, validate, test, predict, preflight, export",
+        ),
         (["validate", "--trainer.max_step=3"], "--trainer.max_step: no such key; did you mean 'trainer.max_steps'?"),
         (["predict", "--ckpt_pth", "best"], "--ckpt_pth: no such key; did you mean 'ckpt_path'?"),
         (
