@@ -213,7 +213,8 @@ class Media(Callback):
             return
         # A net that is sharded answers only when all ranks ask, and ask the same.
         torch.manual_seed(step_seed(global_seed(), self._step))
-        media = module.media(stage)
+        with trainer.precision_plugin.forward_context():  # as in validation
+            media = module.media(stage)
         for name, item in media.items() if trainer.is_global_zero else ():
             if isinstance(item, str):
                 _write_text(trainer, f"{stage}-{name}", item, self._step)

@@ -46,9 +46,9 @@ SWITCHES = {
 }
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
-# the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a
-# frozen body stays in eval mode, DeepSpeed clips, fp16 on a CPU is refused, FSDP on
-# one rank has nothing to shard and leaves batch norm in fp32.
+# the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a frozen body
+# stays in eval mode, DeepSpeed clips, fp16 on a CPU is refused, FSDP on one rank has nothing to shard and leaves batch
+# norm in fp32.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",

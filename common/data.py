@@ -6,6 +6,7 @@ A data set here is indexed by a list of positions and returns a whole batch, a `
 
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -167,6 +168,11 @@ class _Batches(Dataset[Any]):
         return batch._replace(mask=torch.arange(len(positions.indices)) < positions.num_real)
 
 
+def _ignore_sigterm(worker: int) -> None:
+    # Launchers send it to a whole process group; the training process ends its workers when it has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class BaseDataModule(L.LightningDataModule):
     """Loaders over the data sets that a recipe's ``setup`` assigns.
 
@@ -207,6 +213,7 @@ class BaseDataModule(L.LightningDataModule):
             num_workers=2 * on_gpu if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
             persistent_workers=False,
+            worker_init_fn=_ignore_sigterm,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

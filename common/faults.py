@@ -42,18 +42,19 @@ class StopOnSigterm(Callback):
 
     seconds = 5.0
 
+    def __init__(self) -> None:
+        self._received = False
+
     @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not hasattr(self, "_received"):
-            self._listen(trainer)
+        self._listen(trainer)  # there may have been no sanity check
         self._step, self._since, self._due = trainer.global_step, time.perf_counter(), trainer.global_step + 1
 
     def _listen(self, trainer: L.Trainer) -> None:
-        self._received = False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)  # Lightning puts the former one back when it ends

@@ -267,7 +267,8 @@ class BaseModule(L.LightningModule):
         self._check_weights()
 
     def _check_weights(self) -> None:
-        finite = bool(torch.stack([share(p).isfinite().all() for p in self.parameters()]).all())
+        # Offloaded shares lie elsewhere than those that stay.
+        finite = bool(torch.stack([share(p).isfinite().all().to(self.device) for p in self.parameters()]).all())
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # each rank may hold a part
             raise InputError(
                 f"weights are not finite after step {self.trainer.global_step - 1}: lower model.optimizer.lr or set "

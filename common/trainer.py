@@ -36,10 +36,14 @@ class RecipeTrainer(L.Trainer):
     """The trainer of every recipe."""
 
     def preflight(self, model: BaseModule, datamodule: BaseDataModule) -> None:
-        """Print parameters, memory per rank, items per step and steps of a run, without allocating the net."""
+        """Print parameters, memory per rank, items per step and steps of a run, and keep them as ``found``.
+
+        The net is not allocated. Float8 counts as what it is converted from.
+        """
         self._attach(model, datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
+        model.float8 = False
         # Tensors with shapes and without memory.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, self.precision_plugin.tensor_init_context(), no_init_weights():
@@ -101,6 +105,9 @@ class RecipeTrainer(L.Trainer):
             model: the module.
             datamodule: its data; its tokenizer is written beside the net.
             ckpt_path: ``best``, which is the default, ``last`` or a file.
+
+        Raises:
+            InputError: there is no checkpoint.
         """
         from safetensors.torch import save_model
         from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -108,6 +115,7 @@ class RecipeTrainer(L.Trainer):
         if ckpt_path is None:
             raise InputError("--ckpt_path: there is no best checkpoint; run fit first, or give last or a file")
         self._attach(model, datamodule)
+        model.float8 = False  # weights are the same without, and other machines have no float8
         model.configure_model()
         model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         folder = Path(self.default_root_dir) / "export"

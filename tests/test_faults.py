@@ -46,11 +46,12 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
             elif fault == "raise":
                 raise ArithmeticError("a bug in one rank")
             elif fault == "sigterm":
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.killpg(os.getpgrp(), signal.SIGTERM)  # as launchers do: the workers that read data get it too
         if self.trainer.fit_loop.epoch_loop.total_batch_idx > 8:
             time.sleep(0.1)  # so that the run does not end before the ranks ask one another
         start(self, batch, batch_idx)
 
+    os.setpgrp()
     BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
     main_of(recipe)(args)
 
@@ -65,7 +66,7 @@ def test_every_rank_ends(
     faults, expected = FAULTS[fault]
     args = [
         "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *plain_args[recipe],
-        "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.devices", "2",
+        "--data.batch_size", "4", "--data.num_workers", "1", "--trainer.accelerator", "cpu", "--trainer.devices", "2",
         "--trainer.max_steps", "200", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false",
     ]  # fmt: skip

@@ -167,18 +167,38 @@ def test_texts_and_metrics_do_not_depend_on_the_strategy(
         assert value == pytest.approx(loss, rel=1e-6), strategy
 
 
+MUON = ["--model.optimizer", "common.optim.MuonAdamW"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fit: Fit) -> None:
+    args = (*MUON, "--model.l1", "1.0e-4", "--trainer.max_steps", "20", "--trainer.limit_val_batches", "0")
+    runs = [fit("lm", None, 1, *args, name="single"), fit("lm", strategy, 2, *args, name="ranks")]
+    expected, losses = (read_metrics(run / "metrics.csv", "train/loss") for run in runs)
+    assert difference(losses, expected) < 1e-5
+    states = [read_checkpoint(run / "checkpoints/last.ckpt")["optimizer_states"][0]["state"] for run in runs]
+    assert any("momentum_buffer" in state for state in states[0].values())
+    assert all(states[0][number].keys() == states[1][number].keys() for number in states[0])
+
+
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("strategy", "flags", "line"),
     [
-        (["--model.optimizer", "common.optim.MuonAdamW"], "model.optimizer: MuonAdamW needs whole matrices"),
-        (["--model.l1", "0.1"], "model.l1: DeepSpeed keeps gradients to itself"),
-        (["--trainer.gradient_clip_algorithm", "value"], "DeepSpeed does not support clipping gradients by value"),
+        ("deepspeed_zero2", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
+        ("fsdp", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
+        ("fsdp", ["--model.optimizer", "torch.optim.Adafactor"], "model.optimizer: Adafactor needs whole matrices"),
+        ("deepspeed_zero2", ["--model.l1", "0.1"], "model.l1: DeepSpeed keeps gradients to itself"),
+        (
+            "deepspeed_zero2",
+            ["--trainer.gradient_clip_algorithm", "value"],
+            "DeepSpeed does not support clipping gradients by value",
+        ),
     ],
 )
-def test_deepspeed_refuses_what_it_would_leave_out(
-    flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]
+def test_what_a_strategy_would_leave_out_is_refused(
+    strategy: str, flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]
 ) -> None:
-    layer = ["--config", str(ROOT / "configs/strategy/deepspeed_zero2.yaml"), "--trainer.accelerator", "cpu"]
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
     codes = run_ranks(main_of("lm"), ["fit", *layer, *plain_args["lm"], *flags], world=1, folder=work)
     assert codes == [2], logs(work)
     assert line in (work / "rank0.log").read_text().splitlines()[-1]

@@ -74,20 +74,30 @@ def preflight_main(recipe: str, args: list[str], path: Path) -> None:
     path.write_text(json.dumps({**cli.trainer.found._asdict(), "memory": sum(cli.trainer.found.memory)}))
 
 
-CELLS = [(net, strategy) for net in NETS for strategy in STRATEGIES]
-FAST = {(list(NETS)[i % len(NETS)], strategy) for i, strategy in enumerate(STRATEGIES)}
+CELLS = [
+    *((net, strategy, "fp32") for net in NETS for strategy in STRATEGIES),
+    *(("llama", strategy, precision) for strategy in STRATEGIES for precision in ("bf16-mixed", "bf16-true")),
+]
+CELLS.remove(("llama", "fsdp", "bf16-mixed"))  # needs a GPU
+FAST = {
+    *((list(NETS)[i % len(NETS)], strategy, "fp32") for i, strategy in enumerate(STRATEGIES)),
+    ("llama", "deepspeed_zero2", "bf16-mixed"),
+    ("llama", "deepspeed_zero3", "bf16-true"),
+}
 
 
 @pytest.mark.parametrize(
-    ("net", "strategy"), [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS]
+    ("net", "strategy", "precision"),
+    [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
 )
 def test_preflight_tells_what_a_run_holds(
-    net: str, strategy: str, work: Path, lm_args: list[str], record_property: Any
+    net: str, strategy: str, precision: str, work: Path, lm_args: list[str], record_property: Any
 ) -> None:
     recipe = "classification" if net == "vit" else "lm"
     sizes = lm_args[: lm_args.index(f"{SIZE}.hidden_size")] if recipe == "lm" else []
     args = [
-        "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *sizes, *NETS[net], "--data.batch_size", "4",
+        "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"),
+        "--config", str(ROOT / f"configs/precision/{precision}.yaml"), *sizes, *NETS[net], "--data.batch_size", "4",
         "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_steps", "3",
         "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false",
     ]  # fmt: skip
@@ -97,7 +107,9 @@ def test_preflight_tells_what_a_run_holds(
     assert run_ranks(measured_main, recipe, ["fit", *args], seen, folder=work) == [0, 0], logs(work)
     found, measured = json.loads(told.read_text()), int(seen.read_text())
     off = found["memory"] / measured - 1
-    record_property("summary", f"{net}, {strategy}: {found['memory']:,} bytes told, {measured:,} held ({off:+.1%})")
+    record_property(
+        "summary", f"{net}, {strategy}, {precision}: {found['memory']:,} bytes told, {measured:,} held ({off:+.1%})"
+    )
     assert abs(off) < 0.1
     assert found["ranks"] == 2
     assert found["steps"] == 3

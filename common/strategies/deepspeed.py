@@ -11,17 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from common.errors import InputError
 from common.module import BaseModule
-from common.optim import MuonAdamW
-from common.strategies.sharding import Memory, share_buffers
-
-# Their step is more than a function of each element, and DeepSpeed hands them flat pieces of many parameters.
-_NOT_ELEMENTWISE = (MuonAdamW, torch.optim.Muon, torch.optim.Adafactor)
+from common.strategies.sharding import Memory, WholeCheckpoints, refuse_matrix_optimizer, share_buffers
 
 BUCKET = 50_000_000  # gradients that ZeRO-3 reduces at a time
 
@@ -35,7 +31,7 @@ class _Piece(NamedTuple):
     of_flat: slice
 
 
-class DeepSpeed(DeepSpeedStrategy):
+class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
     """Lightning's DeepSpeed strategy (ZeRO, https://arxiv.org/abs/1910.02054), on CPUs too.
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Gradients are clipped by
@@ -50,12 +46,6 @@ class DeepSpeed(DeepSpeedStrategy):
     Raises:
         InputError: DeepSpeed is not installed.
     """
-
-    restore_checkpoint_after_setup = False  # type: ignore[assignment]
-    lightning_restore_optimizer = True  # type: ignore[assignment]
-    save_checkpoint = Strategy.save_checkpoint
-    load_checkpoint = Strategy.load_checkpoint
-    load_model_state_dict = Strategy.load_model_state_dict
 
     def __init__(
         self,
@@ -121,22 +111,25 @@ class DeepSpeed(DeepSpeedStrategy):
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded; the optimizer has fp32 weights of its own."""
         zero: dict[str, Any] = self.config["zero_optimization"]  # type: ignore[index]
-        weights, gradients = whole.weights, whole.gradients // ranks
+        weights, gradients, optimizer = whole
+        precision = self.precision_plugin.precision
+        if "mixed" in precision:  # DeepSpeed holds weights and gradients in 16 bits
+            weights, gradients = weights // 2, gradients // 2
+        elif "16" in precision:  # and the optimizer's state in 32
+            optimizer *= 2
+        size = gradients // max(trained, 1)
+        gradients //= ranks
         if "offload_optimizer" in zero:
-            gradients *= 2  # on the device and on the host
+            gradients += 4 * trained // ranks  # a copy on the host
         if self.zero_stage_3:
             weights //= ranks
-            gradients += zero.get("reduce_bucket_size", min(BUCKET, trained)) * 4
-        return Memory(weights, gradients, (whole.optimizer + 4 * trained) // ranks)
+            gradients += zero.get("reduce_bucket_size", min(BUCKET, trained)) * size
+        return Memory(weights, gradients, (optimizer + 4 * trained) // ranks)
 
     @override
     def _init_optimizers(self) -> Any:
         optimizer, scheduler = super()._init_optimizers()
-        if isinstance(optimizer, _NOT_ELEMENTWISE):
-            name = type(optimizer).__name__
-            raise InputError(
-                f"model.optimizer: {name} needs whole matrices, DeepSpeed has flat pieces; take AdamW, or fsdp2"
-            )
+        refuse_matrix_optimizer(optimizer)
         if self._module.l1:
             raise InputError("model.l1: DeepSpeed keeps gradients to itself; take weight_decay, or another strategy")
         return optimizer, scheduler
@@ -235,6 +228,7 @@ class DeepSpeed(DeepSpeedStrategy):
         for group, saved in zip(own.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         numbers, names = self._numbers(), self._module.param_names
+        on_device = any(group.get("fused") or group.get("capturable") for group in own.param_groups)
         with torch.no_grad():
             for piece in self._pieces():
                 number = numbers[id(piece.param)]
@@ -245,7 +239,9 @@ class DeepSpeed(DeepSpeedStrategy):
                         flat = own.state[piece.flat].setdefault(name, torch.zeros_like(piece.flat, requires_grad=False))
                         self._take(piece, flat, value)
                     else:
-                        own.state[piece.flat][name] = value
+                        # As torch's own load_state_dict: kernels that read the number of steps want it beside them.
+                        moves = on_device and isinstance(value, Tensor)
+                        own.state[piece.flat][name] = value.to(piece.flat.device) if moves else value
 
     @staticmethod
     def _take(piece: _Piece, flat: Tensor, whole: Tensor) -> None:

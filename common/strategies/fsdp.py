@@ -4,19 +4,21 @@ Checkpoints are those of a single process: one file, whole tensors, the optimize
 groups. So they go on under any other strategy and on any number of ranks.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     OffloadPolicy,
     StateDictType,
@@ -28,24 +30,18 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import Memory, blocks, share_buffers
+from common.strategies.sharding import Memory, WholeCheckpoints, blocks, refuse_matrix_optimizer, share_buffers
 
 
-class FSDP(FSDPStrategy):
+class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
     """Lightning's FSDP1 (https://arxiv.org/abs/2304.11277), on CPUs too.
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Takes the arguments of
     ``lightning.pytorch.strategies.FSDPStrategy``; the blocks of the net are the units that are gathered at a time.
 
     Raises:
-        InputError: mixed precision on CPUs, where Lightning's autocast does nothing.
+        InputError: mixed precision on CPUs, where Lightning's autocast does nothing, or an optimizer of whole matrices.
     """
-
-    restore_checkpoint_after_setup = False  # type: ignore[assignment]
-    lightning_restore_optimizer = True  # type: ignore[assignment]
-    save_checkpoint = Strategy.save_checkpoint
-    load_checkpoint = Strategy.load_checkpoint
-    load_model_state_dict = Strategy.load_model_state_dict
 
     @override
     def setup_environment(self) -> None:
@@ -53,6 +49,21 @@ class FSDP(FSDPStrategy):
             problem = "under FSDP1 needs a GPU: Lightning would leave it out on a CPU"
             raise InputError(f"trainer.precision: {self.precision_plugin.precision} {problem}; take fsdp2 or bf16-true")
         super().setup_environment()
+
+    @override
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            refuse_matrix_optimizer(optimizer)
+
+    @property
+    @override
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        config = super().mixed_precision_config
+        if config is None or "mixed" not in self.precision_plugin.precision:
+            return config
+        # Lightning would also keep buffers and add up gradients in 16 bits, unlike every other strategy.
+        return dataclasses.replace(config, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -116,7 +127,7 @@ class FSDP(FSDPStrategy):
             optimizer.load_state_dict(mine)
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
     """Torch's ``fully_shard`` (FSDP2): each parameter is sharded for itself, along its first axis.
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share.
@@ -126,12 +137,6 @@ class FSDP2(ModelParallelStrategy):
             them again, as ZeRO-3; otherwise they stay until backward has used them, as ZeRO-2.
         cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
     """
-
-    restore_checkpoint_after_setup = False  # type: ignore[assignment]
-    lightning_restore_optimizer = True  # type: ignore[assignment]
-    save_checkpoint = Strategy.save_checkpoint
-    load_checkpoint = Strategy.load_checkpoint
-    load_model_state_dict = Strategy.load_model_state_dict
 
     def __init__(self, reshard_after_forward: bool = True, cpu_offload: bool = False):
         # What lies on the host is gathered there, for norms and checkpoints.
@@ -163,6 +168,19 @@ class FSDP2(ModelParallelStrategy):
         for module in [*blocks(net), net]:
             fully_shard(module, **settings)
         super().setup(trainer)
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        # Parameters stay on the host; all else is used where the net computes.
+        for buffer in self.model.buffers():
+            buffer.data = buffer.to(self.root_device)
+        for module in self.model.modules():
+            if isinstance(module, Metric):
+                module.to(self.root_device)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

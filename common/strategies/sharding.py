@@ -1,12 +1,34 @@
 """What recipes and sharding strategies share: the blocks of a net, and what a rank holds of its parameters."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from common.errors import InputError
+from common.optim import MuonAdamW
+
+# Their step is more than a function of each element: they cannot work on flat pieces of parameters.
+_NOT_ELEMENTWISE = (MuonAdamW, torch.optim.Muon, torch.optim.Adafactor)
+
+
+class WholeCheckpoints:
+    """Lets a sharding strategy of Lightning read and write the checkpoints of a single process.
+
+    Weights are loaded into the whole net, which is sharded then. What is left to a strategy is to put together and take
+    apart: ``lightning_module_state_dict``, ``optimizer_state``, ``load_optimizer_state_dict``.
+    """
+
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
 
 
 class Memory(NamedTuple):
@@ -62,3 +84,14 @@ def share_buffers(net: nn.Module) -> None:
 
     if places and dist.get_world_size() > 1:
         net.register_forward_pre_hook(broadcast)
+
+
+def refuse_matrix_optimizer(optimizer: Any) -> None:
+    """Keep optimizers of whole matrices from strategies that flatten parameters.
+
+    Raises:
+        InputError: the optimizer is one of them; it would train with something else, or fail.
+    """
+    if isinstance(optimizer, _NOT_ELEMENTWISE):
+        problem = f"{type(optimizer).__name__} needs whole matrices, and this strategy has flat pieces"
+        raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")

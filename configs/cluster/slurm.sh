@@ -3,7 +3,7 @@
 #   sbatch configs/cluster/slurm.sh lm my_run --config configs/strategy/fsdp2.yaml --config configs/precision/bf16-mixed.yaml
 # Slurm starts one process per GPU; Lightning reads ranks and addresses from Slurm's variables. Two minutes before the
 # time limit every process gets SIGTERM: the ranks agree on a step, write last.ckpt and end with 143, and the job is
-# requeued. A node that fails requeues it too; the run then goes on from the last periodic checkpoint.
+# requeued. So it is, five times at most, when a rank is lost; the run then goes on from the last periodic checkpoint.
 #SBATCH --job-name=recipes
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -19,8 +19,12 @@ shift 2
 resume=()
 if [ -e "runs/$recipe/$name/checkpoints/last.ckpt" ]; then resume=(--ckpt_path last); fi
 
-srun python "recipes/$recipe/train.py" fit --name "$name" "${resume[@]}" "$@" \
+srun --kill-on-bad-exit=1 python "recipes/$recipe/train.py" fit --name "$name" "${resume[@]}" "$@" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 code=$?
-if [ $code -eq 143 ] || [ $code -eq 3 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+case $code in
+  143) scontrol requeue "$SLURM_JOB_ID" ;; # SIGTERM: the time limit, or a preemption
+  # A lost rank, an abort of NCCL, a kill. A bug of one rank looks the same to the others, hence the limit.
+  3 | 134 | 137) if [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+esac
 exit $code
