@@ -43,16 +43,21 @@ class RecipeTrainer(L.Trainer):
         self._attach(model, datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
-        model.float8 = False
-        # Tensors with shapes and without memory.
+        model.float8, model.weight_init = False, None
+        batch = next(iter(datamodule.train_dataloader()))
+        # Tensors with shapes and without memory. Initialization looks at values, which they do not have.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, self.precision_plugin.tensor_init_context(), no_init_weights():
             model.configure_model()
+            activations = self._activations(model, apply_to_collection(batch, Tensor, fake.from_tensor))
+        # Without initialization, transformers does not tie weights either, which would then count twice; on this
+        # device it does.
+        del model.net
+        with fake, torch.device("meta"), self.precision_plugin.tensor_init_context():
+            model.configure_model()
         params = list(model.net.parameters())
         trained = [p for p in params if p.requires_grad]
-        batch = next(iter(datamodule.train_dataloader()))
         with fake:
-            activations = self._activations(model, apply_to_collection(batch, Tensor, fake.from_tensor))
             configured: Any = model.configure_optimizers()
             optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
             for p in trained:

@@ -62,9 +62,9 @@ def measured_main(recipe: str, args: list[str], path: Path) -> None:
 
     start = live_bytes()
     BaseModule.on_before_optimizer_step = measure  # type: ignore[method-assign]  # in this forked process only
-    main_of(recipe)(args)
+    cli = main_of(recipe)(args)
     if path.exists():
-        path.write_text(str(int(path.read_text()) - start))
+        path.write_text(json.dumps([int(path.read_text()) - start, cli.model.num_params]))
 
 
 def preflight_main(recipe: str, args: list[str], path: Path) -> None:
@@ -105,7 +105,8 @@ def test_preflight_tells_what_a_run_holds(
     assert run_ranks(preflight_main, recipe, ["preflight", *args], told, world=1, folder=work) == [0], logs(work)
     assert not (work / "runs").exists()
     assert run_ranks(measured_main, recipe, ["fit", *args], seen, folder=work) == [0, 0], logs(work)
-    found, measured = json.loads(told.read_text()), int(seen.read_text())
+    found, (measured, params) = json.loads(told.read_text()), json.loads(seen.read_text())
+    assert found["params"] == params
     off = found["memory"] / measured - 1
     record_property(
         "summary", f"{net}, {strategy}, {precision}: {found['memory']:,} bytes told, {measured:,} held ({off:+.1%})"
