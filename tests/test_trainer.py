@@ -63,7 +63,7 @@ def measured_main(recipe: str, args: list[str], path: Path) -> None:
     start = live_bytes()
     BaseModule.on_before_optimizer_step = measure  # type: ignore[method-assign]  # in this forked process only
     cli = main_of(recipe)(args)
-    if path.exists():
+    if cli.trainer.is_global_zero:
         path.write_text(json.dumps([int(path.read_text()) - start, cli.model.num_params]))
 
 
