@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Int64, Integer
+from jaxtyping import Bool, Int64, Integer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -251,6 +251,28 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(state["tokens"], tuple):
             state["tokens"] = np.memmap(*state["tokens"], mode="r")
         vars(self).update(state)
+
+
+class TokenBatch(NamedTuple):
+    """Windows of text; ``target`` is the next token of each position, -100 where there is none."""
+
+    input_ids: Int64[Tensor, "batch time"]
+    target: Int64[Tensor, "batch time"]
+    mask: Bool[Tensor, " batch"]
+
+
+class TokenDataset(Dataset[TokenBatch]):
+    """Reads windows of a token file as batches."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, indices: Sequence[int]) -> TokenBatch:
+        input_ids, target = self.windows[indices]
+        return TokenBatch(input_ids, target, torch.ones(len(indices), dtype=torch.bool))
 
 
 class _Source(NamedTuple):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import ROOT, TEXT_RECIPES
+
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
 
 
@@ -52,16 +54,10 @@ def lm_args(small_text: Path) -> list[str]:
 
 
 @pytest.fixture
-def plain_args(lm_args: list[str], tmp_path: Path) -> dict[str, list[str]]:
+def plain_args(lm_args: list[str]) -> dict[str, list[str]]:
     """Small nets without dropout or batch norm for each recipe."""
-    net = tmp_path / "net.yaml"
-    net.write_text(
-        "model:\n  augmentation: null\n  net:\n    class_path: common.nets.ImageClassifier\n    init_args:\n"
-        "      config:\n        class_path: transformers.ViTConfig\n        init_args: {image_size: 8, patch_size: 4, "
-        "num_channels: 1, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, "
-        "hidden_dropout_prob: 0.0}\n"
-    )
-    return {"lm": lm_args, "classification": ["--config", str(net)]}
+    layers = {path.stem: ["--config", str(path)] for path in (ROOT / "tests/layers").glob("*.yaml")}
+    return {**dict.fromkeys(TEXT_RECIPES, lm_args), **layers}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

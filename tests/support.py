@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
+TEXT_RECIPES = [name for name in RECIPES if name in ("lm", "curriculum")]  # that read a corpus
 STRATEGIES = sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.yaml"))
 TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
 

@@ -4,6 +4,7 @@ The matrix is all recipes x {1 process, 2 ranks} x four places to stop x {0, 2 w
 under every other strategy; the suite runs a part of it that covers every pair of settings, ``make resume-matrix`` all.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -19,7 +20,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, TEXT_RECIPES, logs, main_of, run_ranks
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -33,7 +34,6 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
         17,
     ),
 }
-TRAINING_SAMPLES = {"lm": 1687, "classification": 1258}
 OTHERS = [name for name in STRATEGIES if name != "ddp"]
 CELLS = [
     *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
@@ -45,6 +45,7 @@ FAST = {
     ("lm", 2, "step_on_last_batch", 2, "ddp"), ("classification", 1, "step_on_last_batch", 0, "ddp"),
     ("lm", 2, "per_epoch", 0, "ddp"), ("classification", 1, "per_epoch", 2, "ddp"),
     ("lm", 1, "odd_accumulation", 2, "ddp"), ("classification", 2, "odd_accumulation", 0, "ddp"),
+    *((recipe, 2, "mid_epoch", 0, "ddp") for recipe in RECIPES),
     *((RECIPES[i % len(RECIPES)], 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS)),
 }  # fmt: skip
 
@@ -95,6 +96,12 @@ def write_config(folder: Path, saves: dict[str, Any]) -> Path:
     return path
 
 
+@functools.cache
+def training_samples(recipe: str, args: tuple[str, ...]) -> int:
+    """Size of the data that a recipe trains on."""
+    return len(main_of(recipe)(["preflight", *args]).datamodule.train_data)
+
+
 @pytest.mark.parametrize(
     ("recipe", "world", "stop", "workers", "strategy"),
     [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
@@ -103,7 +110,8 @@ def test_killed_run_goes_on_to_the_bit(
     recipe: str, world: int, stop: str, workers: int, strategy: str, work: Path, lm_args: list[str]
 ) -> None:
     settings, saves, micro_batch = STOPS[stop]
-    batch_size = TRAINING_SAMPLES[recipe] // (11 * world) if stop == "odd_accumulation" else 4
+    own = lm_args if recipe in TEXT_RECIPES else []
+    batch_size = training_samples(recipe, tuple(own)) // (11 * world) if stop == "odd_accumulation" else 4
     args = [
         "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"),
         "--data.batch_size", str(batch_size), "--data.num_workers", str(workers), "--trainer.accelerator", "cpu",
@@ -111,8 +119,9 @@ def test_killed_run_goes_on_to_the_bit(
         "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "1.0",
         "--trainer.check_val_every_n_epoch", "1", "--trainer.enable_progress_bar", "false", *settings,
     ]  # fmt: skip
+    args += own
     if recipe == "lm":
-        args += [*lm_args, "--model.config.init_args.attention_dropout", "0.1"]
+        args += ["--model.config.init_args.attention_dropout", "0.1"]
     main = main_of(recipe)
     whole, cut = [*args, "--name", "whole"], [*args, "--name", "cut"]
     assert run_ranks(main, whole, world=world, folder=work / "whole") == [0] * world, logs(work / "whole")

@@ -3,6 +3,7 @@
 The recipes and the layers in ``configs/strategy`` are discovered: a new one is tested as it is.
 """
 
+import csv
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,8 @@ FAST = {
     *((RECIPES[(i + a) % len(RECIPES)], name, 2, a) for i, name in enumerate(STRATEGIES) for a in (1, 2)),
     *((RECIPES[i % len(RECIPES)], name, 1, 1 + i % 2) for i, name in enumerate(STRATEGIES)),
 }
+
+BINNED = ("auroc", "calibration_error")
 
 TWENTY = ("--trainer.max_steps", "20", "--trainer.gradient_clip_val", "0.5")
 
@@ -62,6 +65,13 @@ def difference(values: list[float], expected: list[float]) -> float:
     return max(abs(value / wanted - 1) for value, wanted in zip(values, expected, strict=True))
 
 
+def validated(path: Path) -> list[str]:
+    """Names of the metrics of validation, without those that put probabilities into bins, as rounding moves those."""
+    with path.open(newline="") as file:
+        names = next(csv.reader(file))
+    return [name for name in names if name.startswith("val/") and name.rpartition("/")[2] not in BINNED]
+
+
 @pytest.mark.parametrize(
     ("recipe", "strategy", "world", "accumulate"),
     [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
@@ -88,9 +98,9 @@ def test_losses_equal_one_process(
     norms, expected = (read_metrics(path, "optim/grad_norm") for path in runs)
     assert sum(norm > 0.5 for norm in expected) > 5
     assert difference(norms, expected) < 1e-4
-    for name in ("val/loss", "val/accuracy" if recipe == "classification" else "val/perplexity"):
+    for name in validated(runs[1]):
         values, expected = (read_metrics(path, name) for path in runs)
-        assert difference(values, expected) < 1e-5
+        assert difference(values, expected) < 1e-5, name
 
 
 @pytest.fixture(scope="module")

@@ -2,39 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.text import CACHE, Corpus, TokenizerSource, Windows, prepare
+from common.text import CACHE, Corpus, TokenBatch, TokenDataset, TokenizerSource, Windows, prepare
 
-
-class Batch(NamedTuple):
-    """Windows of text; ``target`` is the next token of each position, -100 where there is none."""
-
-    input_ids: Int64[Tensor, "batch time"]
-    target: Int64[Tensor, "batch time"]
-    mask: Bool[Tensor, " batch"]
-
-
-class TokenDataset(Dataset[Batch]):
-    """Reads windows of a token file as batches."""
-
-    def __init__(self, windows: Windows):
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
-        input_ids, target = self.windows[indices]
-        return Batch(input_ids, target, torch.ones(len(indices), dtype=torch.bool))
+Batch = TokenBatch
 
 
 class PromptDataset(Dataset[Batch]):

@@ -1,0 +1,80 @@
+"""Labelled samples as batches, and their parts for training, validation and testing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.errors import InputError
+from common.sources import Labelled
+
+
+class LabelledBatch(NamedTuple):
+    """Samples as keyword arguments of the net, their classes and places in the source, and which are not padding."""
+
+    inputs: Mapping[str, Tensor]
+    target: Int64[Tensor, " batch"]
+    index: Int64[Tensor, " batch"]
+    mask: Bool[Tensor, " batch"]
+
+
+class LabelledDataset(Dataset[LabelledBatch]):
+    """Reads the given positions of labelled samples as batches."""
+
+    def __init__(self, data: Labelled, positions: Int64[Tensor, " samples"]):
+        self.data, self.positions = data, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, indices: Sequence[int]) -> LabelledBatch:
+        chosen = self.positions[indices]
+        inputs = {name: values[chosen] for name, values in self.data.inputs.items()}
+        return LabelledBatch(inputs, self.data.target[chosen], chosen, torch.ones(len(indices), dtype=torch.bool))
+
+
+class Parts(NamedTuple):
+    """Positions of the samples of each part."""
+
+    train: Int64[Tensor, " train"]
+    val: Int64[Tensor, " val"]
+    test: Int64[Tensor, " test"]
+
+
+def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, seed: int) -> Parts:
+    """Split samples so that every part has the classes in the same proportion.
+
+    Args:
+        data: the samples; those that a source sets aside for testing stay there.
+        val_fraction: share of all samples that validates.
+        test_fraction: share of all samples that tests, if the source has no test split of its own.
+        seed: of the split alone, so that no run with another seed tests on what this one trained on.
+
+    Raises:
+        InputError: the shares leave nothing to train on, samples have no labels, or a class has fewer than 3.
+    """
+    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
+        shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
+        raise InputError(f"{shares} must be above 0 and leave samples to train on")
+    if not data.class_names:
+        raise InputError("data.source.label is null, but training needs labels; name their column")
+    counts = torch.bincount(data.target, minlength=len(data.class_names))
+    if (rare := int(counts.argmin())) >= 0 and counts[rare] < 3:
+        name = data.class_names[rare]
+        raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
+
+    def split(positions: Tensor, fraction: float) -> Any:
+        try:
+            return train_test_split(positions, test_size=fraction, stratify=data.target[positions], random_state=seed)
+        except ValueError as error:
+            raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
+
+    rest, test = torch.arange(len(data.target)).tensor_split([len(data.target) - data.num_test])
+    if not data.num_test:
+        rest, test = split(rest, test_fraction)
+    train, val = split(rest, val_fraction * len(data.target) / len(rest))
+    return Parts(train, val, test)
