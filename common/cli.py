@@ -37,8 +37,8 @@ from common.trainer import RecipeTrainer
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
 ALLOWED = (
-    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "rtdl_revisiting_models", "tabm",
-    "torchjd", "common", "recipes",
+    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "rtdl_revisiting_models",
+    "tabm", "torchjd", "common", "recipes",
 )  # fmt: skip
 
 # Lightning refuses these flags as long as the config lists such a callback.
