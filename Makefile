@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install lm classification test check resume-matrix matrix lock clean
+.PHONY: help install lm classification test check resume-matrix matrix results lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ resume-matrix: $(VENV)/.installed-dev ## every case of exact resume after kill -
 matrix: $(VENV)/.installed-dev ## every recipe x strategy x precision; renders docs/compatibility.md (long)
 	@$(PY) -m pytest -m "" tests/test_matrix.py -k test_cell -n2 --dist=load
 	@$(PY) -m tests.test_matrix
+
+results: $(VENV)/.installed-dev ## measure the recipes with three seeds where numbers are stale; renders recipes/README.md (long)
+	@$(PY) benchmarks/results.py
 
 # torch and the CUDA packages it pulls in stay out: which build is right depends on the machine. pip-compile loses
 # the marker of an extra, and deepspeed installs on Linux only.

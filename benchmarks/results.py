@@ -1,0 +1,151 @@
+"""``make results``: train each recipe's measured runs with three seeds and write the table of ``recipes/README.md``.
+
+What is measured stands in ``recipes/<task>/results.yaml``. Each number is kept with a hash of the resolved config that
+gave it, and only stale ones are measured again; ``--check`` tells which those are and measures nothing.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.callbacks import describe_environment  # noqa: E402
+from common.report import read_metrics  # noqa: E402
+
+STORE = ROOT / "benchmarks/results/recipes.json"
+PAGE = ROOT / "recipes/README.md"
+SEEDS = (1, 2, 3)
+
+
+class Row(NamedTuple):
+    """One measured run of a recipe."""
+
+    recipe: str
+    name: str
+    fit: tuple[str, ...]  # arguments
+    metric: str  # of test
+    percent: bool
+    beside: str  # a published number
+    needs: str | None  # a file in the current folder
+
+    @property
+    def command(self) -> str:
+        """What a user types."""
+        return " ".join(["python", f"recipes/{self.recipe}/train.py", "fit", *self.fit])
+
+    @property
+    def key(self) -> str:
+        """The name that numbers are kept under."""
+        return f"{self.recipe}/{self.name}"
+
+
+def rows() -> list[Row]:
+    """All rows of all recipes."""
+    found = []
+    for path in sorted((ROOT / "recipes").glob("*/results.yaml")):
+        for name, settings in yaml.safe_load(path.read_text()).items():
+            needs = settings.get("needs")
+            fit, percent = tuple(settings["fit"].split()), settings.get("percent", False)
+            found.append(
+                Row(path.parent.name, name, fit, settings["metric"], percent, settings.get("beside", ""), needs)
+            )
+    return found
+
+
+@functools.cache
+def config_hash(row: Row) -> str:
+    """Eight digits that change when a value of the resolved config does."""
+    main = importlib.import_module(f"recipes.{row.recipe}.train").main
+    text = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
+        main(["fit", *row.fit, "--print_config"])
+    return hashlib.sha256(json.dumps(yaml.safe_load(text.getvalue()), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def measure(row: Row, seed: int) -> tuple[float, float]:
+    """Train and test once; returns the metric and the seconds that training took."""
+    script = [sys.executable, str(ROOT / "recipes" / row.recipe / "train.py")]
+    name = ["--name", f"{row.name}-seed{seed}"]
+    place = ROOT / ".results"
+    root = ["--trainer.default_root_dir", str(place)]
+    began = time.perf_counter()
+    subprocess.run([*script, "fit", *row.fit, *name, *root, "--seed_everything", str(seed)], check=True)
+    seconds = time.perf_counter() - began
+    subprocess.run([*script, "test", *name, *root], check=True)
+    metrics = read_metrics(place / "runs" / row.recipe / name[1] / "test")
+    return metrics[row.metric][1][-1], seconds
+
+
+def _number(row: Row, value: float) -> str:
+    return f"{100 * value:.2f}" if row.percent else f"{value:.4g}"
+
+
+def render(store: dict[str, Any], hashes: dict[str, str]) -> str:
+    """The page."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `make results`: each row is trained with the seeds 1, 2 and 3 and the best checkpoint is tested. The",
+        "time is the median of training, with everything from start to report, on two CPU cores. Beside each number",
+        "stands the hash of the config that gave it; it is marked stale when the config has changed since.",
+        "",
+        "| recipe | command | metric | mean ± std | beside | time | config |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows():
+        kept = store.get(row.key)
+        result, took, mark = "not measured", "", ""
+        if kept:
+            values, unit = kept["values"], " %" if row.percent else ""
+            spread = f"{_number(row, statistics.mean(values))} ± {_number(row, statistics.stdev(values))}"
+            result, took = spread + unit, f"{statistics.median(kept['seconds']):.0f} s"
+            mark = f"`{kept['hash']}`" + ("" if kept["hash"] == hashes[row.key] else " stale")
+        link = f"[{row.recipe}]({row.recipe}/README.md)"
+        lines.append(f"| {link} | `{row.command}` | {row.metric} | {result} | {row.beside} | {took} | {mark} |")
+    machines = sorted({f"Python {kept['python']}, torch {kept['torch']}" for kept in store.values()})
+    return "\n".join([*lines, "", *(f"Measured with {machine}." for machine in machines)]) + "\n"
+
+
+def main() -> None:
+    """Measure what is stale, or only tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only tell which numbers are stale")
+    parser.add_argument("--only", default="", help="a recipe, or recipe/row")
+    check, only = vars(parser.parse_args()).values()
+    store = json.loads(STORE.read_text()) if STORE.exists() else {}
+    hashes = {row.key: config_hash(row) for row in rows()}
+    for row in rows():
+        fresh = store.get(row.key, {}).get("hash") == hashes[row.key]
+        missing = row.needs and not Path(row.needs).exists()
+        print(
+            f"{row.key}: {'fresh' if fresh else 'stale'}" + (f", needs {row.needs} here" if missing else ""), flush=True
+        )
+        if fresh or missing or check or not row.key.startswith(only):
+            continue
+        values, seconds = zip(*(measure(row, seed) for seed in SEEDS), strict=True)
+        environment = describe_environment()
+        facts = {key: environment[key] for key in ("python", "torch", "commit")}
+        store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
+        STORE.parent.mkdir(parents=True, exist_ok=True)
+        STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
+    PAGE.write_text(render(store, hashes))
+    print(f"{os.path.relpath(PAGE)} written", flush=True)
+
+
+if __name__ == "__main__":
+    main()
