@@ -128,6 +128,10 @@ class BaseModule(L.LightningModule):
         """Pictures and texts that show where the net stands, by name; called after evaluation, on every rank."""
         return {}
 
+    def train_metrics(self) -> "Mapping[str, float | Tensor]":
+        """What else is logged with the training loss, by name; called on steps that write a row."""
+        return {}
+
     def num_items(self, batch: Any) -> int:
         """Samples in a batch of this rank, or tokens if ``unit`` says so: what throughput counts."""
         return len(batch.mask)
@@ -224,7 +228,7 @@ class BaseModule(L.LightningModule):
             self._log_now = False
             self.log("train/loss", self._checked_losses().mean(), prog_bar=True)
             self._losses.clear()
-            self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self.grad_norm})
+            self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self.grad_norm, **self.train_metrics()})
 
     def _checked_losses(self) -> Tensor:
         """The losses since the last logged step, averaged over ranks.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import ROOT, TEXT_RECIPES
+from tests.support import RECIPES, ROOT, text_args
 
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
 
@@ -57,7 +57,7 @@ def lm_args(small_text: Path) -> list[str]:
 def plain_args(lm_args: list[str]) -> dict[str, list[str]]:
     """Small nets without dropout or batch norm for each recipe."""
     layers = {path.stem: ["--config", str(path)] for path in (ROOT / "tests/layers").glob("*.yaml")}
-    return {**dict.fromkeys(TEXT_RECIPES, lm_args), **layers}
+    return {recipe: layers.get(recipe) or text_args(recipe, lm_args) for recipe in RECIPES}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

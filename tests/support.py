@@ -9,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import lightning as L
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
-TEXT_RECIPES = [name for name in RECIPES if name in ("lm", "curriculum")]  # that read a corpus
 STRATEGIES = sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.yaml"))
 TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
 
@@ -21,6 +23,33 @@ TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
 def main_of(recipe: str) -> Callable[[list[str]], Any]:
     """The recipe's ``main(args)``."""
     return importlib.import_module(f"recipes.{recipe}.train").main
+
+
+def text_args(recipe: str, lm_args: list[str]) -> list[str]:
+    """What makes a recipe small that reads a corpus, with all of its stages in some steps; nothing for the others."""
+    stages = [f"--data.{name}.tokens=2500" for name in ("length", "batch", "competence")]
+    return {"lm": lm_args, "curriculum": [*lm_args[: lm_args.index("--model.sample_tokens")], *stages]}.get(recipe, [])
+
+
+class Rank(L.Trainer):
+    """The settings and counters of one rank at some point of a run, without the run."""
+
+    def __init__(
+        self, world: int = 1, rank: int = 0, accumulate: int = 1, limit: float | None = 1.0, processed: int = 0
+    ):
+        self.world, self.rank = world, rank
+        self.accumulate_grad_batches, self.limit_train_batches = accumulate, limit  # type: ignore[assignment]
+        self.fast_dev_run = False
+        total = SimpleNamespace(processed=processed)
+        self.fit_loop: Any = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
+
+    @property
+    def world_size(self) -> int:
+        return self.world
+
+    @property
+    def global_rank(self) -> int:
+        return self.rank
 
 
 def read_metrics(path: Path, name: str) -> list[float]:

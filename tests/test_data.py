@@ -3,7 +3,6 @@
 import itertools
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -23,27 +22,7 @@ from common.data import (
     total_steps,
 )
 from common.errors import InputError
-
-
-class Rank(L.Trainer):
-    """The settings and counters of one rank at some point of a run, without the run."""
-
-    def __init__(
-        self, world: int = 1, rank: int = 0, accumulate: int = 1, limit: float | None = 1.0, processed: int = 0
-    ):
-        self.world, self.rank = world, rank
-        self.accumulate_grad_batches, self.limit_train_batches = accumulate, limit  # type: ignore[assignment]
-        self.fast_dev_run = False
-        total = SimpleNamespace(processed=processed)
-        self.fit_loop: Any = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
-
-    @property
-    def world_size(self) -> int:
-        return self.world
-
-    @property
-    def global_rank(self) -> int:
-        return self.rank
+from tests.support import Rank
 
 
 def epoch_of(samples: int, batch: int, **trainer: Any) -> list[Positions]:

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, TEXT_RECIPES, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -110,7 +110,7 @@ def test_killed_run_goes_on_to_the_bit(
     recipe: str, world: int, stop: str, workers: int, strategy: str, work: Path, lm_args: list[str]
 ) -> None:
     settings, saves, micro_batch = STOPS[stop]
-    own = lm_args if recipe in TEXT_RECIPES else []
+    own = text_args(recipe, lm_args)
     batch_size = training_samples(recipe, tuple(own)) // (11 * world) if stop == "odd_accumulation" else 4
     args = [
         "fit", "--config", str(write_config(work, saves)), "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"),

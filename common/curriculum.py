@@ -1,0 +1,236 @@
+"""Curricula: how much, how long and how hard the samples of a step are, by the tokens that training has seen.
+
+A stage depends on nothing but the count of tokens, which is in the checkpoint: a resumed run goes on in the same stage.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import lightning as L
+import numpy as np
+import torch
+from filelock import FileLock
+from jaxtyping import Float, Int64
+from rich.progress import track
+from torch import Tensor
+
+from common.data import Positions, TrainSampler, batches_per_epoch, global_seed, step_seed
+from common.errors import InputError
+from common.text import Windows
+
+
+@dataclass
+class Pacing:
+    """A share that grows with the tokens seen: ``(t / T (1 - c^p) + c^p)^(1/p)``, 1 from ``T`` on.
+
+    Competence of Platanios et al. 2019, equations 6 to 8 (https://aclanthology.org/N19-1119).
+
+    Args:
+        start: the share ``c`` in the beginning, above 0.
+        tokens: how many tokens ``T`` the growth takes, over all ranks.
+        power: ``p``; 1 grows linearly, 2 faster at first (root competence).
+
+    Raises:
+        InputError: one of them is out of its range.
+    """
+
+    start: float
+    tokens: int
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start <= 1:
+            raise InputError(f"data: a curriculum's start must be above 0 and at most 1, got {self.start}")
+        if self.tokens < 1:
+            raise InputError(f"data: a curriculum's tokens must be at least 1, got {self.tokens}")
+        if self.power <= 0:
+            raise InputError(f"data: a curriculum's power must be above 0, got {self.power}")
+
+    def __call__(self, seen: int) -> float:
+        """The share after so many tokens."""
+        begin = self.start**self.power
+        return min(1.0, (min(seen / self.tokens, 1.0) * (1 - begin) + begin) ** (1 / self.power))
+
+
+class Stage(NamedTuple):
+    """What an optimizer step is made of."""
+
+    batch_size: int  # samples per rank and micro-batch
+    length: int  # tokens of each
+    competence: float  # share of the samples, the easiest ones, that are drawn from
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A data module with stages."""
+
+    tokens_seen: int  # by the optimizer steps so far, over all ranks
+
+    def stage(self, seen: int) -> Stage:
+        """The stage after so many tokens."""
+        ...
+
+
+class CurriculumSampler(TrainSampler):
+    """Micro-batches of the present stage; as :class:`TrainSampler`, a pure function of the seed and the position.
+
+    Each optimizer step has its slot in the epoch's random order, of which a smaller batch takes the first samples. The
+    numbers in it are places in the order of difficulty, scaled down to the share that is drawn from: at full competence
+    an epoch sees every sample once.
+
+    Args:
+        scores: difficulty of each sample; only its order counts.
+        batch_size: the largest number of samples per rank and micro-batch.
+        data: knows the stages, and where training is.
+        trainer: the trainer that uses it.
+    """
+
+    def __init__(self, scores: Float[np.ndarray, " samples"], batch_size: int, data: Staged, trainer: L.Trainer):
+        super().__init__(len(scores), batch_size, trainer)
+        self.by_difficulty: Int64[Tensor, " samples"] = torch.from_numpy(np.argsort(scores, kind="stable"))
+        self.data = data
+
+    def __iter__(self) -> Iterator[Positions]:
+        trainer, seed, world = self.trainer, global_seed(), self.trainer.world_size
+        per_epoch, accumulate = batches_per_epoch(self.num_batches, trainer), trainer.accumulate_grad_batches
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        epoch, start = divmod(progress.total.processed, per_epoch)
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        seen, stage = self.data.tokens_seen, self.data.stage(self.data.tokens_seen)
+        for step in range(start, per_epoch):
+            if step % accumulate == 0:  # an optimizer step averages over equal micro-batches
+                stage = self.data.stage(seen)
+                seen += accumulate * world * stage.batch_size * stage.length
+            inside, size = step % accumulate, stage.batch_size * world
+            first = (step - inside) * self.global_batch + inside * size
+            mine = order[first + trainer.global_rank : first + size : world]
+            allowed = max(math.ceil(stage.competence * self.num_samples), 1)
+            indices = self.by_difficulty[mine * allowed // self.num_samples].tolist()
+            yield Positions(indices, len(indices), step_seed(seed, epoch, step, trainer.global_rank))
+
+
+class Difficulty:
+    """A score for each window of a text; higher is harder. Subclass it for one of your own."""
+
+    def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:
+        """Score every window.
+
+        Args:
+            windows: the training data.
+            eos_id: the token that ends a document.
+
+        Raises:
+            InputError: the scores do not fit the data.
+        """
+        raise NotImplementedError
+
+
+class DocumentLength(Difficulty):
+    """Mean length, in tokens, of the pieces of documents in a window: short texts first."""
+
+    def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
+        return windows.length / (1.0 + (_tokens(windows) == eos_id).sum(1))
+
+
+class Rarity(Difficulty):
+    """Mean surprise of a window's tokens, ``-log p`` by their frequency in the training data: common words first.
+
+    Platanios et al. 2019, equation 4.
+    """
+
+    def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
+        tokens = _tokens(windows)
+        counts = np.bincount(tokens.ravel()).astype(np.float64)
+        surprise = -np.log(np.maximum(counts, 1) / counts.sum())
+        return surprise[tokens].mean(1)
+
+
+class ScoreFile(Difficulty):
+    """Scores that you have computed: a text file with one number per window, or a NumPy file.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser()
+
+    def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
+        try:
+            read = np.load if self.path.suffix == ".npy" else np.loadtxt
+            scores = np.atleast_1d(read(self.path)).astype(np.float64)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:80]
+            raise InputError(f"data.difficulty.path {self.path}: cannot be read as numbers ({reason})") from error
+        if scores.shape != (len(windows),):
+            found = "x".join(map(str, scores.shape))
+            raise InputError(f"data.difficulty.path {self.path}: {found} scores for {len(windows)} training windows")
+        if not np.isfinite(scores).all():
+            raise InputError(f"data.difficulty.path {self.path}: has scores that are not finite; remove NaN and inf")
+        return scores
+
+
+class ReferenceLoss(Difficulty):
+    """Loss of a trained net on each window: what it finds easy comes first. Computed once and kept.
+
+    Args:
+        name: folder or hub name of a causal language model with the same tokenizer, such as what ``export`` writes.
+        cache_dir: where scores are kept.
+        batch_size: windows at a time.
+
+    Raises:
+        InputError: there is no such net, or it knows fewer tokens than the data has.
+    """
+
+    def __init__(self, name: str, cache_dir: str = "~/.cache/recipes/scores", batch_size: int = 32):
+        self.name, self.cache_dir, self.batch_size = name, Path(cache_dir).expanduser(), batch_size
+
+    def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        try:
+            net = AutoModelForCausalLM.from_pretrained(self.name, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:80]
+            problem = f"neither a folder with a language model in safetensors nor a hub name ({reason})"
+            raise InputError(f"data.difficulty.name {self.name!r}: {problem}") from error
+        embeddings: Any = net.get_input_embeddings()
+        known, highest = embeddings.num_embeddings, int(np.max(windows.tokens))
+        if highest >= known:
+            problem = f"knows {known} tokens, but the data has number {highest}; it needs the same tokenizer"
+            raise InputError(f"data.difficulty.name {self.name!r}: {problem}")
+        sha = hashlib.sha256(np.ascontiguousarray(windows.tokens).tobytes() + str(windows.length).encode())
+        for weight in net.state_dict().values():
+            sha.update(weight.float().numpy().tobytes())
+        path = self.cache_dir / f"{sha.hexdigest()[:16]}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                partial = path.with_suffix(".tmp.npy")
+                np.save(partial, self._compute(net.eval(), windows))
+                partial.rename(path)
+        return np.load(path)
+
+    @torch.inference_mode()
+    def _compute(self, net: Any, windows: Windows) -> Float[np.ndarray, " windows"]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        net, losses = net.to(device), []
+        starts = range(0, len(windows), self.batch_size)
+        for start in track(starts, f"difficulty by {self.name}"):
+            input_ids, target = windows[range(start, min(start + self.batch_size, len(windows)))]
+            logits = net(input_ids=input_ids.to(device), use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.mT, target.to(device), reduction="none")
+            losses.append(loss.mean(1).cpu())
+        return torch.cat(losses).double().numpy()
+
+
+def _tokens(windows: Windows) -> np.ndarray:
+    """The input tokens of all windows, (windows, time)."""
+    return np.asarray(windows.tokens[: len(windows) * windows.length]).reshape(len(windows), windows.length)

@@ -1,0 +1,1 @@
+"""Curriculum learning of a language model."""

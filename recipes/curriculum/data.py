@@ -1,0 +1,106 @@
+"""Text as windows of tokens in stages. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from common.curriculum import CurriculumSampler, Difficulty, Pacing, Stage
+from common.data import BaseDataModule
+from common.errors import InputError
+from common.text import CACHE, Corpus, TokenBatch, TokenDataset, TokenizerSource, Windows, prepare
+
+Batch = TokenBatch
+
+
+class CurriculumData(BaseDataModule):
+    """A corpus, tokenized once and packed, whose batches grow with the tokens that training has seen.
+
+    Args:
+        tokenizer: how to get the tokenizer, by class path: ``common.text.BPE``, ``Characters`` or ``Pretrained``.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
+            standard library.
+        column: the text's column, in files and data sets that have columns.
+        context: length of a window in tokens.
+        length: share of ``context`` that a step trains on, the first tokens of each window; None for all of it
+            (https://arxiv.org/abs/2108.06084).
+        batch: share of ``batch_size`` in a step, rounded down to 1/2, 1/4, …, which ranks can share; None for all of it
+            (https://arxiv.org/abs/1711.00489).
+        competence: share of the windows, the easiest, that a step draws from; None for all of them.
+        difficulty: what is easy, by class path: one of ``common.curriculum``.
+        val_fraction: share of the documents that validates; a single document's end.
+        cache_dir: where prepared corpora are kept.
+        batch_size: windows per rank and micro-batch, in the end.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerSource,
+        path: str | None = None,
+        column: str = "text",
+        context: int = 128,
+        length: Pacing | None = None,
+        batch: Pacing | None = None,
+        competence: Pacing | None = None,
+        difficulty: Difficulty | None = None,
+        val_fraction: float = 0.1,
+        cache_dir: str = CACHE,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if context < 1:
+            raise InputError(f"data.context must be at least 1, got {context}")
+        if competence and not difficulty:
+            raise InputError("data.competence needs data.difficulty; take common.curriculum.Rarity")
+        self.context, self.length, self.batch, self.competence = context, length, batch, competence
+        self.tokens_seen = 0
+        # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
+        self.corpus: Corpus = prepare(
+            path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
+        )
+        self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
+        self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
+        windows = Windows(self.corpus.train, context, keep_partial=False)
+        self.scores = difficulty.scores(windows, self.eos_id) if difficulty else np.arange(len(windows), dtype=float)
+
+    def stage(self, seen: int) -> Stage:
+        """What a step is made of after so many tokens; batches double, and lengths are multiples of 8 tokens."""
+        halvings = math.ceil(-math.log2(self.batch(seen))) if self.batch else 0
+        length = 8 * max(round(self.context * self.length(seen) / 8), 1) if self.length else self.context
+        return Stage(
+            max(self.batch_size >> halvings, 1),
+            min(length, self.context),
+            self.competence(seen) if self.competence else 1.0,
+        )
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
+        val = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
+        self.val_data = self.test_data = self.predict_data = val
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.train_data, CurriculumSampler(self.scores, self.batch_size, self, self._trainer))
+
+    @override
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if not self._trainer.training:
+            return batch
+        length = self.stage(self.tokens_seen).length
+        return batch._replace(input_ids=batch.input_ids[:, :length], target=batch.target[:, :length])
+
+    @override
+    def state_dict(self) -> dict[str, int]:
+        return {"tokens_seen": self.tokens_seen}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.tokens_seen = state_dict["tokens_seen"]

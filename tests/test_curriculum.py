@@ -1,0 +1,197 @@
+"""Curricula: stages follow the tokens seen, easy samples come first, and every stage is the same on all ranks."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from common.curriculum import CurriculumSampler, DocumentLength, Pacing, Rarity, ReferenceLoss, ScoreFile, Stage
+from common.errors import InputError
+from common.text import Windows
+from tests.support import Rank, main_of, read_metrics, text_args
+
+
+def test_pacing_is_that_of_platanios() -> None:
+    linear, root = Pacing(0.1, 1000), Pacing(0.1, 1000, power=2.0)
+    assert [linear(seen) for seen in (0, 500, 1000, 5000)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert root(500) == pytest.approx(math.sqrt(0.5 * (1 - 0.1**2) + 0.1**2))
+    assert root(0) == pytest.approx(0.1)
+
+
+class Growing:
+    """Stages that double the batch from 2 and open a third of the samples after 100 tokens."""
+
+    def __init__(self, full: int, seen: int = 0):
+        self.full, self.tokens_seen = full, seen
+
+    def stage(self, seen: int) -> Stage:
+        return Stage(self.full if seen >= 100 else self.full // 2, 8, 1 / 3 if seen < 100 else 1.0)
+
+
+def steps(world: int, accumulate: int, seen: int = 0, processed: int = 0) -> list[set[int]]:
+    """Samples of each optimizer step, of 16 in the end, over all ranks and micro-batches."""
+    size = 16 // world // accumulate
+    lists = [
+        [p.indices for p in CurriculumSampler(
+            np.arange(90.0)[::-1], size, Growing(size, seen), Rank(world, rank, accumulate, processed=processed)
+        )]
+        for rank in range(world)
+    ]  # fmt: skip
+    flat = [{index for indices in ranks for index in indices} for ranks in zip(*lists, strict=True)]
+    return [set().union(*flat[i : i + accumulate]) for i in range(0, len(flat), accumulate)]
+
+
+def test_easy_samples_come_first_and_ranks_and_accumulation_change_nothing() -> None:
+    one = steps(1, 1)
+    assert [len(step) for step in one] == [8, 8, 16, 16, 16]
+    assert all(index >= 60 for step in one[:2] for index in step), "the easiest third has the highest numbers"
+    assert min(min(step) for step in one[2:]) < 60
+    assert steps(2, 1) == steps(1, 2) == steps(2, 2) == one
+
+
+def test_a_resumed_sampler_goes_on_in_the_same_stage() -> None:
+    assert steps(2, 2, seen=128, processed=4) == steps(1, 1)[2:]
+    assert steps(1, 1, seen=64, processed=1) == steps(1, 1)[1:]
+
+
+def test_a_full_epoch_sees_every_sample_once() -> None:
+    whole = steps(1, 1, seen=1000)
+    assert sum(map(len, whole)) == len(set().union(*whole)) == 80
+
+
+@pytest.fixture
+def windows() -> Windows:
+    """Two windows of frequent tokens and one of rare ones, in which a document ends twice."""
+    return Windows(np.array([1, 1, 1, 2, 1, 1, 2, 2, 3, 0, 4, 0, 5]), 4, keep_partial=False)
+
+
+def test_scores_by_hand(windows: Windows) -> None:
+    assert DocumentLength().scores(windows, eos_id=0).tolist() == [4.0, 4.0, 4 / 3]
+    counts = np.array([2, 5, 3, 1, 1]) / 12
+    expected = [-np.log(counts[list(row)]).mean() for row in ([1, 1, 1, 2], [1, 1, 2, 2], [3, 0, 4, 0])]
+    assert Rarity().scores(windows, eos_id=0) == pytest.approx(np.array(expected))
+
+
+def test_scores_of_a_reference_net(windows: Windows, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=6, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    net = transformers.AutoModelForCausalLM.from_config(config).eval()
+    net.save_pretrained(tmp_path / "net")
+    reference = ReferenceLoss(str(tmp_path / "net"), cache_dir=str(tmp_path / "cache"), batch_size=2)
+    scores = reference.scores(windows, eos_id=0)
+    for index, score in enumerate(scores):
+        input_ids, target = windows[[index]]
+        with torch.no_grad():
+            logits = net(input_ids=input_ids).logits[0]
+        assert score == pytest.approx(torch.nn.functional.cross_entropy(logits, target[0]).item(), rel=1e-5)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert reference.scores(windows, eos_id=0).tolist() == scores.tolist()
+
+
+SILENT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+Fit = Callable[..., Any]
+
+
+@pytest.fixture
+def fit(work: Path, lm_args: list[str]) -> Fit:
+    """Train the small net without a validation and return the command line."""
+    base = [*text_args("curriculum", lm_args), *SILENT, "--trainer.limit_val_batches", "0"]
+    base += ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"]
+    return lambda *args: main_of("curriculum")(["fit", *base, *args])
+
+
+def test_stages_grow_and_are_logged(fit: Fit, work: Path) -> None:
+    cli = fit("--trainer.max_steps", "60", "--data.batch_size", "8")
+    table = work / "runs/curriculum/default/metrics.csv"
+    columns = {name: read_metrics(table, f"curriculum/{name}") for name in ("batch_size", "length", "competence")}
+    assert columns["batch_size"][0] == 2
+    assert columns["length"][0] == 8
+    for name, full in (("batch_size", 8), ("length", 32), ("competence", 1)):
+        assert sorted(columns[name]) == columns[name]
+        assert columns[name][-1] == full
+    tokens = [0.0, *read_metrics(table, "curriculum/tokens")]
+    taken = [after - before for before, after in itertools.pairwise(tokens)]
+    assert taken[0] == 2 * 8
+    assert taken[-1] == 8 * 32
+    assert cli.datamodule.tokens_seen == tokens[-1]
+
+
+def test_self_paced_steps_leave_hard_windows_out(fit: Fit, work: Path) -> None:
+    """The very first loss is about that of guessing: at half of it nothing is easy, at 1.5 of it all is."""
+    none = ["--data.length", "null", "--data.batch", "null", "--data.competence", "null", "--trainer.max_steps", "1"]
+    pace = "--model.self_paced"
+    losses = {}
+    for share in ("0.5", "0.99"):
+        fit(*none, f"{pace}.start", share, f"{pace}.tokens", "1000000", "--name", share)
+        (losses[share],) = read_metrics(work / f"runs/curriculum/{share}/metrics.csv", "train/loss")
+    fit(*none, "--name", "all")
+    (whole,) = read_metrics(work / "runs/curriculum/all/metrics.csv", "train/loss")
+    assert losses["0.5"] == 0
+    assert 0 <= losses["0.99"] <= whole
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "short.txt": lambda path: path.write_text("1\n2\n"),
+    "words.txt": lambda path: path.write_text("easy\nhard\n"),
+    "nan.npy": lambda path: np.save(path, np.full(1687, np.nan)),
+    "pickle.npy": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+}
+OTHER = "--data.difficulty common.curriculum.ReferenceLoss --data.difficulty.name"
+SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--data.length.start 0", "start must be above 0 and at most 1, got 0"),
+        ("--data.length.start 1.5", "start must be above 0 and at most 1, got 1.5"),
+        ("--data.batch.tokens 0", "tokens must be at least 1, got 0"),
+        ("--data.competence.power 0", "power must be above 0, got 0"),
+        ("--data.competence.power x", "data.competence.power"),
+        ("--data.length.starts 0.5", "did you mean 'start'?"),
+        ("--data.length 3", "data.length"),
+        ("--data.difficulty null", "needs data.difficulty; take common.curriculum.Rarity"),
+        ("--data.difficulty Rarety", "did you mean 'Rarity'?"),
+        ("--data.context 0", "data.context: must be at least 1, got 0"),
+        ("--data.context 100000", "too few for a window"),
+        ("--data.batch_size 4000", "data.batch_size: 4000 x 1 ranks"),
+        ("--model.self_paced.start 2 --model.self_paced.tokens 3", "start must be above 0 and at most 1, got 2"),
+        ("--model.self_paced.start 0.5", "tokens"),
+        (f"{SCORES} short.txt", "short.txt: 2 scores for 1687 training windows"),
+        (f"{SCORES} words.txt", "words.txt: cannot be read as numbers"),
+        (f"{SCORES} nan.npy", "nan.npy: has scores that are not finite"),
+        (f"{SCORES} pickle.npy", "pickle.npy: cannot be read as numbers"),
+        (f"{SCORES} missing.txt", "missing.txt: cannot be read as numbers"),
+        (f"{OTHER} no/such", "neither a folder with a language model"),
+        ("--data.path missing.txt", "missing.txt"),
+    ],
+)
+def test_mistakes_cost_a_line(flags: str, line: str, fit: Fit, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, write in FILES.items():
+        write(work / name)
+    with pytest.raises(SystemExit) as stop:
+        fit(*flags.split())
+    error = capfd.readouterr().err
+    assert stop.value.code == 2, error
+    assert line in error
+    assert len(error.splitlines()) == 1
+    assert len(error) <= 201
+    assert not (work / "runs").exists()
+
+
+def test_scores_must_know_the_tokens(windows: Windows, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="knows 3 tokens, but the data has number 5"):
+        ReferenceLoss(str(tmp_path), cache_dir=str(tmp_path)).scores(windows, eos_id=0)
+    (tmp_path / "scores.txt").write_text("3\n1\n2\n")
+    assert ScoreFile(str(tmp_path / "scores.txt")).scores(windows, eos_id=0).tolist() == [3, 1, 2]
