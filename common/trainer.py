@@ -1,6 +1,9 @@
 """Lightning's trainer with two more commands: what a run takes, before it, and its net for others, after it."""
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.initialization import no_init_weights
+from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule, total_steps
@@ -47,7 +50,7 @@ class RecipeTrainer(L.Trainer):
         batch = next(iter(datamodule.train_dataloader()))
         # Tensors with shapes and without memory. Initialization looks at values, which they do not have.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, self.precision_plugin.tensor_init_context(), no_init_weights():
+        with fake, self.precision_plugin.tensor_init_context(), _no_init():
             model.configure_model()
             activations = self._activations(model, apply_to_collection(batch, Tensor, fake.from_tensor))
         # Without initialization, transformers does not tie weights either, which would then count twice; on this
@@ -108,7 +111,7 @@ class RecipeTrainer(L.Trainer):
 
         Args:
             model: the module.
-            datamodule: its data; its tokenizer is written beside the net.
+            datamodule: its data; its tokenizer is written beside the net, as is what encodes the columns of a table.
             ckpt_path: ``best``, which is the default, ``last`` or a file.
 
         Raises:
@@ -122,7 +125,8 @@ class RecipeTrainer(L.Trainer):
         self._attach(model, datamodule)
         model.float8 = False  # weights are the same without, and other machines have no float8
         model.configure_model()
-        model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
+        checkpoint = read_checkpoint(ckpt_path)
+        model.load_state_dict(checkpoint["state_dict"])
         folder = Path(self.default_root_dir) / "export"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -133,9 +137,20 @@ class RecipeTrainer(L.Trainer):
             found.save_pretrained(folder)
         else:
             save_model(net, str(folder / "model.safetensors"))
+        if columns := checkpoint.get("hyper_parameters", {}).get("columns"):
+            (folder / "columns.json").write_text(json.dumps(columns, indent=1), encoding="utf-8")
         if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
             PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
         print(f"export: {folder}", flush=True)
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    """Leave weights as they are allocated; initializers return their tensor, as torch's do and nets rely on."""
+    with no_init_weights():  # which puts torch's own back in the end
+        for name in TORCH_INIT_FUNCTIONS:
+            setattr(nn.init, name, lambda tensor, *_args, **_kwargs: tensor)
+        yield
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,0 +1,142 @@
+"""What the outputs of a regression net stand for: a value, a normal distribution, or quantiles.
+
+A head is chosen by class path (``model.head``). Outputs come per member of an ensemble, which a single net has one of:
+the loss is the mean over the members, the prediction that of their mixture. Targets and outputs are standardized.
+"""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+import torchmetrics.functional as metrics
+from jaxtyping import Float
+from torch import Tensor
+
+from common.errors import InputError
+
+
+class Head:
+    """Outputs as predictions.
+
+    Attributes:
+        num_outputs: how many numbers the net puts out per sample and member.
+        level: share of targets that the prediction interval is to contain; None for a head without one.
+    """
+
+    num_outputs: int
+    level: float | None = None
+
+    def loss(
+        self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
+    ) -> Float[Tensor, ""]:
+        """Mean loss over samples and members, in at least fp32."""
+        raise NotImplementedError
+
+    def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:
+        """The prediction of each sample and, if the head has a level, the interval's lower and upper end."""
+        raise NotImplementedError
+
+
+def scores(
+    target: Float[Tensor, "samples"], preds: Float[Tensor, "samples"], *interval: Float[Tensor, "samples"]
+) -> dict[str, Float[Tensor, ""]]:
+    """Errors in the target's units, the share of variance explained, and how well intervals contain the targets.
+
+    Args:
+        target: true values.
+        preds: predictions.
+        interval: lower and upper ends of the prediction intervals, or nothing.
+
+    Returns:
+        ``mse``, ``rmse``, ``mae``; ``r2`` of two samples or more; with intervals ``coverage``, the share of targets in
+        theirs, and ``interval_width``, the mean.
+    """
+    mse = metrics.mean_squared_error(preds, target)
+    values = {"mse": mse, "rmse": mse.sqrt(), "mae": metrics.mean_absolute_error(preds, target)}
+    if len(target) > 1:
+        values["r2"] = metrics.r2_score(preds, target)
+    if interval:
+        lower, upper = interval
+        values["coverage"] = ((lower <= target) & (target <= upper)).to(target.dtype).mean()
+        values["interval_width"] = (upper - lower).mean()
+    return values
+
+
+def _precise(outputs: Tensor) -> Tensor:
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+class Mean(Head):
+    """The conditional mean, trained with the squared error."""
+
+    num_outputs = 1
+
+    def loss(  # noqa: D102
+        self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
+    ) -> Float[Tensor, ""]:
+        return (_precise(outputs)[..., 0] - target[:, None]).square().mean()
+
+    def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
+        return _precise(outputs).mean(1)
+
+
+class Gaussian(Head):
+    """Mean and logarithm of the variance of a normal distribution, trained with its negative log-likelihood in nats.
+
+    The members' mixture has the mean of their means, and as variance the mean of their variances plus the variance of
+    their means (Lakshminarayanan et al., https://arxiv.org/abs/1612.01474, section 2.4).
+
+    Args:
+        level: share of targets that the prediction interval is to contain.
+    """
+
+    num_outputs = 2
+
+    def __init__(self, level: float = 0.9):
+        if not 0 < level < 1:
+            raise InputError(f"model.head.level must be between 0 and 1, got {level}")
+        self.level: float = level
+
+    def loss(  # noqa: D102
+        self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
+    ) -> Float[Tensor, ""]:
+        mean, log_variance = _precise(outputs).unbind(-1)
+        return F.gaussian_nll_loss(mean, target[:, None].expand_as(mean), log_variance.exp(), full=True)
+
+    def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
+        means, log_variances = _precise(outputs).unbind(-1)
+        mean = means.mean(1)
+        variance = log_variances.exp().mean(1) + means.var(1, correction=0)
+        half = variance.sqrt() * NormalDist().inv_cdf((1 + self.level) / 2)
+        return torch.stack([mean, mean - half, mean + half], -1)
+
+
+class Quantiles(Head):
+    """Quantiles, trained with the pinball loss (Koenker and Bassett, https://doi.org/10.2307/1913643).
+
+    The prediction is the median. The interval goes from the first to the last quantile, and is meant to contain a share
+    of targets that is their difference. Quantiles that cross are put in order.
+
+    Args:
+        quantiles: ascending, between 0 and 1, with 0.5 among them.
+    """
+
+    def __init__(self, quantiles: Sequence[float] = (0.05, 0.5, 0.95)):
+        if not all(0 < q < 1 for q in quantiles) or sorted(set(quantiles)) != list(quantiles):
+            raise InputError(f"model.head.quantiles must ascend between 0 and 1, got {list(quantiles)}")
+        if 0.5 not in quantiles[1:-1]:
+            problem = "must have 0.5, the prediction, between others, the interval's ends"
+            raise InputError(f"model.head.quantiles {problem}, got {list(quantiles)}")
+        self.quantiles, self.num_outputs, self.level = quantiles, len(quantiles), quantiles[-1] - quantiles[0]
+
+    def loss(  # noqa: D102
+        self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
+    ) -> Float[Tensor, ""]:
+        error = target[:, None, None] - _precise(outputs)
+        quantiles = torch.tensor(self.quantiles, dtype=error.dtype).to(error.device, non_blocking=True)
+        return torch.maximum(quantiles * error, (quantiles - 1) * error).mean()
+
+    def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
+        ordered = _precise(outputs).mean(1).sort(-1).values
+        return ordered[:, [list(self.quantiles).index(0.5), 0, -1]]

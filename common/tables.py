@@ -1,0 +1,421 @@
+"""Tables of numbers and categories: where they come from, and how rows become tensors.
+
+A source is built from YAML (``data.source``) and read once. What has to be known of a column to encode it, its median,
+quantiles or categories, is fitted on the training rows alone (:func:`fit_columns`). It is plain values, so that a
+checkpoint holds it and whoever has the checkpoint can encode new rows (:func:`encode`).
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import QuantileTransformer
+from torch import Tensor
+
+from common.errors import InputError, nearest
+from common.labelled import Parts
+from common.sources import column, load_splits
+
+# pandas is imported where it is used; its annotations fit neither the checker nor each other.
+DataFrame: TypeAlias = Any
+Series: TypeAlias = Any
+Scaling = Literal["quantile", "standard"]
+MAX_QUANTILES = 512
+
+
+class TableSource:
+    """Something that can be read as a table, one row per sample.
+
+    Attributes:
+        target: name of the column to predict; None for rows without it.
+        target_unit: what the target is divided by, to give errors in thousands, say.
+        categorical: names of numeric columns whose numbers stand for categories.
+    """
+
+    target: str | None = None
+    target_unit: float = 1.0
+    categorical: Sequence[str] = ()
+
+    def read(self) -> DataFrame:
+        """Read everything.
+
+        Raises:
+            InputError: a file or a named column is missing or malformed.
+        """
+        raise NotImplementedError
+
+
+class Diabetes(TableSource):
+    """The 442 patients that come with scikit-learn: ten measurements, and how far diabetes progressed in a year.
+
+    Source: Efron et al., Least Angle Regression (https://arxiv.org/abs/math/0406456).
+    """
+
+    target, categorical = "progression", ("sex",)
+
+    def read(self) -> DataFrame:  # noqa: D102
+        from sklearn.datasets import load_diabetes
+
+        data: Any = load_diabetes(as_frame=True, scaled=False)
+        return data.frame.rename(columns={"target": "progression"})
+
+
+class Table(TableSource):
+    """Rows of CSV, JSONL or Parquet files or of a hub data set's part named train.
+
+    Columns of numbers are numeric; columns of text and of true and false are categorical.
+
+    Args:
+        path: a file or a glob, or a hub name.
+        target: name of the column to predict; None for rows to predict, which may have it or not.
+        target_unit: what the target is divided by: 1000 to give errors in thousands.
+        categorical: columns whose numbers stand for categories, such as postal codes.
+        drop: columns that are left out.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        target: str | None = None,
+        target_unit: float = 1.0,
+        categorical: Sequence[str] = (),
+        drop: Sequence[str] = (),
+    ):
+        if not (np.isfinite(target_unit) and target_unit > 0):
+            raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")
+        if target is not None and target in (*categorical, *drop):
+            raise InputError(f"data.source.target {target!r} is also listed in categorical or drop; remove it there")
+        self.path, self.target, self.target_unit = path, target, target_unit
+        self.categorical, self.drop = categorical, drop
+
+    def read(self) -> DataFrame:  # noqa: D102
+        _refuse_repeated_names(self.path)
+        rows = load_splits(self.path)[0]
+        for key in ("target", "categorical", "drop"):
+            names = getattr(self, key)
+            for name in [names] if isinstance(names, str) else names or ():
+                column(rows, name, f"data.source.{key}")
+        if not len(rows):
+            raise InputError(f"data.source.path {self.path}: has no rows")
+        return rows.remove_columns(list(self.drop)).to_pandas()
+
+
+def _refuse_repeated_names(path: str) -> None:
+    """Readers of CSV files rename a second column of the same name without a word."""
+    local = Path(path).expanduser()
+    for file in local.parent.glob(local.name) if local.suffix == ".csv" else ():
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as lines:
+                names = next(csv.reader(lines), [])
+        except (OSError, UnicodeDecodeError, csv.Error):
+            return  # whoever reads the file says what is wrong
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"data.source.path {path}: has two columns named {repeated[0]!r}; rename one")
+
+
+class Numeric(TypedDict):
+    """What is known of a numeric column: its median, mean, standard deviation, ascending quantiles, and any gaps."""
+
+    median: float
+    mean: float
+    std: float
+    quantiles: list[float]
+    has_missing: bool
+
+
+class Columns(TypedDict):
+    """What encoding rows takes, fitted on training rows: plain values only, for a checkpoint to hold.
+
+    ``categorical`` has the categories of each column; all others, and missing values, have a class of their own.
+    """
+
+    target: str
+    unit: float
+    mean: float
+    std: float
+    scaling: str
+    numeric: dict[str, Numeric]
+    categorical: dict[str, list[str]]
+
+
+def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: int) -> Parts:
+    """Split rows at random: first those that test, then from the rest those that validate.
+
+    The test part is that of ``train_test_split(rows, test_size=test_fraction, random_state=seed)``.
+
+    Args:
+        num_rows: rows of the table.
+        val_fraction: share of all rows that validates.
+        test_fraction: share of all rows that tests.
+        seed: of the split alone, so that no run with another seed tests on what this one trained on.
+
+    Raises:
+        InputError: the shares leave nothing to train on, or there are too few rows.
+    """
+    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
+        shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
+        raise InputError(f"{shares} must be above 0 and leave rows to train on")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
+    if num_rows * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
+        raise InputError(f"data.source: {num_rows} rows are too few: each part needs at least 2; add rows")
+    rest, test = train_test_split(np.arange(num_rows), test_size=test_fraction, random_state=seed)
+    train, val = train_test_split(rest, test_size=val_fraction * num_rows / len(rest), random_state=seed)
+    return Parts(*map(torch.from_numpy, (train, val, test)))
+
+
+def read_target(frame: DataFrame, source: TableSource) -> Float[np.ndarray, " rows"]:
+    """The column to predict, in its unit.
+
+    Raises:
+        InputError: the source names none, or it holds anything but finite numbers.
+    """
+    if source.target is None:
+        raise InputError("data.source.target is null, but training needs it; name the column to predict")
+    key = f"data.source.target {source.target!r}"
+    target = _numbers(frame[source.target], key)
+    if bad := int((~np.isfinite(target)).sum()):
+        raise InputError(f"{key}: {bad} of {len(target)} values are missing or infinite; drop those rows")
+    return target / source.target_unit
+
+
+def known_target(frame: DataFrame, columns: Columns) -> Float[np.ndarray, " rows"]:
+    """The target of rows to predict in its unit, NaN where it is missing or where there is no such column.
+
+    Raises:
+        InputError: it holds anything but finite numbers.
+    """
+    if columns["target"] not in frame:
+        return np.full(len(frame), np.nan)
+    return _numbers(frame[columns["target"]], f"data.predict_source: column {columns['target']!r}") / columns["unit"]
+
+
+def fit_columns(
+    frame: DataFrame, target: Float[np.ndarray, " rows"], source: TableSource, scaling: Scaling, rare: int
+) -> Columns:
+    """Fit what encoding takes on training rows.
+
+    Args:
+        frame: the training rows.
+        target: their target.
+        source: where they come from; it names the target and the numbers that are categories.
+        scaling: of numeric columns: ``quantile`` to a normal distribution, or ``standard`` to zero mean and unit
+            variance.
+        rare: categories of fewer rows are not told apart from each other nor from unseen ones.
+
+    Raises:
+        InputError: a column has nothing to learn from, or values of a kind that cannot be encoded.
+    """
+    numeric, categorical = {}, {}
+    for name in frame.columns.drop(source.target):
+        values, key = frame[name], f"data.source: column {name!r}"
+        if not values.notna().any():
+            raise InputError(f"{key} has no value in the training rows; list it in data.source.drop")
+        if name not in source.categorical and _holds_numbers(values, key):
+            numeric[name] = _fit_numbers(_numbers(values, key), key)
+        else:
+            counts = _labels(values).value_counts()
+            categorical[name] = sorted(counts.index[counts >= rare])
+            if not categorical[name]:
+                hint = "list it in data.source.drop, or lower data.rare"
+                raise InputError(f"{key}: none of its {len(counts)} categories has {rare} training rows; {hint}")
+    if not numeric and not categorical:
+        raise InputError("data.source: has no column beside the target; there is nothing to predict it from")
+    if not target.std() > 0:
+        problem = f"is {target[0]:g} in every training row; there is nothing to learn"
+        raise InputError(f"data.source.target {source.target!r}: {problem}")
+    return Columns(
+        target=str(source.target),
+        unit=float(source.target_unit),
+        mean=float(target.mean()),
+        std=float(target.std()),
+        scaling=scaling,
+        numeric=numeric,
+        categorical=categorical,
+    )
+
+
+def _fit_numbers(values: Float[np.ndarray, " rows"], key: str) -> Numeric:
+    known = values[~np.isnan(values)]
+    if known.min() == known.max():
+        raise InputError(f"{key} is {known[0]:g} in every training row; list it in data.source.drop")
+    points = min(len(known), MAX_QUANTILES)
+    quantiles: Any = QuantileTransformer(n_quantiles=points, subsample=len(known)).fit(known[:, None]).quantiles_
+    return Numeric(
+        median=float(np.median(known)),
+        mean=float(known.mean()),
+        std=float(known.std()),
+        quantiles=quantiles[:, 0].tolist(),
+        has_missing=len(known) < len(values),
+    )
+
+
+def _holds_numbers(values: Series, key: str) -> bool:
+    """Whether a column holds numbers, rather than text or true and false."""
+    from pandas import to_numeric
+    from pandas.api.types import is_numeric_dtype
+
+    known = values[values.notna()]
+    if known.map(type).eq(bool).all():
+        return False
+    if is_numeric_dtype(values):
+        return True
+    if not known.map(lambda value: isinstance(value, str) or np.isreal(value)).all():
+        kind = next(type(v).__name__ for v in known if not isinstance(v, str))
+        raise InputError(f"{key} holds {kind}, neither numbers nor text; list it in data.source.drop")
+    numbers: Any = to_numeric(known, errors="coerce")
+    wrong = known[numbers.isna()]
+    if len(wrong) and len(wrong) < len(known) / 2:
+        problem = f"{len(wrong)} of {len(known)} values are no numbers, such as {str(wrong.iloc[0])[:20]!r}"
+        raise InputError(f"{key}: {problem}; mend them, or list it in data.source.categorical")
+    return not len(wrong)
+
+
+def _numbers(values: Series, key: str) -> Float[np.ndarray, " rows"]:
+    """Finite numbers in fp64, NaN where a value is missing."""
+    from pandas import to_numeric
+
+    numbers: Any = to_numeric(values, errors="coerce")
+    wrong = values[numbers.isna() & values.notna()]
+    if len(wrong):
+        raise InputError(f"{key}: {str(wrong.iloc[0])[:20]!r} in row {wrong.index[0]} is no number; mend it")
+    array = numbers.to_numpy(np.float64, na_value=np.nan)
+    if (infinite := np.isinf(array)).any():
+        raise InputError(f"{key}: the number in row {int(infinite.argmax())} is infinite; mend it")
+    return array
+
+
+def _labels(values: Series) -> Series:
+    """Categories as text, None where missing; a whole number is the same whether gaps made it a float or not."""
+    from pandas.api.types import is_float_dtype
+
+    text = values.map(lambda value: f"{value:.15g}") if is_float_dtype(values) else values.astype(str)
+    return text.astype(object).where(values.notna(), None)
+
+
+def _scaled(values: Float[np.ndarray, "rows numeric"], columns: Columns) -> Float[np.ndarray, "rows numeric"]:
+    facts = list(columns["numeric"].values())
+    if columns["scaling"] == "standard":
+        return (values - [each["mean"] for each in facts]) / [each["std"] for each in facts]
+    scaled = np.empty_like(values)
+    for number, each in enumerate(facts):  # columns with gaps have fewer quantiles
+        quantiles: Any = QuantileTransformer(output_distribution="normal")
+        quantiles.quantiles_ = np.array(each["quantiles"])[:, None]
+        quantiles.references_ = np.linspace(0, 1, len(each["quantiles"]))
+        quantiles.n_features_in_ = 1
+        scaled[:, number] = quantiles.transform(values[:, [number]])[:, 0]
+    return scaled
+
+
+def raw_numbers(frame: DataFrame, columns: Columns, key: str = "data.source") -> Float[np.ndarray, "rows numeric"]:
+    """The numeric columns as they are, NaN where a value is missing.
+
+    Raises:
+        InputError: a column is not there, or holds anything but finite numbers.
+    """
+    arrays = [_numbers(_column(frame, name, key), f"{key}: column {name!r}") for name in columns["numeric"]]
+    return np.stack(arrays, 1) if arrays else np.empty((len(frame), 0))
+
+
+def _column(frame: DataFrame, name: str, key: str) -> Series:
+    if name not in frame.columns:
+        hint = nearest(name, map(str, frame.columns))
+        raise InputError(f"{key}: lacks the column {name!r}, which the net was trained with{hint}")
+    return frame[name]
+
+
+def encode(
+    frame: DataFrame, columns: Columns, key: str = "data.source"
+) -> tuple[Float32[Tensor, "rows numeric"], Int64[Tensor, "rows categorical"]]:
+    """Rows as tensors: numbers filled with the median and scaled, categories and gaps as class numbers.
+
+    Class 0 of a categorical column is what was rare or unseen in training, class 1 a missing value. Behind the
+    categorical columns stands, for each numeric column with gaps in training, whether the value is missing.
+
+    Args:
+        frame: rows with at least the columns that were fitted.
+        columns: what :func:`fit_columns` has found.
+        key: where the rows come from, for messages.
+
+    Raises:
+        InputError: a column is not there, or holds text where it should hold numbers.
+    """
+    from pandas import Index
+
+    raw, facts = raw_numbers(frame, columns, key), columns["numeric"].values()
+    filled = np.where(np.isnan(raw), [each["median"] for each in facts], raw)
+    codes = []
+    for name, categories in columns["categorical"].items():
+        labels = _labels(_column(frame, name, key))
+        found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
+        codes.append(np.select([labels.isna(), found < 0], [1, 0], found + 2))
+    codes += [np.isnan(raw[:, number]) for number, each in enumerate(facts) if each["has_missing"]]
+    categorical = np.stack(codes, 1) if codes else np.empty((len(frame), 0))
+    return torch.from_numpy(_scaled(filled, columns)).float(), torch.from_numpy(categorical).long()
+
+
+def cardinalities(columns: Columns) -> list[int]:
+    """How many classes each column of the categorical tensor of :func:`encode` has."""
+    gaps = [2 for each in columns["numeric"].values() if each["has_missing"]]
+    return [len(categories) + 2 for categories in columns["categorical"].values()] + gaps
+
+
+def scaled_quantiles(columns: Columns) -> Float32[Tensor, "quantiles numeric"]:
+    """Evenly spaced quantiles of the training rows' numeric columns after scaling: nets take their bins from them."""
+    facts = columns["numeric"].values()
+    size = max((len(each["quantiles"]) for each in facts), default=0)
+    points = np.linspace(0, 1, size)
+    grids = [np.interp(points, np.linspace(0, 1, len(q["quantiles"])), q["quantiles"]) for q in facts]
+    return torch.from_numpy(_scaled(np.stack(grids, 1) if grids else np.empty((size, 0)), columns)).float()
+
+
+def baseline_table(
+    frame: DataFrame,
+    target: Float[np.ndarray, " rows"],
+    columns: Columns,
+    fit: Int64[Tensor, " fit"],
+    test: Int64[Tensor, " test"],
+    preds: Float[Tensor, " test"],
+) -> str:
+    """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
+
+    Trees get numbers and categories as they are; linear regression gets medians for gaps, and categories one-hot.
+
+    Args:
+        frame: all rows.
+        target: their target.
+        columns: what :func:`fit_columns` has found.
+        fit: positions of the rows that the baselines are fitted on.
+        test: positions of the rows to predict.
+        preds: what the net predicts of these.
+
+    Returns:
+        A line for each with the root-mean-square error in the target's units.
+    """
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.linear_model import LinearRegression
+
+    raw, codes, sizes = raw_numbers(frame, columns), encode(frame, columns)[1], cardinalities(columns)
+    one_hot = [torch.nn.functional.one_hot(codes[:, n], size).numpy() for n, size in enumerate(sizes)]
+    medians = [each["median"] for each in columns["numeric"].values()]
+    plain = np.hstack([np.where(np.isnan(raw), medians, raw), *one_hot])
+    # Trees see gaps by themselves, and split up to 255 categories as sets; more of them by the order of their codes.
+    own = codes[:, : len(columns["categorical"])].numpy()
+    as_sets = [raw.shape[1] + n for n in range(own.shape[1]) if sizes[n] <= 255]
+    mixed = np.hstack([raw, own])
+    rows, asked = fit.numpy(), test.numpy()
+    settings: Any = {"categorical_features": as_sets, "random_state": 0}
+    trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], target[rows])
+    linear = LinearRegression().fit(plain[rows], target[rows])
+    found = {
+        "linear regression": linear.predict(plain[asked]),
+        "gradient boosting": trees.predict(mixed[asked]),
+        "this net": preds.numpy(),
+    }
+    errors = {name: np.sqrt(np.mean((values - target[asked]) ** 2)) for name, values in found.items()}
+    return "\n".join(["RMSE on the test rows", *(f"{name:<20}{error:.4g}" for name, error in errors.items())])

@@ -1,0 +1,110 @@
+"""Rows of a table, split at random. Edit this file, or only ``data.source``, for your own data."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from common.checkpoint import read_checkpoint
+from common.data import BaseDataModule
+from common.errors import InputError
+from common.tables import Columns, Scaling, TableSource, encode, fit_columns, known_target, read_target, split_rows
+
+
+class Batch(NamedTuple):
+    """Encoded rows, their standardized target, NaN where unknown, their places in the table, and which are real."""
+
+    numeric: Float[Tensor, "batch numeric"]
+    categorical: Int64[Tensor, "batch categorical"]
+    target: Float[Tensor, " batch"]
+    index: Int64[Tensor, " batch"]
+    mask: Bool[Tensor, " batch"]
+
+
+class RowDataset(Dataset[Batch]):
+    """Reads the given positions of encoded rows as batches."""
+
+    def __init__(self, numeric: Tensor, categorical: Tensor, target: Tensor, positions: Tensor):
+        self.rows, self.positions = (numeric, categorical, target), positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        chosen = self.positions[indices]
+        numeric, categorical, target = (values[chosen] for values in self.rows)
+        return Batch(numeric, categorical, target, chosen, torch.ones(len(indices), dtype=torch.bool))
+
+
+class RegressionData(BaseDataModule):
+    """Rows of a source, encoded with what is known from the training rows alone.
+
+    Args:
+        source: where rows come from, by class path: one of ``common.tables``.
+        predict_source: rows that ``predict`` reads, with or without the target; None for the part that tests.
+        columns_of: path of a checkpoint whose columns encode the rows of ``predict_source``, where the table that
+            it was trained on is not at hand; null as ``source`` goes with it.
+        scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
+        rare: categories of fewer training rows share a class, which unseen ones join.
+        val_fraction: share of all rows that validates.
+        test_fraction: share of all rows that tests.
+        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        batch_size: rows per rank and micro-batch.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        source: TableSource | None,
+        predict_source: TableSource | None = None,
+        columns_of: str | None = None,
+        scaling: Scaling = "quantile",
+        rare: int = 5,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if rare < 1:
+            raise InputError(f"data.rare must be at least 1, got {rare}")
+        self.predict_source, self.columns_of = predict_source, columns_of
+        if columns_of is not None:
+            if predict_source is None:
+                raise InputError("data.columns_of: is for data.predict_source; name rows to predict, or remove it")
+            self.columns: Columns = read_checkpoint(columns_of)["hyper_parameters"]["columns"]
+            return
+        if source is None:
+            raise InputError("data.source is null; name a table, such as common.tables.Table")
+        # Read here: the module needs its facts, and mistakes show before ranks start.
+        self.frame = source.read()
+        self.target = read_target(self.frame, source)
+        self.parts = split_rows(len(self.frame), val_fraction, test_fraction, split_seed)
+        train = self.parts.train
+        self.columns = fit_columns(self.frame.iloc[train], self.target[train], source, scaling, rare)
+        self.rows = self._encoded(self.frame, self.target, "data.source")
+
+    def _encoded(self, frame: Any, target: np.ndarray, key: str) -> tuple[Tensor, Tensor, Tensor]:
+        standardized = (target - self.columns["mean"]) / self.columns["std"]
+        return *encode(frame, self.columns, key), torch.from_numpy(standardized).float()
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "predict" and self.predict_source is not None:
+            new = self.predict_source.read()
+            rows = self._encoded(new, known_target(new, self.columns), "data.predict_source")
+            self.predict_data = RowDataset(*rows, torch.arange(len(new)))
+            return
+        if self.columns_of is not None:
+            raise InputError("data.columns_of: is for predict alone; remove it and name the table as data.source")
+        self.train_data = RowDataset(*self.rows, self.parts.train)
+        self.val_data = RowDataset(*self.rows, self.parts.val)
+        self.test_data = self.predict_data = RowDataset(*self.rows, self.parts.test)

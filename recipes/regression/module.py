@@ -1,0 +1,109 @@
+"""The objective: a number per row of a table, and how far off it is in the number's own units."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchmetrics import CatMetric
+from typing_extensions import override
+
+from common.errors import InputError
+from common.heads import Head, scores
+from common.module import BaseModule, Stage
+from common.tables import Columns, baseline_table, cardinalities, scaled_quantiles
+
+from .data import Batch
+
+
+class RegressionModule(BaseModule):
+    """A net that maps the columns of a row to what its head needs, such as a mean or quantiles.
+
+    Losses are those of standardized targets; metrics and predictions are in the target's own units.
+
+    Args:
+        net: the net by class path, one of ``common.tabular_nets``; its first three arguments come from the data.
+        head: what the outputs stand for and the loss, by class path: one of ``common.heads``.
+        columns: what is known of the columns from the training rows; comes from the data.
+        baselines: compare with linear regression and gradient-boosted trees after ``test``.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int, list[int], Tensor], nn.Module],
+        head: Head,
+        columns: Columns,
+        baselines: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.make_net, self.head, self.columns, self.baselines = net, head, columns, baselines
+        self.quantiles = scaled_quantiles(columns)
+        # Of every row of an evaluation: target, prediction, interval, and whether the row is real.
+        self.outcomes: Any = CatMetric(nan_strategy="disable")
+
+    @override
+    def build_net(self) -> nn.Module:
+        try:
+            return self.make_net(self.head.num_outputs, cardinalities(self.columns), self.quantiles)
+        except (ValueError, ArithmeticError) as error:
+            raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch members outputs"]:
+        """What the head reads, of each member of an ensemble."""
+        return self.net(batch.numeric, batch.categorical)
+
+    def in_units(self, standardized: Tensor) -> Tensor:
+        """Targets or predictions in the target's own units."""
+        return standardized.to(self.outcomes.dtype) * self.columns["std"] + self.columns["mean"]
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        outputs = self(batch)
+        if stage == "train":
+            return self.head.loss(outputs, batch.target), batch.mask.sum()
+        values = torch.cat([batch.target[:, None], self.head.predict(outputs)], 1)
+        self.outcomes.update(torch.cat([self.in_units(values), batch.mask[:, None]], 1))
+        return self.head.loss(outputs[batch.mask], batch.target[batch.mask]), batch.mask.sum()
+
+    @override
+    def on_evaluation_end(self, stage: Stage) -> None:
+        rows = self.outcomes.compute()
+        self.outcomes.reset()
+        self._rows = rows[rows[:, -1] == 1, :-1].double().cpu()
+        values = {f"{stage}/{name}": value.float() for name, value in scores(*self._rows.T).items()}
+        self.log_dict(values, sync_dist=True)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["hyper_parameters"]["columns"] != self.columns:
+            problem = "its columns or their training rows are not those of the checkpoint"
+            raise InputError(f"data.source: {problem}; give the same table, or data.columns_of to predict other rows")
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        from common.report import predicted_against_true, residuals
+
+        target, preds, *interval = self._rows.T
+        name = self.columns["target"] + (f" / {self.columns['unit']:,g}" if self.columns["unit"] != 1 else "")
+        figures: dict[str, Any] = {
+            "predictions": predicted_against_true(target, preds, interval, name),
+            "residuals": residuals(target, preds, name),
+        }
+        if stage == "test" and self.baselines and self.trainer.is_global_zero:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            fit, test = torch.cat([data.parts.train, data.parts.val]), data.parts.test[: len(target)]
+            figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, preds)
+        return figures
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
+        names = ["prediction", "lower", "upper"]
+        values = self.in_units(self.head.predict(self(batch))[batch.mask].double()).T.tolist()
+        target = self.in_units(batch.target[batch.mask].double()).tolist()
+        known = [None if value != value else value for value in target]
+        columns = dict(zip(names, values, strict=False))
+        return {"index": batch.index[batch.mask].tolist(), "target": known, **columns}

@@ -1,0 +1,19 @@
+"""Command line: ``python recipes/regression/train.py {fit,validate,test,predict} [--key value]``."""
+
+import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+
+from common.cli import RecipeCLI
+
+from .data import RegressionData
+from .module import RegressionModule
+
+LINKS = {"data.columns": "model.columns"}
+
+
+def main(args: list[str] | None = None) -> RecipeCLI:
+    """Run the recipe with ``args``, or with the process's own arguments."""
+    return RecipeCLI(RegressionModule, RegressionData, LINKS, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""The regression recipe: encoding, heads and nets beside plain references, predictions from raw rows, mistakes."""
+
+import csv
+import logging
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import mean_absolute_error, mean_pinball_loss, mean_squared_error, r2_score
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import QuantileTransformer, StandardScaler
+from torch import Tensor
+
+from common.cli import RecipeCLI
+from common.heads import Gaussian, Head, Mean, Quantiles, scores
+from common.module import BaseModule
+from common.tables import (
+    Columns,
+    Diabetes,
+    Scaling,
+    Table,
+    baseline_table,
+    cardinalities,
+    encode,
+    fit_columns,
+    read_target,
+    scaled_quantiles,
+    split_rows,
+)
+from common.tabular_nets import MLP, FTTransformer, ResNet, TabM
+from recipes.regression.module import RegressionModule
+from tests.support import ROOT, TINY, main_of, read_metrics
+
+main = main_of("regression")
+SMALL = ["--config", str(ROOT / "tests/layers/regression.yaml"), *TINY, "--trainer.accelerator", "cpu"]
+ROWS = 200
+
+
+def house_table(rows: int = ROWS) -> Any:
+    """Rents that follow from size, floor and district, with gaps in each column."""
+    random = np.random.default_rng(0)
+    size, floor, district = random.uniform(20, 150, rows), random.integers(0, 6, rows), random.choice([*"abc"], rows)
+    rent = 8.0 * size + 20 * floor + 300 * (district == "a") + random.normal(0, 30, rows)
+    table = pd.DataFrame({"size": size, "floor": floor, "district": district, "lift": floor > 2, "rent": rent})
+    table["district"] = table["district"].astype(object)
+    table.loc[::9, "district"] = None
+    table.loc[::7, "size"] = np.nan
+    return table
+
+
+@pytest.fixture
+def houses(work: Path) -> Path:
+    house_table().to_csv(work / "houses.csv", index=False)
+    return work / "houses.csv"
+
+
+TABLE = ["--data.source", "common.tables.Table", "--data.source.path", "houses.csv", "--data.source.target", "rent"]
+
+
+def fitted(table: Any, scaling: Scaling = "quantile", rare: int = 5, **settings: Any) -> Columns:
+    source = Table("", target="rent", **settings)
+    return fit_columns(table, read_target(table, source), source, scaling, rare)
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("scaling", ["quantile", "standard"])
+def test_numbers_are_scaled_as_scikit_learn_does(scaling: Scaling) -> None:
+    table = house_table()
+    table.loc[::5, "floor"] = np.nan
+    columns, train = fitted(table, scaling), table.iloc[:150]
+    columns = fitted(train, scaling)
+    numeric, _ = encode(table, columns)
+    for place, name in enumerate(columns["numeric"]):
+        known = train[[name]].dropna().to_numpy()
+        reference: Any = StandardScaler() if scaling == "standard" else None
+        reference = reference or QuantileTransformer(n_quantiles=len(known), output_distribution="normal")
+        filled = table[[name]].fillna(train[name].median()).to_numpy()
+        expected = reference.fit(known).transform(filled)[:, 0]
+        assert numeric[:, place].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gaps_rare_and_unseen_categories_have_classes_of_their_own() -> None:
+    table = house_table()
+    table.loc[[1, 2, 3], "district"] = "rare"
+    columns = fitted(table)
+    assert columns["categorical"] == {"district": ["a", "b", "c"], "lift": ["False", "True"]}
+    assert cardinalities(columns) == [5, 4, 2], "and whether the size is missing"
+    new = table.iloc[:5].assign(district=["a", "c", "rare", "unseen", None], size=[1.0, np.nan, 2, 3, 4])
+    numeric, categorical = encode(new, columns)
+    assert categorical[:, 0].tolist() == [2, 4, 0, 0, 1]
+    assert categorical[:, 2].tolist() == [0, 1, 0, 0, 0]
+    assert numeric.isfinite().all()
+
+
+def test_numbers_that_are_categories_do_not_depend_on_gaps() -> None:
+    """Readers make floats of whole numbers where one is missing, and numbers of text where no other text is left."""
+    columns = fitted(house_table(), categorical=["floor"])
+    assert columns["categorical"]["floor"] == [*"012345"]
+    new = house_table().iloc[:3]
+    codes = [
+        encode(new.assign(floor=floors), columns)[1][:2, 1].tolist()
+        for floors in ([1, 3, 0], [1.0, 3.0, np.nan], ["1", "3", "attic"])
+    ]
+    assert codes[0] == codes[1] == codes[2]
+
+
+def test_statistics_come_from_the_training_rows_alone(houses: Path) -> None:
+    data = main(["preflight", *SMALL, *TABLE]).datamodule
+    other: Any = pd.read_csv(houses)
+    outside = np.setdiff1d(np.arange(ROWS), data.parts.train.numpy())
+    other.loc[outside, ["size", "floor", "rent"]] *= 1000
+    other.loc[outside, "district"] = "elsewhere"
+    other.to_csv(houses, index=False)
+    assert main(["preflight", *SMALL, *TABLE]).datamodule.columns == data.columns
+
+
+def test_test_rows_are_those_of_scikit_learn() -> None:
+    for seed in (0, 1):
+        parts = split_rows(1000, 0.1, 0.2, seed)
+        rest, test = map(list, train_test_split(np.arange(1000), test_size=0.2, random_state=seed))
+        assert parts.test.tolist() == test
+        assert sorted([*parts.train.tolist(), *parts.val.tolist()]) == sorted(rest)
+        assert len(parts.val) == 100
+
+
+def test_quantiles_for_bins_are_those_of_the_scaled_rows() -> None:
+    table = house_table()
+    columns = fitted(table, "standard")
+    numeric, _ = encode(table.dropna(subset=["size"]), columns)
+    expected = np.quantile(numeric[:, 0].numpy(), np.linspace(0, 1, 11))
+    found = np.quantile(scaled_quantiles(columns)[:, 0].numpy(), np.linspace(0, 1, 11))
+    assert found == pytest.approx(expected, abs=1e-2)
+
+
+# Heads
+
+
+@pytest.fixture
+def outputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(500, 4, 3, generator=generator), torch.randn(500, generator=generator)
+
+
+def test_losses_equal_their_formulas(outputs: tuple[Tensor, Tensor]) -> None:
+    values, target = outputs
+    members = [member.numpy() for member in values.unbind(1)]
+    squared = [mean_squared_error(target, member[:, 0]) for member in members]
+    assert Mean().loss(values[..., :1], target).item() == pytest.approx(np.mean(squared), rel=1e-5)
+    normal = torch.distributions.Normal(values[..., 0], (values[..., 1] / 2).exp())
+    expected = -normal.log_prob(target[:, None]).mean().item()
+    assert Gaussian().loss(values[..., :2], target).item() == pytest.approx(expected, rel=1e-5)
+    taus = (0.1, 0.5, 0.8)
+    pinball = [mean_pinball_loss(target, m[:, n], alpha=tau) for m in members for n, tau in enumerate(taus)]
+    assert Quantiles(taus).loss(values, target).item() == pytest.approx(np.mean(pinball), rel=1e-5)
+
+
+def test_an_ensemble_predicts_its_mixture(outputs: tuple[Tensor, Tensor]) -> None:
+    values, _ = outputs
+    assert Mean().predict(values[..., :1])[:, 0] == pytest.approx(values[..., 0].mean(1))
+    mean, lower, upper = Gaussian(0.8).predict(values[:3, :, :2]).T
+    component = torch.distributions.Normal(values[:3, :, 0], (values[:3, :, 1] / 2).exp())
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(3, 4)), component)
+    assert mean == pytest.approx(mixture.mean)
+    assert (upper - lower) == pytest.approx(2 * 1.2815516 * mixture.stddev, rel=1e-5)
+    median, lower, upper = Quantiles((0.1, 0.5, 0.8)).predict(values).T
+    assert ((lower <= median) & (median <= upper)).all(), "though the outputs cross"
+    assert median == pytest.approx(values.mean(1).median(-1).values)
+
+
+@pytest.mark.parametrize("head", [Gaussian(0.7), Quantiles((0.15, 0.5, 0.85))])
+def test_intervals_cover_what_they_say(head: Head) -> None:
+    """Trained on nothing but noise of two widths, an interval has to be calibrated."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randint(0, 2, (4000, 1), generator=generator).float()
+    target = (torch.randn(4000, generator=generator) * (1 + 2 * wide[:, 0])).float()
+    net = torch.nn.Linear(1, head.num_outputs)
+    torch.nn.init.zeros_(net.weight)
+    torch.nn.init.zeros_(net.bias)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(net(wide)[:, None], target).backward()
+        optimizer.step()
+    with torch.no_grad():
+        preds, lower, upper = head.predict(net(wide)[:, None]).T
+    for group in (0, 1):
+        rows = wide[:, 0] == group
+        found = scores(target[rows], preds[rows], lower[rows], upper[rows])
+        assert found["coverage"].item() == pytest.approx(head.level, abs=0.03)
+
+
+def test_scores_equal_scikit_learn(outputs: tuple[Tensor, Tensor]) -> None:
+    preds, target = outputs[0][:, 0, 0].double(), outputs[1].double()
+    found = {name: value.item() for name, value in scores(target, preds, preds - 1, preds + 1).items()}
+    expected = {
+        "mse": mean_squared_error(target, preds), "rmse": math.sqrt(mean_squared_error(target, preds)),
+        "mae": mean_absolute_error(target, preds), "r2": r2_score(target, preds),
+        "coverage": float(((target - preds).abs() <= 1).double().mean()), "interval_width": 2.0,
+    }  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+# Nets
+
+
+@pytest.mark.parametrize("kind", [MLP, ResNet, FTTransformer, TabM])
+@pytest.mark.parametrize("present", ["both", "numeric", "categorical"])
+def test_nets_take_either_kind_of_column(kind: Any, present: str) -> None:
+    sizes = [] if present == "numeric" else [3, 4]
+    width = 0 if present == "categorical" else 2
+    quantiles = torch.linspace(-2, 2, 50)[:, None].expand(-1, width)
+    net = kind(2, sizes, quantiles)
+    numeric = torch.randn(8, width, requires_grad=width > 0)
+    outputs = net(numeric, torch.randint(0, 3, (8, len(sizes))))
+    assert outputs.shape == (8, 32 if kind is TabM else 1, 2)
+    outputs.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters()), "no parameter is idle"
+
+
+def test_bins_of_tabm_are_quantiles() -> None:
+    quantiles = torch.linspace(0, 1, 101)[:, None] ** 2
+    net = TabM(1, [], quantiles, n_bins=4)
+    encoding: Any = net.net.num_module.impl  # type: ignore[union-attr]
+    edges = -encoding.bias / encoding.weight  # where each component is 0: the left edge of its bin
+    assert edges[0].tolist() == pytest.approx([0, 0.0625, 0.25, 0.5625], abs=1e-5)
+
+
+# The recipe
+
+
+def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, work: Path) -> None:
+    every = ["--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "7"]
+    main(["fit", *SMALL, *TABLE, *every])
+    cli = main(["test", "--ckpt_path", "last", *every])
+    run = work / "runs/regression/default"
+    main(["predict", "--ckpt_path", "last", "--trainer.limit_predict_batches", "1.0"])
+    predictions: Any = pd.read_csv(run / "predict/predictions.csv")
+    table: Any = pd.read_csv(houses)
+    test = list(train_test_split(np.arange(ROWS), test_size=0.2, random_state=0)[1])
+    assert predictions["index"].tolist() == test
+    target = table["rent"].iloc[test].to_numpy()
+    assert predictions["target"].to_numpy() == pytest.approx(target, rel=1e-6)
+    rmse = math.sqrt(mean_squared_error(target, predictions["prediction"]))
+    assert read_metrics(run / "test/metrics.csv", "test/rmse")[-1] == pytest.approx(rmse, rel=1e-5)
+    assert read_metrics(run / "test/metrics.csv", "test/r2")[-1] == pytest.approx(
+        r2_score(target, predictions["prediction"]), rel=1e-4, abs=1e-6
+    )
+    lines = (run / "texts/test-baselines.txt").read_text().splitlines()
+    found = {line[:20].strip(): float(line[20:]) for line in lines[1:]}
+    assert found["this net"] == pytest.approx(rmse, rel=1e-3)
+    rest = np.setdiff1d(np.arange(ROWS), test)
+    kept = table.drop(columns="rent").astype({"district": "category", "lift": "category"})
+    trees = HistGradientBoostingRegressor(random_state=0).fit(kept.iloc[rest], table["rent"].iloc[rest])
+    expected = math.sqrt(mean_squared_error(target, trees.predict(kept.iloc[test])))
+    assert found["gradient boosting"] == pytest.approx(expected, rel=2e-2), "but for categories in another order"
+    medians = table.iloc[cli.datamodule.parts.train.numpy()]["size"].median()
+    plain = table.drop(columns="rent").assign(gap=table["size"].isna(), size=table["size"].fillna(medians))
+    one_hot = pd.get_dummies(plain.fillna({"district": "missing"}), columns=["district"]).astype(float)
+    linear = LinearRegression().fit(one_hot.iloc[rest], table["rent"].iloc[rest])
+    expected = math.sqrt(mean_squared_error(target, linear.predict(one_hot.iloc[test])))
+    assert found["linear regression"] == pytest.approx(expected, rel=1e-3)
+    assert "gradient boosting" in (run / "report.html").read_text()
+
+
+def test_baselines_can_be_left_out(work: Path) -> None:
+    main(["fit", *SMALL, "--model.baselines", "false"])
+    main(["test"])
+    assert not (work / "runs/regression/default/texts").exists()
+
+
+def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path) -> None:
+    """With the target and without, from the run or from the checkpoint alone."""
+    head = ["--model.head", "common.heads.Quantiles"]
+    main(["fit", *SMALL, *TABLE, *head])
+    new: Any = pd.read_csv(houses).iloc[:6].assign(district=["a", "b", "new", None, "c", "a"])
+    new["extra"] = "of no use"
+    new[["lift", "extra", "district", "floor", "size"]].to_csv("new.csv", index=False)
+    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "new.csv"]
+    every = ["--trainer.limit_predict_batches", "1.0"]
+    table = work / "runs/regression/default/predict/predictions.csv"
+    main(["predict", *rows, *every])
+    first = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["index"] for row in first] == [*"012345"]
+    assert {row["target"] for row in first} == {""}
+    assert all(float(row["lower"]) <= float(row["prediction"]) <= float(row["upper"]) for row in first)
+    assert len({row["prediction"] for row in first}) > 3
+    houses.unlink()
+    checkpoint = work / "runs/regression/default/checkpoints/best.ckpt"
+    new.loc[2, "rent"] = np.nan
+    new.to_csv("new.csv", index=False)
+    main(["predict", *rows, *every, "--data.source", "null", "--data.columns_of", str(checkpoint)])
+    second = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["prediction"] for row in second] == [row["prediction"] for row in first]
+    assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
+    module = RegressionModule.load_from_checkpoint(checkpoint).eval()
+    with torch.no_grad():
+        median = module.in_units(module.head.predict(module.net(*encode(new, module.columns)))[:, 0])
+    assert median.tolist() == pytest.approx([float(row["prediction"]) for row in first], rel=1e-5)
+
+
+def test_another_table_does_not_pass_for_the_one_it_was_trained_on(
+    houses: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *SMALL, *TABLE])
+    table: Any = pd.read_csv(houses)
+    table.assign(size=2 * table["size"]).to_csv(houses, index=False)
+    assert "are not those of the checkpoint; give the same table" in refused(["test"], capfd)
+
+
+@pytest.mark.parametrize("head", ["Gaussian", "Quantiles"])
+def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> None:
+    main(["fit", *SMALL, *TABLE, "--model.head", f"common.heads.{head}"])
+    run = work / "runs/regression/default"
+    assert 0 <= read_metrics(run / "metrics.csv", "val/coverage")[-1] <= 1
+    assert read_metrics(run / "metrics.csv", "val/interval_width")[-1] > 0
+    assert {path.stem for path in (run / "figures").glob("val-*.png")} == {"val-predictions", "val-residuals"}
+
+
+@pytest.mark.parametrize("net", ["MLP", "ResNet", "FTTransformer"])
+def test_every_net_learns(net: str, houses: Path, work: Path) -> None:
+    flags = ["--model.net", f"common.tabular_nets.{net}", "--trainer.max_steps", "60", "--data.batch_size", "32"]
+    main(["fit", *SMALL, *TABLE, *flags, "--trainer.limit_val_batches", "1.0", "--model.optimizer.lr", "0.003"])
+    assert read_metrics(work / "runs/regression/default/metrics.csv", "val/r2")[-1] > 0.5
+
+
+# Mistakes
+
+
+@pytest.fixture
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lightning logs goes to stdout in a process of its own; here it would stand on stderr."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+
+
+def refused(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command line ends in."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers = []
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2, error
+    assert len(error.splitlines()) == 1, error
+    assert len(error) <= 201, error
+    return error.strip()
+
+
+def lines(*extra: str, rows: int = 60, head: str = "size,kind,rent") -> str:
+    body = [f"{10 + n},{'ab'[n % 2]},{n * 3 % 50}" for n in range(rows)]
+    return "\n".join([head, *body, *extra]) + "\n"
+
+
+def case(text: str | bytes | None, flags: str, where: str, key: str, hint: str | None = None) -> Any:
+    """A file ``houses.csv``, flags, and what the line begins with, names and suggests."""
+    return pytest.param(text, shlex.split(flags), where, key, hint, id=f"{where} {key}")
+
+
+GAPS = "\n".join(["size,kind,rent", *(f",{'ab'[n % 2]},{n * 3 % 50}" for n in range(60))])
+SOURCE = "--data.source"
+# fmt: off
+MISTAKES = [
+    case(lines(), f"{SOURCE}.target price", f"{SOURCE}.target", "no such column among ['size', 'kind', 'rent']"),
+    case(lines(), f"{SOURCE}.target rnt", f"{SOURCE}.target", "no such column", "rent"),
+    case(lines(), f"{SOURCE}.target null", f"{SOURCE}.target", "is null, but training needs it"),
+    case(lines(), f"{SOURCE}.categorical [knd]", f"{SOURCE}.categorical", "no such column", "kind"),
+    case(lines(), f"{SOURCE}.drop [knd]", f"{SOURCE}.drop", "no such column", "kind"),
+    case(lines(), f"{SOURCE}.drop [rent]", f"{SOURCE}.target", "is also listed in categorical or drop"),
+    case(lines(), f"{SOURCE}.drop [size,kind]", SOURCE, "has no column beside the target"),
+    case(lines(), f"{SOURCE}.target_unit 0", f"{SOURCE}.target_unit", "must be above 0, got 0.0"),
+    case(lines(), f"{SOURCE}.target_unit nan", f"{SOURCE}.target_unit", "must be above 0, got nan"),
+    case(lines(), f"{SOURCE}.path huses.csv", f"{SOURCE}.path", "no such file", "houses.csv"),
+    case(lines(), f"{SOURCE} common.tables.Diabetse", SOURCE, "no 'Diabetse' in common.tables", "Diabetes"),
+    case(lines(), f"{SOURCE} null", SOURCE, "is null; name a table"),
+    case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
+    case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
+    case("size,kind,rent\n", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
+    case(lines(head="size,size,rent"), "", f"{SOURCE}.path", "has two columns named 'size'; rename one"),
+    case(lines("x,a,3"), "", SOURCE, "column 'size': 1 of 61 values are no numbers, such as 'x'"),
+    case(lines("inf,a,3"), "--data.split_seed 1", SOURCE, "column 'size': the number in row 60 is infinite"),
+    case(GAPS, "", SOURCE, "column 'size' has no value in the training rows; list it in data.source.drop"),
+    case(lines("3,a,"), "", f"{SOURCE}.target", "'rent': 1 of 61 values are missing or infinite; drop those rows"),
+    case(lines("3,a,inf"), "", f"{SOURCE}.target", "the number in row 60 is infinite; mend it"),
+    case(lines("3,a,dear"), "", f"{SOURCE}.target", "'dear' in row 60 is no number; mend it"),
+    case(lines(rows=6), "", SOURCE, "6 rows are too few: each part needs at least 2"),
+    case(re.sub(r",\d+$", ",7", lines(), flags=re.M), "", f"{SOURCE}.target", "is 7 in every training row"),
+    case(re.sub(r"^\d+,", "7,", lines(), flags=re.M), "", SOURCE, "column 'size' is 7 in every training row"),
+    case(lines(), f"{SOURCE}.categorical [size]", SOURCE, "none of its 42 categories has 5 training rows"),
+    case(lines(), "--data.rare 0", "--data.rare", "must be at least 1, got 0"),
+    case(lines(), "--data.val_fraction 0", "--data.val_fraction", "must be above 0 and leave rows"),
+    case(lines(), "--data.test_fraction 0.95", "--data.test_fraction", "must be above 0 and leave rows"),
+    case(lines(), "--data.split_seed=-1", "--data.split_seed", "must be in [0, 2**32), got -1"),
+    case(lines(), "--data.scaling quantiles", "--data.scaling", "quantiles", "quantile"),
+    case(lines(), "--data.columns_of x.ckpt", "--data.columns_of", "is for data.predict_source"),
+    case(lines(), "--data.columns_of x.ckpt --data.predict_source common.tables.Diabetes", "",
+         "x.ckpt: no such checkpoint"),
+    case(lines(), "--model.columns {}", "--model.columns", "is taken from data.columns"),
+    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.1,0.5,1.5]", "--model.head.quantiles",
+         "must ascend between 0 and 1, got [0.1, 0.5, 1.5]"),
+    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.9,0.5,0.1]", "--model.head.quantiles",
+         "must ascend between 0 and 1"),
+    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.1,0.9]", "--model.head.quantiles",
+         "must have 0.5, the prediction"),
+    case(lines(), "--model.head common.heads.Gaussian --model.head.level 1", "--model.head.level",
+         "must be between 0 and 1, got 1.0"),
+    case(lines(), "--model.head common.heads.Gausian", "--model.head", "no 'Gausian' in common.heads", "Gaussian"),
+    case(lines(), "--model.net.n_bins 500", "--model.net.n_bins", "must be from 2 to 41 for so many training rows"),
+    case(lines(), "--model.net.n_blocks 0", "--model.net.n_blocks", "must be"),
+    case(lines(), "--model.net common.tabular_nets.FTTransformer --model.net.d_block 9", "--model.net.d_block",
+         "must be a multiple of"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("text", "flags", "where", "key", "hint"), MISTAKES)
+def test_refused_before_the_run_starts(
+    text: str | bytes, flags: list[str], where: str, key: str, hint: str | None, work: Path,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kept = work / "runs/regression/default/kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weeks of work")
+    Path("houses.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    skip = RecipeCLI.subcommands()["fit"]
+    monkeypatch.setattr(RecipeCLI, "subcommands", staticmethod(lambda: {"fit": skip}))
+    line = refused(["fit", *SMALL, *TABLE, *flags], capfd)
+    assert line.startswith(f"{where}: " if where else ""), line
+    assert key in line
+    assert re.findall(r"did you mean '([^']*)'", line) == ([hint] if hint else []), line
+    assert kept.read_text() == "weeks of work"
+    assert [path.name for path in kept.parent.parent.iterdir()] == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.drop(columns="size").rename(columns={"district": "distrct"}), "lacks the column 'size'"),
+        (lambda t: t.rename(columns={"district": "distrct"}), "did you mean 'distrct'?"),
+        (lambda t: t.assign(size="large"), "column 'size': 'large' in row 0 is no number; mend it"),
+        (lambda t: t.assign(rent="much"), "column 'rent': 'much' in row 0 is no number; mend it"),
+        (lambda t: t.iloc[:0], "cannot be read"),
+    ],
+)
+def test_rows_that_cannot_be_predicted(
+    change: Any, problem: str, houses: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *SMALL, *TABLE])
+    change(pd.read_csv(houses)).to_csv("new.csv", index=False)
+    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "new.csv"]
+    assert problem in refused(["predict", *rows], capfd)
+
+
+def test_diabetes_is_in_its_own_units() -> None:
+    frame = Diabetes().read()
+    assert frame.shape == (442, 11)
+    assert frame["age"].between(18, 80).all()
+    assert set(frame["sex"]) == {1, 2}
+
+
+def test_the_state_of_a_run_is_all_in_its_checkpoint() -> None:
+    """Nothing of the data but plain values goes from the data to the net."""
+    table = house_table()
+    columns = fitted(table)
+    kinds = {type(v) for v in columns.values()} | {
+        type(v) for each in columns["numeric"].values() for v in each.values()
+    }
+    assert kinds <= {str, float, dict, list, bool}
+    assert issubclass(RegressionModule, BaseModule)
+    assert "this net" in baseline_table(
+        table, table["rent"].to_numpy(), columns, torch.arange(150), torch.arange(150, ROWS), torch.zeros(50)
+    )
