@@ -49,7 +49,7 @@ class _StepOnPlateau(Callback):
                     scheduler.step(value)
 
 
-class _WeightedMean(MeanMetric):
+class WeightedMean(MeanMetric):
     """A mean that shows NaN: torchmetrics' own drops it, or drops the weights if told to let it pass.
 
     It adds up in fp64 (fp32 where the device has none): 16-bit sums, which ``bf16-true`` makes of a metric's state,
@@ -103,7 +103,7 @@ class BaseModule(L.LightningModule):
         self.weight_init, self.l1 = weight_init, l1
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.matmul_precision, self.float8 = matmul_precision, float8
-        self.mean_loss: Any = nn.ModuleDict({stage: _WeightedMean() for stage in ("val", "test")})
+        self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
         # Of the micro-batches since the last logged step: which step they belong to, and their losses.
         self._losses: list[tuple[int, Tensor]] = []
         self._given: list[dict[str, Any]] = []  # the optimizer's arguments that no schedule changes, by group

@@ -418,4 +418,73 @@ def residuals(
     _style(side, "", "samples")
     side.hist(residual, min(max(len(residual) // 10, 10), 60), orientation="horizontal", color=PALETTE[0])
     side.axhline(0, color=PALETTE[1], lw=1.2, ls="--")
+def gradient_angles(cosine: Float[Tensor, "batches tasks tasks"], names: Sequence[str]) -> "Figure":
+    """How the gradients of several tasks stand to one another: the mean cosine, and how often it is negative.
+
+    Args:
+        cosine: of the angles between the tasks' gradients, for some batches.
+        names: the tasks' names, in order.
+    """
+    values = cosine.float().cpu().numpy()
+    mean, against = values.mean(axis=0), (values < 0).mean(axis=0)
+    size = max(0.85 * len(names), 2.4)
+    figure = _figure(size + 2.1, size + 1)
+    axes = figure.add_subplot()
+    image = axes.imshow(mean, cmap="RdBu", vmin=-1, vmax=1)
+    _style(axes, f"angles between gradients, {len(values)} batches", "task", "task")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=9, labelcolor=GREY, length=0)
+    axes.spines[:].set_visible(False)
+    for (row, column), cos in np.ndenumerate(mean):
+        note = "" if row == column else f"\n{against[row, column]:.0%} below 0"
+        ink = "white" if abs(cos) > 0.6 else INK
+        axes.text(column, row, f"{cos:.2f}{note}", ha="center", va="center", fontsize=7.5, color=ink)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=(-1, -0.5, 0, 0.5, 1))
+    bar.set_label("mean cosine", fontsize=9, color=GREY)
+    bar.ax.tick_params(labelsize=8, labelcolor=GREY, length=0)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
+    """The weights ``optim/weight_<task>`` of the tasks' losses or gradients over optimizer steps.
+
+    Returns:
+        The figure, None where fewer than two were logged.
+    """
+    lines = {name: series[f"optim/weight_{name}"] for name in names if f"optim/weight_{name}" in series}
+    if not lines or len(next(iter(lines.values()))[0]) < 2:
+        return None
+    figure = _figure(4.4, 2.9)
+    axes = figure.add_subplot()
+    _style(axes, "weights of the tasks", "step", "weight (1: plain mean)")
+    _plot(axes, lines, PALETTE * len(lines))
+    axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+    return figure
+
+
+def captioned_images(
+    images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
+) -> "Figure":
+    """Images in rows of six with a caption each, in red where something is wrong.
+
+    Args:
+        images: grey or RGB, in [0, 1].
+        captions: a line or more for each image.
+        right: whether the caption is good news.
+        title: of the whole figure.
+    """
+    columns = min(6, len(images))
+    rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
+    figure = _figure(1.6 * columns, rows * (1.3 + 0.19 * lines) + 0.4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, caption, good in zip(panels, images.float().cpu(), captions, right, strict=False):
+        axes.imshow(image.movedim(0, -1).clamp(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set_xlabel(caption, fontsize=7.5, color=INK if good else PALETTE[1])
+    for number, axes in enumerate(figure.axes):
+        axes.set(xticks=[], yticks=[])
+        axes.set_visible(number < len(images))
+        axes.spines[:].set_color("#cccccc")
     return figure

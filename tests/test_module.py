@@ -21,7 +21,7 @@ from common.checkpoint import read_checkpoint
 from common.data import global_seed, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy
-from common.module import _WeightedMean
+from common.module import WeightedMean
 from common.nets import ConvNet, PretrainedEncoder
 from common.sources import Digits
 from recipes.classification.data import Batch, ClassificationData
@@ -157,7 +157,7 @@ def test_losses_are_at_least_fp32() -> None:
 
 def test_means_of_many_batches_stay_exact() -> None:
     """What bf16-true makes of a metric's state must not matter."""
-    mean = _WeightedMean().to(torch.bfloat16)
+    mean = WeightedMean().to(torch.bfloat16)
     values = torch.tensor([3.62, 4.12]).repeat(500)
     for value in values:
         mean.update(value, torch.tensor(8192))

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
 from common.optim import MuonAdamW
@@ -95,3 +96,28 @@ def refuse_matrix_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, _NOT_ELEMENTWISE):
         problem = f"{type(optimizer).__name__} needs whole matrices, and this strategy has flat pieces"
         raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")
+
+
+def has_whole_gradients(strategy: Strategy) -> bool:
+    """Whether each rank holds every parameter whole, so that its gradient can be asked for; after the set-up."""
+    whole = strategy.model is strategy.lightning_module or isinstance(strategy.model, DistributedDataParallel)
+    return whole and not any(isinstance(p, DTensor) for p in strategy.model.parameters())  # type: ignore[union-attr]
+
+
+def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
+    """Leave the averaging of gradients over ranks to the module, which sets all of them by itself in ``backward``.
+
+    Args:
+        strategy: after its set-up.
+        net: the net that is trained.
+        key: the setting that wants it, for the message.
+
+    Raises:
+        InputError: ranks hold shares of the parameters.
+    """
+    if not has_whole_gradients(strategy):
+        problem = f"needs the whole gradient of each task, and {type(strategy).__name__} shards them"
+        raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model.require_backward_grad_sync = False
+        share_buffers(net)  # which it then leaves out as well

@@ -1,0 +1,271 @@
+"""Several tasks with one shared body: the net, and weights of the tasks' losses.
+
+A weighting is named in YAML by class path (``model.weighting``). The loss is the weighted mean over tasks, so that
+neither the learning rate nor clipping depends on how many there are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from common.errors import InputError, nearest
+from common.tasks import Task
+
+EPS = 1e-8
+
+
+class Weighting(nn.Module):
+    """Weights of the tasks' losses. A subclass overrides :meth:`forward`, and what else it needs.
+
+    What it learns are parameters, what it remembers are buffers that :meth:`remember` makes, so that both are
+    in the checkpoint. It is a part of the net: :meth:`forward` runs within the net's, where a sharding strategy has the
+    parameters whole.
+
+    Args:
+        tasks: the tasks, in order; come from the data.
+    """
+
+    fixed: ClassVar[bool] = False  # the weights never change, so that an aggregator may work on the weighted losses
+    needs_losses: ClassVar[bool] = False  # of all ranks, before backward
+    looks_back: ClassVar[bool] = False  # and of the same batch after the optimizer's step
+
+    def __init__(self, tasks: list[Task]):
+        super().__init__()
+        self.names = [task["name"] for task in tasks]
+
+    def remember(self, name: str, value: Tensor) -> None:
+        """Register a buffer in fp64, or fp32 where a device has none, that 16-bit precisions leave as it is."""
+        self.register_buffer(name, value.float() if torch.backends.mps.is_available() else value.double())
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Weighting":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if value is not None and (after := self._buffers[name]) is not None:
+                self._buffers[name] = value.to(after.device)
+        return self
+
+    def forward(self) -> Float[Tensor, " tasks"]:
+        """What :meth:`weights` are made of, as a tensor of its own."""
+        raise NotImplementedError
+
+    def weights(self, state: Float[Tensor, " tasks"], losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+        """The weights; their mean over tasks is 1 where nothing else is said.
+
+        Args:
+            state: what :meth:`forward` has returned.
+            losses: of this micro-batch, over all ranks if ``needs_losses``; without gradient.
+        """
+        return state
+
+    def combine(
+        self, losses: Float[Tensor, " tasks"], weights: Float[Tensor, " tasks"], state: Float[Tensor, " tasks"]
+    ) -> Float[Tensor, ""]:
+        """The loss to minimize."""
+        return (weights * losses).mean()
+
+    def observe(self, losses: Float[Tensor, " tasks"], per_epoch: int) -> None:
+        """Take note of a micro-batch's losses over all ranks, if ``needs_losses``.
+
+        Args:
+            losses: of the micro-batch, without gradient.
+            per_epoch: micro-batches in an epoch.
+        """
+
+    def look_back(self, before: Float[Tensor, " tasks"], after: Float[Tensor, " tasks"]) -> None:
+        """Take note of the losses of one batch before and after the optimizer's step, if ``looks_back``."""
+
+
+class Fixed(Weighting):
+    """Weights that stay as they are.
+
+    Args:
+        tasks: the tasks; come from the data.
+        weights: a weight for each task; None for 1 each, the plain mean of the losses.
+
+    Raises:
+        InputError: a weight is missing, negative, or none of a task, or all are 0.
+    """
+
+    fixed = True
+
+    def __init__(self, tasks: list[Task], weights: dict[str, float] | None = None):
+        super().__init__(tasks)
+        given = dict.fromkeys(self.names, 1.0) if weights is None else weights
+        for name in given:
+            if name not in self.names:
+                hint = nearest(name, self.names) or f"; there are {', '.join(self.names)}"
+                raise InputError(f"model.weighting.weights: no task is named {name!r}{hint}")
+        for name in self.names:
+            if name not in given:
+                raise InputError(f"model.weighting.weights: task {name!r} has none; give it one, 0 to leave it out")
+            if not 0 <= given[name] < math.inf:
+                raise InputError(f"model.weighting.weights: that of {name!r} must be at least 0, got {given[name]}")
+        if not any(given.values()):
+            raise InputError("model.weighting.weights: all are 0, there is nothing to train; raise one")
+        self.given = [given[name] for name in self.names]
+        self.remember("values", torch.tensor(self.given))
+
+    def forward(self) -> Float[Tensor, " tasks"]:
+        """The weights."""
+        return self.values.clone()
+
+
+class Uncertainty(Weighting):
+    """Weights by the noise of each task, which is learned (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
+
+    With s the logarithm of a task's variance, its loss L becomes exp(-s) L / 2 + s / 2 for regression and
+    exp(-s) L + s / 2 for classification (section 3.2). The s are parameters of the net, without weight decay.
+
+    Args:
+        tasks: the tasks; come from the data.
+        initial: s of every task at the start.
+    """
+
+    def __init__(self, tasks: list[Task], initial: float = 0.0):
+        super().__init__(tasks)
+        if not math.isfinite(initial):
+            raise InputError(f"model.weighting.initial must be a finite log-variance, got {initial}; try 0.0")
+        self.log_variance = nn.Parameter(torch.full((len(tasks),), float(initial)))
+        self.remember("factor", torch.tensor([0.5 if task["kind"] == "regression" else 1.0 for task in tasks]))
+
+    def forward(self) -> Float[Tensor, " tasks"]:
+        """The logarithms of the variances."""
+        return self.log_variance.clone()
+
+    @override
+    def weights(self, state: Float[Tensor, " tasks"], losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+        return self.factor * (-state).exp()
+
+    @override
+    def combine(
+        self, losses: Float[Tensor, " tasks"], weights: Float[Tensor, " tasks"], state: Float[Tensor, " tasks"]
+    ) -> Float[Tensor, ""]:
+        return (weights * losses + state / 2).mean()
+
+
+class DynamicWeightAverage(Weighting):
+    """Weights by how fast each loss falls from epoch to epoch (Liu et al. 2019, https://arxiv.org/abs/1803.10704).
+
+    The weights of epoch t are the softmax of r / temperature times the number of tasks, where r is the mean loss of
+    epoch t - 1 divided by that of epoch t - 2; those of the first two epochs are 1.
+
+    Args:
+        tasks: the tasks; come from the data.
+        temperature: above 0; the larger, the more equal the weights.
+    """
+
+    needs_losses = True
+
+    def __init__(self, tasks: list[Task], temperature: float = 2.0):
+        super().__init__(tasks)
+        if not 0 < temperature < math.inf:
+            raise InputError(f"model.weighting.temperature must be above 0, got {temperature}; the paper has 2.0")
+        self.temperature = temperature
+        self.remember("total", torch.zeros(len(tasks)))  # of this epoch's losses so far
+        self.remember("count", torch.zeros(()))  # and their number
+        self.remember("means", torch.ones(2, len(tasks)))  # of the last but one epoch and of the last
+        self.remember("epochs", torch.zeros(()))
+
+    def forward(self) -> Float[Tensor, " tasks"]:
+        """The weights."""
+        older, newer = self.means
+        weights = len(self.names) * (newer / older.clamp_min(EPS) / self.temperature).softmax(0)
+        return torch.where(self.epochs >= 2, weights, torch.ones_like(weights))
+
+    @override
+    def observe(self, losses: Float[Tensor, " tasks"], per_epoch: int) -> None:
+        self.total += losses
+        self.count += 1
+        ends = self.count >= per_epoch  # without asking the device for its value
+        self.means.copy_(torch.where(ends, torch.stack([self.means[1], self.total / self.count]), self.means))
+        self.epochs += ends
+        self.total *= ~ends
+        self.count *= ~ends
+
+
+class FAMO(Weighting):
+    """Weights that let all losses fall at the same rate (Liu et al. 2023, https://arxiv.org/abs/2306.03792).
+
+    The net descends along the gradient of c Σ z log L, with z the softmax of learned logits and c such that the weights
+    c z / L add up to 1; they are multiplied by the number of tasks here. After each step of the optimizer,
+    a forward pass over the same (last) micro-batch says how much each log L has fallen, and Adam moves the logits along
+    its gradient. With accumulation each micro-batch has the weights that its own losses give.
+
+    Args:
+        tasks: the tasks; come from the data. Their losses must be positive.
+        lr: learning rate of the logits.
+        weight_decay: of the logits (gamma in the paper).
+    """
+
+    needs_losses = looks_back = True
+
+    def __init__(self, tasks: list[Task], lr: float = 0.025, weight_decay: float = 1e-3):
+        super().__init__(tasks)
+        if not 0 < lr < math.inf:
+            raise InputError(f"model.weighting.lr must be above 0, got {lr}; the paper has 0.025")
+        if not 0 <= weight_decay < math.inf:
+            raise InputError(
+                f"model.weighting.weight_decay must be at least 0, got {weight_decay}; the paper has 0.001"
+            )
+        self.lr, self.weight_decay = lr, weight_decay
+        for name in ("logits", "mean", "square"):
+            self.remember(name, torch.zeros(len(tasks)))
+        self.remember("steps", torch.zeros(()))
+
+    def forward(self) -> Float[Tensor, " tasks"]:
+        """The shares z of the tasks."""
+        return self.logits.softmax(0)
+
+    @override
+    def weights(self, state: Float[Tensor, " tasks"], losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+        share = state / (losses + EPS)
+        return len(self.names) * share / share.sum()
+
+    @override
+    def look_back(self, before: Float[Tensor, " tasks"], after: Float[Tensor, " tasks"]) -> None:
+        fall = (before.to(self.logits) + EPS).log() - (after.to(self.logits) + EPS).log()  # FSDP1 makes it fp32
+        z = self.logits.softmax(0)
+        gradient = z * (fall - (z * fall).sum()) + self.weight_decay * self.logits
+        # Adam with its usual settings, as the authors' code has it.
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - 0.9)
+        self.square.lerp_(gradient.square(), 1 - 0.999)
+        mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
+        self.logits -= self.lr * mean / (square.sqrt() + EPS)
+
+
+class MultiTaskNet(nn.Module):
+    """A shared body and one linear head per task.
+
+    Args:
+        body: maps the inputs to ``features`` numbers per sample.
+        features: how many.
+        tasks: what each head predicts.
+        weighting: weights of the tasks; a part of the net, so that it is optimized, sharded and saved with it.
+    """
+
+    def __init__(self, body: nn.Module, features: int, tasks: list[Task], weighting: Weighting):
+        super().__init__()
+        self.body, self.features, self.weighting = body, features, weighting
+        self.heads = nn.ModuleDict({task["name"]: nn.Linear(features, task["width"]) for task in tasks})
+
+    def forward(self, **inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Each task's output (batch, width), and what the weighting makes its weights of.
+
+        Raises:
+            InputError: the body's output has another shape.
+        """
+        features = self.body(**inputs)
+        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.features:
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            problem = f"{type(self.body).__name__} gives {found}, not (batch, {self.features})"
+            raise InputError(f"model.net: {problem}; take a net of common.nets")
+        active = features.relu()
+        return {name: head(active) for name, head in self.heads.items()}, self.weighting()

@@ -1,0 +1,57 @@
+"""Pictures made of two images each, for several tasks on one input (MultiMNIST, https://arxiv.org/abs/1710.09829)."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """Two images each on one canvas; which ones, and where their upper left pixels are (row and column)."""
+
+    pixel_values: Float[Tensor, "pairs channels size size"]
+    chosen: Int64[Tensor, "2 pairs"]
+    corner: Int64[Tensor, "2 pairs 2"]
+
+
+def draw_pairs(
+    images: Float[Tensor, "samples channels height width"], count: int, size: int, max_shift: int, seed: int
+) -> Pairs:
+    """Draw pairs of images with replacement and lay one to the left and one to the right, at any height.
+
+    Args:
+        images: what pairs are made of.
+        count: number of pairs.
+        size: height and width of the canvas, in pixels.
+        max_shift: columns that each image may be away from its side of the canvas.
+        seed: of the draw; the same seed gives the same pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    free_rows, free_columns = (size - length for length in images.shape[-2:])
+    chosen = torch.randint(len(images), (2, count), generator=generator)
+    row = torch.randint(free_rows + 1, (2, count), generator=generator)
+    shift = torch.randint(max_shift + 1, (2, count), generator=generator)
+    corner = torch.stack([row, torch.stack([shift[0], free_columns - shift[1]])], dim=-1)
+    return Pairs(overlay(images[chosen], corner, size), chosen, corner)
+
+
+def overlay(
+    images: Float[Tensor, "2 pairs channels height width"], corner: Int64[Tensor, "2 pairs 2"], size: int
+) -> Float[Tensor, "pairs channels size size"]:
+    """Lay two images on a square canvas, the brighter pixel where they overlap.
+
+    Args:
+        images: the first and the second image of each pair.
+        corner: row and column of their upper left pixels.
+        size: height and width of the canvas, in pixels.
+    """
+    pairs, channels, height, width = images.shape[1:]
+    canvas = images.new_zeros(pairs, channels, size, size)
+    rows = corner[..., 0, None] + torch.arange(height)
+    columns = corner[..., 1, None] + torch.arange(width)
+    pair, channel = torch.arange(pairs)[:, None, None, None], torch.arange(channels)[:, None, None]
+    for pixels, row, column in zip(images, rows, columns, strict=True):
+        place = pair, channel, row[:, None, :, None], column[:, None, None, :]
+        canvas[place] = canvas[place].maximum(pixels)
+    return canvas

@@ -1,0 +1,190 @@
+"""Tasks of different kinds on the same inputs: what they are, their batches, losses and metrics."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy
+
+from common.errors import InputError, nearest
+from common.losses import cross_entropy
+from common.module import WeightedMean
+
+METRIC = {"classification": "accuracy", "regression": "rmse"}
+
+
+class Task(TypedDict):
+    """What is predicted: one of ``width`` classes, or ``width`` real numbers."""
+
+    name: str
+    kind: Literal["classification", "regression"]
+    width: int
+
+
+def choose(known: Sequence[Task], names: Sequence[str]) -> list[Task]:
+    """The tasks of these names, in their order.
+
+    Raises:
+        InputError: there is no name, one stands twice, or it is none of a task.
+    """
+    tasks = {task["name"]: task for task in known}
+    if not names:
+        raise InputError(f"data.tasks is empty; choose from {', '.join(tasks)}")
+    for name in names:
+        if name not in tasks:
+            hint = nearest(name, tasks) or f"; choose from {', '.join(tasks)}"
+            raise InputError(f"data.tasks: no task is named {name!r}{hint}")
+        if names.count(name) > 1:
+            raise InputError(f"data.tasks names {name!r} twice; remove one")
+    return [tasks[name] for name in names]
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Find out whether a net can be made for these tasks.
+
+    Raises:
+        InputError: there is none, a name stands twice or cannot be one of a head, or a kind or width is wrong.
+    """
+    names = [task["name"] for task in tasks]
+    if not tasks:
+        raise InputError("data.tasks is empty; there must be at least one task")
+    for task in tasks:
+        name, kind, width = task["name"], task["kind"], task["width"]
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name) or names.count(name) > 1:
+            raise InputError(f"data.tasks: {name!r} stands twice or cannot name a head; rename it in data.py")
+        if kind not in METRIC or width < (2 if kind == "classification" else 1):
+            raise InputError(f"data.tasks: {name!r} is {kind} of width {width}; see common.tasks.Task")
+
+
+def task_loss(task: Task, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32."""
+    if task["kind"] == "classification":
+        return cross_entropy(output, target)
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return F.mse_loss(output.to(dtype), target.to(dtype))
+
+
+def task_losses(
+    tasks: Sequence[Task], outputs: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> Float[Tensor, " tasks"]:
+    """Mean loss of each task."""
+    return torch.stack([task_loss(task, outputs[task["name"]], target[task["name"]]) for task in tasks])
+
+
+class TaskBatch(NamedTuple):
+    """Keyword arguments of the net, each task's target, places of the samples, and which are not padding.
+
+    A target has shape (batch,) and class numbers, or (batch, width) and real numbers.
+    """
+
+    inputs: Mapping[str, Tensor]
+    target: Mapping[str, Tensor]
+    index: Int64[Tensor, " batch"]
+    mask: Bool[Tensor, " batch"]
+
+
+class TaskDataset(Dataset[TaskBatch]):
+    """Reads samples that lie in memory as batches."""
+
+    def __init__(self, inputs: Mapping[str, Tensor], target: Mapping[str, Tensor]):
+        self.inputs, self.target = inputs, target
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, indices: Sequence[int]) -> TaskBatch:
+        index = torch.tensor(indices)
+        inputs, target = ({name: v[index] for name, v in values.items()} for values in (self.inputs, self.target))
+        return TaskBatch(inputs, target, index, torch.ones(len(indices), dtype=torch.bool))
+
+
+class TaskMetrics(nn.Module):
+    """Loss of each task, and its accuracy or root mean squared error.
+
+    Args:
+        tasks: the tasks.
+    """
+
+    def __init__(self, tasks: Sequence[Task]):
+        super().__init__()
+        self.tasks = tasks
+        self.losses: Any = nn.ModuleDict({task["name"]: WeightedMean() for task in tasks})
+        self.scores: Any = nn.ModuleDict({
+            task["name"]: MulticlassAccuracy(task["width"], average="micro")
+            if task["kind"] == "classification"
+            else MeanSquaredError(squared=False)
+            for task in tasks
+        })  # fmt: skip
+
+    def update(
+        self,
+        losses: Float[Tensor, " tasks"],
+        outputs: Mapping[str, Tensor],
+        target: Mapping[str, Tensor],
+    ) -> None:
+        """Take in the samples of a batch that are not padding, of which there may be none."""
+        for task, loss in zip(self.tasks, losses, strict=True):
+            name = task["name"]
+            if count := len(target[name]):
+                self.losses[name].update(loss, torch.tensor(count, device=loss.device))
+                dtype = torch.promote_types(outputs[name].dtype, torch.float32)
+                wanted = target[name] if task["kind"] == "classification" else target[name].to(dtype)
+                self.scores[name].update(outputs[name].to(dtype), wanted)
+
+    def named(self, stage: str) -> dict[str, Any]:
+        """The metrics by the names that they are logged under, such as ``val/accuracy_left``."""
+        scores = {f"{stage}/{METRIC[task['kind']]}_{task['name']}": self.scores[task["name"]] for task in self.tasks}
+        return scores | {f"{stage}/loss_{name}": loss for name, loss in self.losses.items()}
+
+
+def task_columns(task: Task, output: Tensor, target: Tensor) -> dict[str, list[Any]]:
+    """Columns of a table: what a task should give for each sample and what it gives.
+
+    Args:
+        task: the task.
+        output: of its head, (batch, width).
+        target: class numbers (batch,) or real numbers (batch, width).
+    """
+    name = task["name"]
+    if task["kind"] == "classification":
+        sure, best = output.float().softmax(-1).max(-1)
+        return {name: target.tolist(), f"{name}_prediction": best.tolist(), f"{name}_probability": sure.tolist()}
+    parts = [name] if task["width"] == 1 else [f"{name}{number}" for number in range(task["width"])]
+    both = zip(parts, target.T.tolist(), output.float().T.tolist(), strict=True)
+    return {
+        key: values for part, wanted, given in both for key, values in ((part, wanted), (f"{part}_prediction", given))
+    }
+
+
+def describe(task: Task, output: Tensor, target: Tensor) -> tuple[list[str], list[bool]]:
+    """A line per sample with target and prediction, and whether it is right; real numbers never count as wrong."""
+    name = task["name"]
+    if task["kind"] == "classification":
+        pairs = list(zip(target.tolist(), output.argmax(-1).tolist(), strict=True))
+        return [f"{name} {wanted} → {given}" for wanted, given in pairs], [wanted == given for wanted, given in pairs]
+
+    def text(numbers: list[float]) -> str:
+        return ", ".join(f"{number:.3g}" for number in numbers[:3]) + (" …" if len(numbers) > 3 else "")
+
+    pairs = zip(target.tolist(), output.float().tolist(), strict=True)
+    return [f"{name} {text(wanted)} → {text(given)}" for wanted, given in pairs], [True] * len(target)
+
+
+def delta_m(metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float:
+    """Mean relative change of the tasks' metrics against single-task nets, in percent; above 0 is better than those.
+
+    Args:
+        metrics: of the net for all tasks, by task.
+        single: of each task's own net.
+        higher_is_better: which way a metric is good.
+
+    Returns:
+        Δm (Maninis et al. 2019, https://arxiv.org/abs/1904.08918).
+    """
+    changes = [(1 if higher_is_better[name] else -1) * (metrics[name] / single[name] - 1) for name in single]
+    return 100 * sum(changes) / len(changes)

@@ -1,0 +1,1 @@
+"""Several tasks of different kinds with one shared body."""

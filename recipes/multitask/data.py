@@ -1,0 +1,81 @@
+"""Pairs of overlaid images with several tasks each. Edit this file for your own samples and tasks."""
+
+from typing_extensions import override
+
+from common.data import BaseDataModule, step_seed
+from common.errors import InputError
+from common.labelled import split_by_class
+from common.overlay import draw_pairs
+from common.sources import Source
+from common.tasks import Task, TaskBatch, TaskDataset, choose
+
+Batch = TaskBatch
+
+
+class MultiTaskData(BaseDataModule):
+    """Pairs of images, one left and one right: which they are, and how far one lies from the other.
+
+    Tasks: ``left`` and ``right`` are the classes of the two images, ``offset`` is the way from the left one to the
+    right one in pixels, down and to the right. The pairs of each part are made of images that no other part has.
+
+    Args:
+        source: where the single images come from, by class path: one of ``common.sources``.
+        tasks: names of the tasks to train, in this order.
+        canvas: height and width of the pictures, in pixels.
+        max_shift: how far each image may be from its side of the canvas, in pixels.
+        pairs: how many pairs train, validate and test.
+        val_fraction: share of the single images that validates.
+        test_fraction: share of them that tests, if the source has no test split of its own.
+        split_seed: of split and pairs alone, so that no run with another seed tests on what this one trained on.
+        batch_size: pairs per rank and micro-batch.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tasks: list[str] = ["left", "right", "offset"],  # noqa: B006
+        canvas: int = 14,
+        max_shift: int = 2,
+        pairs: tuple[int, int, int] = (8000, 2000, 2000),
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.25,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if min(pairs) < 1:
+            raise InputError(f"data.pairs must be at least 1 for training, validation and testing, got {list(pairs)}")
+        self.labelled = source.read()
+        if (images := self.labelled.inputs.get("pixel_values")) is None:
+            raise InputError(f"data.source: {type(source).__name__} has no images; take one that has")
+        smallest = max(images.shape[-2], images.shape[-1] + 2 * max_shift + 1)
+        if max_shift < 0 or canvas < smallest:
+            problem = (
+                f"{canvas} with data.max_shift {max_shift} has no place for two images of {images.shape[-1]} pixels"
+            )
+            raise InputError(f"data.canvas: {problem}; take at least {smallest} and 0")
+        self.canvas, self.max_shift, self.pairs, self.split_seed = canvas, max_shift, pairs, split_seed
+        self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
+        digit = {"kind": "classification", "width": len(self.labelled.class_names)}
+        known: list[Task] = [{"name": "left", **digit}, {"name": "right", **digit},
+                             {"name": "offset", "kind": "regression", "width": 2}]  # fmt: skip
+        self.chosen = choose(known, tasks)
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.train_data, self.val_data, self.test_data = (self._make(part) for part in range(3))
+        self.predict_data = self.test_data
+
+    def _make(self, part: int) -> TaskDataset:
+        positions = self.parts[part]
+        images, seed = self.labelled.inputs["pixel_values"][positions], step_seed(self.split_seed, part)
+        made = draw_pairs(images, self.pairs[part], self.canvas, self.max_shift, seed)
+        left, right = self.labelled.target[positions][made.chosen]
+        target = {"left": left, "right": right, "offset": (made.corner[1] - made.corner[0]).float()}
+        return TaskDataset(
+            {"pixel_values": made.pixel_values}, {task["name"]: target[task["name"]] for task in self.chosen}
+        )

@@ -1,0 +1,114 @@
+"""The objective: a loss per task, weighted or with aggregated gradients, and what it means to be good at each."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchjd.aggregation import Aggregator
+from typing_extensions import override
+
+from common.errors import InputError
+from common.module import BaseModule, Stage
+from common.multitask import MultiTaskNet, Weighting
+from common.task_gradients import Balance, make_aggregator, task_media
+from common.tasks import Task, TaskMetrics, check_tasks, task_columns, task_losses
+
+from .data import Batch
+
+
+class MultiTaskModule(BaseModule):
+    """A shared body with a head per task. ``train/loss`` and ``val/loss`` are the plain mean over tasks.
+
+    Args:
+        net: the body by class path: any net whose first argument is the width of its output.
+        tasks: name, kind and width of each task; comes from the data.
+        weighting: weights of the tasks' losses by class path: one of ``common.multitask``.
+        aggregator: makes one gradient for the body of those of the tasks, by class path: one of torchjd.aggregation;
+            None for the gradient of the weighted loss. It costs a backward pass per task, and ranks exchange the
+            gradients of all; strategies that shard gradients are refused.
+        features: width of the body's output, from which each head predicts.
+        conflict_batches: validation batches for the picture of the angles between the tasks' gradients; 0 for none.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module],
+        tasks: list[Task],
+        weighting: Callable[[list[Task]], Weighting],
+        aggregator: Callable[[], Aggregator] | None = None,
+        features: int = 128,
+        conflict_batches: int = 8,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        for key, value, least in (("features", features, 1), ("conflict_batches", conflict_batches, 0)):
+            if value < least:
+                raise InputError(f"model.{key} must be at least {least}, got {value}")
+        check_tasks(tasks)
+        self.tasks, self.features, self.conflict_batches = tasks, features, conflict_batches
+        self.make_net, self.make_weighting = net, weighting
+        self.aggregator = None if aggregator is None else make_aggregator(aggregator, weighting(tasks))
+        self.metrics: Any = nn.ModuleDict({stage: TaskMetrics(tasks) for stage in ("val", "test")})
+
+    @override
+    def build_net(self) -> nn.Module:
+        return MultiTaskNet(self.make_net(self.features), self.features, self.tasks, self.make_weighting(self.tasks))
+
+    @override
+    def on_fit_start(self) -> None:
+        self.balance = Balance(self.trainer, self.net, self.aggregator)
+
+    def forward(self, batch: Batch) -> dict[str, Float[Tensor, "batch _"]]:
+        """Output of each task's head: logits, or real numbers."""
+        outputs, self._state = self.net(**batch.inputs)
+        return outputs
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        outputs, target = self(batch), batch.target
+        if stage != "train":
+            outputs, target = ({name: v[batch.mask] for name, v in values.items()} for values in (outputs, target))
+        self._losses_now = losses = task_losses(self.tasks, outputs, target)
+        if stage != "train":
+            self.metrics[stage].update(losses, outputs, target)
+            self.log_dict(self.metrics[stage].named(stage), prog_bar=False)
+        return losses.mean(), batch.mask.sum()
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        super().training_step(batch, batch_idx)  # notes the plain mean as train/loss
+        self._batch = batch
+        return self.balance.loss(self._losses_now, self._state)
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.balance.backward(loss, *args, **kwargs)
+
+    @override
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.balance.look_back(self._losses_again)
+
+    def _losses_again(self) -> Tensor:
+        self.on_train_batch_start(self._batch, 0)  # seeds: the random numbers of the first time
+        return task_losses(self.tasks, self(self._batch), self._batch.target)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._log_now:
+            self.log_dict(self.balance.logs())
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        return task_media(self, stage, self.conflict_batches)
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
+        outputs, columns = self(batch), {"index": batch.index[batch.mask].tolist()}
+        for task in self.tasks:
+            given, wanted = (values[task["name"]][batch.mask] for values in (outputs, batch.target))
+            columns |= task_columns(task, given, wanted)
+        return columns

@@ -1,0 +1,19 @@
+"""Command line: ``python recipes/multitask/train.py {fit,validate,test,predict} [--key value]``."""
+
+import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+
+from common.cli import RecipeCLI
+
+from .data import MultiTaskData
+from .module import MultiTaskModule
+
+LINKS = {"data.chosen": "model.tasks"}
+
+
+def main(args: list[str] | None = None) -> RecipeCLI:
+    """Run the recipe with ``args``, or with the process's own arguments."""
+    return RecipeCLI(MultiTaskModule, MultiTaskData, LINKS, args)
+
+
+if __name__ == "__main__":
+    main()
