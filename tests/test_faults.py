@@ -12,7 +12,7 @@ import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, strategies_of
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
 FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
@@ -23,7 +23,7 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
     "sigterm_1": ({1: "sigterm"}, [143, 143]),
     "sigterm_both": ({0: "sigterm", 1: "sigterm"}, [143, 143]),
 }
-CELLS = [(recipe, strategy, fault) for recipe in RECIPES for strategy in STRATEGIES for fault in FAULTS]
+CELLS = [(recipe, strategy, fault) for recipe in RECIPES for strategy in strategies_of(recipe) for fault in FAULTS]
 # Every strategy with two faults, every fault with two strategies or more.
 FAST = {
     (RECIPES[i % len(RECIPES)], strategy, list(FAULTS)[(2 * i + j) % len(FAULTS)])

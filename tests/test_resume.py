@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args
+from tests.support import RECIPES, REFUSED, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -39,6 +39,7 @@ CELLS = [
     *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
     *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),
 ]
+CELLS = [cell for cell in CELLS if (cell[0], cell[-1]) not in REFUSED]
 # Two values of each setting meet the others' at least once.
 FAST = {
     ("lm", 1, "mid_epoch", 0, "ddp"), ("classification", 2, "mid_epoch", 2, "ddp"),

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks, strategies_of
 
 CELLS = [
     (recipe, strategy, world, accumulate)
     for recipe in RECIPES
-    for strategy in STRATEGIES
+    for strategy in strategies_of(recipe)
     for world in (1, 2)
     for accumulate in (1, 2)
 ]
@@ -127,7 +127,7 @@ def reference(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_property: Callable[[str, Any], None]) -> None:
     """Two steps under each, one after the other, on one rank and on two, end where a single process does."""
-    hops: list[tuple[str | None, int]] = [(name, 2) for name in STRATEGIES]
+    hops: list[tuple[str | None, int]] = [(name, 2) for name in strategies_of(recipe)]
     hops = [(None, 1), *hops, (None, 1)]
     schedule = "torch.optim.lr_scheduler.LinearLR"  # the same however long the run is
     args = ["--model.lr_scheduler", schedule, "--trainer.val_check_interval", "2", "--trainer.max_steps"]

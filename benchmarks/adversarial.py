@@ -1,0 +1,104 @@
+"""What robustness costs: ``python benchmarks/adversarial.py digits``, or ``fashion_mnist``.
+
+Trains the adversarial recipe naturally, with FGSM-RS, with PGD-7 and with TRADES, tests each best checkpoint, prints a
+table. Each run is a process of its own; one that stands in ``benchmarks/results/adversarial.json`` is not run again.
+Times are of the processor, on one thread, so that other work on the machine does not count.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.module import BaseModule
+from recipes.adversarial.train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/adversarial.json"
+
+METHODS = {
+    "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
+    "FGSM-RS": ["--model.attack.steps", "1"],
+    "PGD-7": ["--model.attack.steps", "7"],
+    "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
+}
+# A smaller net and one pass over the data, so that all four are done in some minutes on a CPU.
+SMALL = ["--model.net.widths", "[8, 16]", "--trainer.max_epochs", "1"]
+DATA = {
+    "digits": [],
+    "fashion_mnist": ["--config", str(ROOT / "recipes/adversarial/fashion_mnist.yaml"), *SMALL],
+}
+
+
+def measure(data: str, method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train and test one run in this process; the time of a step is that of its batch, without validation."""
+    times: list[float] = []
+    start, end = BaseModule.on_train_batch_start, BaseModule.on_train_batch_end
+
+    def timed_start(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        start(self, batch, batch_idx)
+        times.append(-time.process_time())
+
+    def timed_end(self: BaseModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        times[-1] += time.process_time()
+        end(self, outputs, batch, batch_idx)
+
+    BaseModule.on_train_batch_start, BaseModule.on_train_batch_end = timed_start, timed_end  # type: ignore[method-assign]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    name = ["--name", f"{data}-{method}-{seed}", "--trainer.default_root_dir", str(folder)]
+    given = [*DATA[data], *METHODS[method], *name, *quiet]
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["fit", *given, "--seed_everything", str(seed)])
+        found = main(["test", *name]).trainer.callback_metrics
+    accuracies = {key: found[f"test/{key}"].item() for key in ("accuracy", "robust_accuracy")}
+    return {"data": data, "method": method, "seed": seed, "step_ms": statistics.median(times) * 1e3, **accuracies}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds, with the smallest and largest value where there are several."""
+    lines = ["| training | accuracy | under attack | time of a step |", "|---|---|---|---|"]
+    for method in METHODS:
+        mine = [row for row in rows if row["method"] == method]
+
+        def cell(key: str, unit: str, scale: float, mine: list[dict[str, Any]] = mine) -> str:
+            values = [row[key] * scale for row in mine]
+            spread = f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.1f} {unit}{spread}"
+
+        if mine:
+            cells = cell("accuracy", "%", 100), cell("robust_accuracy", "%", 100), cell("step_ms", "ms", 1)
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", choices=DATA)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--folder", type=Path, default=Path(), help="where runs/ is")
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.data, options.one, options.seeds[0], options.folder.resolve())))
+        sys.exit()
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for seed in options.seeds:
+        for method in METHODS:
+            key = {"data": options.data, "method": method, "seed": seed}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            own = ["--one", method, "--seeds", str(seed), "--folder", str(options.folder)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, __file__, options.data, *own]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    print(table([row for row in rows if row["data"] == options.data]))

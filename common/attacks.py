@@ -1,0 +1,513 @@
+"""Attacks on a net's inputs, or on its embeddings, and the objectives that train a net to withstand them.
+
+An attack searches near an input for the point of the highest loss. It differentiates with respect to that point alone:
+no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from common.data import step_seed
+from common.errors import InputError
+from common.losses import cross_entropy
+
+Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches on end, to the logits of each sample
+Norm = Literal["linf", "l2"]
+Loss = Callable[[Tensor], Tensor]  # inputs of a batch to one loss per sample
+
+
+class Attack:
+    """A search for perturbed inputs with a high loss, in a ball around each input.
+
+    Attributes:
+        eps: radius of the ball.
+        clamp: smallest and largest value that inputs can have; None if there is no bound.
+        random_start: whether the search begins at a random point of the ball, not at the input.
+        restarts: how many searches there are.
+    """
+
+    eps: float
+    clamp: tuple[float, float] | None
+    random_start: bool
+    restarts: int
+
+    def search(
+        self,
+        loss: Loss,
+        inputs: Float[Tensor, "batch *shape"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+        mask: Bool[Tensor, "batch *_"] | None = None,
+    ) -> Iterator[Float[Tensor, "batch *shape"]]:
+        """The perturbed inputs that each restart ends with.
+
+        Args:
+            loss: of each sample alone, to be raised.
+            inputs: where it starts.
+            index: a number for each sample. Random starts are a function of it and of ``seed``, and so depend neither
+                on the other samples of the batch nor on the number of ranks.
+            seed: of the random starts.
+            mask: what may be changed; None for everything.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        loss: Loss,
+        inputs: Float[Tensor, "batch *shape"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+        mask: Bool[Tensor, "batch *_"] | None = None,
+    ) -> Float[Tensor, "batch *shape"]:
+        """Of all restarts, the perturbed inputs with the highest loss; arguments as in :meth:`search`."""
+        worst, *others = self.search(loss, inputs, index, seed, mask)
+        if others:
+            with torch.no_grad():
+                highest = loss(worst)
+                for found in others:
+                    value = loss(found)
+                    worst = torch.where(_per_sample(value > highest, worst), found, worst)
+                    highest = torch.maximum(highest, value)
+        return worst
+
+    def at(self, eps: float) -> "Attack":
+        """The same attack with another radius."""
+        raise NotImplementedError
+
+    def check_range(self, key: str, found: Sequence[float]) -> None:
+        """See whether the bounds go with the data.
+
+        Args:
+            key: of the bounds, to be named.
+            found: smallest and largest value of the inputs; empty for embeddings.
+
+        Raises:
+            InputError: inputs lie outside the bounds, from where an attack would move them, or have no bounds.
+        """
+        if self.clamp is not None and not found:
+            raise InputError(f"{key} must be null: embeddings of texts have no bounds")
+        if self.clamp is not None and not self.clamp[0] <= found[0] <= found[1] <= self.clamp[1]:
+            problem = f"{list(self.clamp)} does not hold the images, which go from {found[0]:g} to {found[1]:g}"
+            raise InputError(f"{key} {problem}; widen it")
+
+
+class PGD(Attack):
+    """Projected gradient ascent on the loss (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
+
+    With one step it is the fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572) if it
+    does not start at random, and its variant for training if it does (FGSM-RS, Wong et al. 2020,
+    https://arxiv.org/abs/2001.03994). With one step, ``norm`` l2 and no random start it is the fast gradient method on
+    embeddings (Miyato et al. 2017, https://arxiv.org/abs/1605.07725).
+
+    Args:
+        eps: radius of the ball, in units of the inputs.
+        steps: of gradient ascent.
+        step_size: length of a step in the norm of the ball, in units of the inputs. None for the usual: ``eps`` for one
+            step from the input, 1.25 ``eps`` for one from a random start, 2.5 ``eps`` / ``steps`` for several.
+        restarts: how many times it searches; more than one needs a random start.
+        norm: of the ball: linf bounds every element, l2 the root of the sum of squares over all elements of a sample.
+        random_start: begin at a point drawn uniformly from the ball.
+        clamp: smallest and largest value that inputs can have; None if there is no bound, as for embeddings.
+
+    Raises:
+        InputError: a number is out of its range, or restarts would all be the same.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        steps: int = 10,
+        step_size: float | None = None,
+        restarts: int = 1,
+        norm: Norm = "linf",
+        random_start: bool = True,
+        clamp: tuple[float, float] | None = (0.0, 1.0),
+    ):
+        # Each message starts with the argument: an attack has several places in a config, which is searched for it.
+        if not 0 <= eps < math.inf:
+            raise InputError(f"eps must be a number of at least 0, got '{eps:g}'")
+        if steps < 1:
+            raise InputError(f"steps must be at least 1, got '{steps}'")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise InputError(f"step_size must be above 0, got '{step_size:g}'; null takes the usual one")
+        if restarts < 1:
+            raise InputError(f"restarts must be at least 1, got '{restarts}'")
+        if restarts > 1 and not random_start:
+            raise InputError(f"restarts '{restarts}' without random_start are all the same; give 1")
+        if clamp is not None and not -math.inf < clamp[0] < clamp[1] < math.inf:
+            raise InputError(f"clamp must be [smallest, largest], got {list(clamp)}; null for no bound")
+        self.eps, self.steps, self.restarts = eps, steps, restarts
+        usual = 2.5 / steps if steps > 1 else 1.25 if random_start else 1.0
+        self.step_size = usual * eps if step_size is None else step_size
+        self.norm: Norm = norm
+        self.random_start, self.clamp = random_start, clamp
+
+    @override
+    def at(self, eps: float) -> "PGD":
+        other = copy.copy(self)
+        other.eps = eps
+        other.step_size = self.step_size * eps / self.eps if self.eps else 2.5 * eps / self.steps
+        return other
+
+    @override
+    def search(
+        self,
+        loss: Loss,
+        inputs: Float[Tensor, "batch *shape"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+        mask: Bool[Tensor, "batch *_"] | None = None,
+    ) -> Iterator[Float[Tensor, "batch *shape"]]:
+        for restart in range(self.restarts):
+            yield self._ascend(loss, inputs, index, step_seed(seed, restart), mask)
+
+    def _ascend(self, loss: Loss, inputs: Tensor, index: Tensor, seed: int, mask: Tensor | None) -> Tensor:
+        # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it. In 16 bits
+        # small steps would be rounded away.
+        with torch.inference_mode(False), torch.enable_grad():
+            clean = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
+            point = clean
+            if self.random_start:
+                start = random_in_ball(self.norm, seed, index, clean.shape[1:]).to(clean.dtype)
+                point = self._project(clean + self.eps * (start if mask is None else start * mask), clean)
+            for _ in range(self.steps):
+                point = point.detach().requires_grad_()
+                # A sum, so that a sample's gradient does not depend on how many others there are.
+                total = loss(point.to(inputs.dtype)).sum()
+                found = torch.autograd.grad(total, point, allow_unused=True) if total.requires_grad else (None,)
+                if (gradient := found[0]) is None:
+                    problem = "attacks follow gradients, and this net passes none to its inputs"
+                    raise InputError(f"model.net.freeze must be false: {problem}")
+                gradient = gradient if mask is None else gradient * mask
+                step = gradient.sign() if self.norm == "linf" else gradient / _length(gradient).clamp_min(1e-12)
+                point = self._project(point.detach() + self.step_size * step, clean)
+            return point.detach().to(inputs.dtype)
+
+    def _project(self, point: Tensor, clean: Tensor) -> Tensor:
+        if self.norm == "linf":
+            point = point.clamp(clean - self.eps, clean + self.eps)
+        else:
+            delta = point - clean
+            point = clean + delta * (self.eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
+        # Inputs lie in the range, so this moves every element towards them and does not leave the ball.
+        return point if self.clamp is None else point.clamp(*self.clamp)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """One value per sample, shaped so that it broadcasts over the elements of each."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _length(values: Tensor) -> Tensor:
+    return _per_sample(values.flatten(1).norm(dim=1), values)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Whole numbers below 2**32, mixed so that each bit depends on all (https://nullprogram.com/blog/2018/07/31)."""
+    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 15)) * 0x735A2D97 & 0xFFFFFFFF
+    return bits ^ (bits >> 15)
+
+
+def uniform_noise(seed: int, index: Int64[Tensor, " batch"], size: int) -> Float32[Tensor, "batch size"]:
+    """Uniform numbers in (0, 1), each a function of the seed, its sample's index and its place, on any device."""
+    column = torch.arange(size, device=index.device)
+    bits = _mixed(_mixed(index ^ (seed & 0xFFFFFFFF))[:, None] ^ _mixed(column ^ (seed >> 32 & 0x7FFFFFFF)))
+    return ((bits >> 9).float() + 0.5) / 2**23  # 23 bits: with one more, rounding would reach 1
+
+
+def random_in_ball(
+    norm: Norm, seed: int, index: Int64[Tensor, " batch"], shape: torch.Size
+) -> Float32[Tensor, "batch *shape"]:
+    """A point for each sample, uniform in the ball of radius 1; a function of the seed and the sample's index."""
+    size = shape.numel()
+    noise = uniform_noise(seed, index, size + 1)  # one more, for the radius
+    if norm == "linf":
+        return (2 * noise[:, :size] - 1).view(-1, *shape)
+    normal = torch.erfinv(2 * noise[:, :size] - 1)
+    return (normal / normal.norm(dim=1, keepdim=True) * noise[:, size:] ** (1 / size)).view(-1, *shape)
+
+
+def cross_entropy_to(target: Int64[Tensor, " batch"], logits: Logits) -> Loss:
+    """The cross-entropy of each sample as a function of the inputs, which an attack raises."""
+    return lambda point: F.cross_entropy(_wide(logits(point)), target, reduction="none")
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put a net into evaluation mode for a while, and every part of it back into its own mode."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def input_embeddings(net: nn.Module) -> nn.Embedding:
+    """The layer that makes vectors of tokens, in a net that has one of transformers inside.
+
+    Raises:
+        InputError: there is none.
+    """
+    bodies = [module for module in net.modules() if isinstance(module, PreTrainedModel)]
+    layer: Any = bodies[0].get_input_embeddings() if bodies else None
+    if not isinstance(layer, nn.Embedding):
+        problem = f"{type(net).__name__} has no token embeddings to attack; take common.nets.PretrainedEncoder"
+        raise InputError(f"model.net: {problem}")
+    return layer
+
+
+@contextmanager
+def perturbed_embeddings(net: nn.Module, delta: Float[Tensor, "batch time dim"]) -> Iterator[None]:
+    """Add ``delta`` to the token vectors of the forward passes within."""
+
+    def add(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + delta.to(output.dtype)
+
+    handle = input_embeddings(net).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attackable(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Float[Tensor, "batch *shape"], Tensor | None]:
+    """What an attack on a batch starts from, and what it may change.
+
+    Args:
+        net: the net, which has token embeddings if the batch is of texts.
+        inputs: keyword arguments of the net.
+
+    Returns:
+        Pixels, all of which may change; or for texts zeros, as a perturbation of each element of each token's vector,
+        and a mask (batch, time, 1) that leaves padding out.
+
+    Raises:
+        InputError: the net is sharded by FSDP1, which after a backward pass that reaches no parameter neither comes to
+            rest nor gets the next gradients right.
+    """
+    if isinstance(net, FullyShardedDataParallel):
+        problem = "FSDP1 cannot differentiate by inputs, as attacks do"
+        raise InputError(f"trainer.strategy: {problem}; take configs/strategy/fsdp2.yaml")
+    if "pixel_values" in inputs:
+        return inputs["pixel_values"], None
+    ids, mask = inputs["input_ids"], inputs["attention_mask"][..., None].bool()
+    return torch.zeros(*ids.shape, input_embeddings(net).embedding_dim, device=ids.device), mask
+
+
+def logits_at(
+    net: nn.Module, inputs: Mapping[str, Tensor], points: Float[Tensor, "points *shape"]
+) -> Float[Tensor, "points classes"]:
+    """Logits of a batch at other points than where :func:`attackable` starts; nets of transformers wrap them.
+
+    Args:
+        net: the net.
+        inputs: keyword arguments of the net.
+        points: pixels, or perturbations of embeddings, of the batch or of several passes over it on end.
+    """
+    copies = len(points) // len(next(iter(inputs.values())))
+    others = {name: torch.cat([values] * copies) for name, values in inputs.items() if name != "pixel_values"}
+    if "pixel_values" in inputs:
+        output = net(pixel_values=points, **others)
+    else:
+        with perturbed_embeddings(net, points):
+            output = net(**others)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class UnderAttack(NamedTuple):
+    """What an attack has found for a batch."""
+
+    clean: Float[Tensor, "batch classes"]  # logits before it
+    points: Float[Tensor, "batch *shape"]  # pixels, or perturbations of embeddings
+    logits: Float[Tensor, "batch classes"]  # there
+
+
+def under_attack(
+    net: nn.Module,
+    attack: Attack,
+    inputs: Mapping[str, Tensor],
+    target: Int64[Tensor, " batch"] | None,
+    index: Int64[Tensor, " batch"],
+    seed: int,
+) -> UnderAttack:
+    """For each sample the first restart of an attack that changes its prediction, or the last one.
+
+    It works in inference mode too, in which trainers evaluate. Every call takes the same number of forward passes, so
+    that ranks which share weights stay together.
+
+    Args:
+        net: the net, which is in evaluation mode for as long as this takes.
+        attack: the attack.
+        inputs: keyword arguments of the net.
+        target: the classes to lead away from; None for those that the net predicts.
+        index: a number for each sample, of which its random starts are a function.
+        seed: of the random starts.
+    """
+    with torch.inference_mode(False), torch.no_grad(), evaluating(net):
+        # Tensors of inference mode cannot take part in gradients: hence copies.
+        inputs, index = {name: values.clone() for name, values in inputs.items()}, index.clone()
+        (start, mask), logits = attackable(net, inputs), partial(logits_at, net, inputs)
+        clean = logits(start)
+        target = clean.argmax(-1) if target is None else target.clone()
+        points, output, right = start, clean, torch.ones_like(target, dtype=torch.bool)
+        for found in attack.search(cross_entropy_to(target, logits), start, index, seed, mask):
+            points = torch.where(_per_sample(right, found), found, points)
+            output = torch.where(right[:, None], logits(found), output)
+            right = output.argmax(-1) == target
+        return UnderAttack(clean, points, output)
+
+
+class Objective:
+    """What is minimized in training."""
+
+    needs_attack = True
+
+    def check(self, attack: Attack | None) -> None:
+        """See whether it can train with an attack.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if self.needs_attack and attack is None:
+            raise InputError(f"model.attack: {type(self).__name__} needs one; give common.attacks.PGD")
+
+    def __call__(
+        self,
+        net: nn.Module,
+        attack: Attack | None,
+        inputs: Mapping[str, Tensor],
+        target: Int64[Tensor, " batch"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+    ) -> Float[Tensor, ""]:
+        """Mean loss of a batch; arguments as those of :func:`under_attack`.
+
+        While it is attacked the net is in evaluation mode, as in TRADES and as Pang et al. 2021 advise
+        (https://arxiv.org/abs/2010.00467): batch norm neither uses nor keeps statistics of unfinished attacks, and
+        dropout is off.
+        """
+        start, mask = attackable(net, inputs)
+
+        def perturb(loss: Loss) -> Tensor:
+            assert attack is not None, "see check"
+            with evaluating(net):
+                return attack(loss, start, index, seed, mask)
+
+        return self.loss(partial(logits_at, net, inputs), start, target, perturb)
+
+    def loss(
+        self,
+        logits: Logits,
+        inputs: Float[Tensor, "batch *shape"],
+        target: Int64[Tensor, " batch"],
+        perturb: Callable[[Loss], Tensor],
+    ) -> Float[Tensor, ""]:
+        """Mean loss of a batch.
+
+        Clean and attacked samples go through the net together where both are needed: batch norm sees them as one batch,
+        and a strategy that shares buffers before each forward pass changes none that backward needs.
+
+        Args:
+            logits: the net.
+            inputs: the clean samples.
+            target: their classes.
+            perturb: finds the inputs near the clean ones for which a loss is highest.
+        """
+        raise NotImplementedError
+
+
+class Natural(Objective):
+    """Cross-entropy on clean inputs: training without any attack, to compare with."""
+
+    needs_attack = False
+
+    @override
+    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
+        return cross_entropy(logits(inputs), target)
+
+
+class Adversarial(Objective):
+    """Cross-entropy on attacked inputs (Madry et al. 2018, eq. 2.1, https://arxiv.org/abs/1706.06083).
+
+    Args:
+        clean_weight: share of clean inputs in the loss; with 0.5 both count the same, as is usual for texts (Goodfellow
+            et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
+    """
+
+    def __init__(self, clean_weight: float = 0.0):
+        if not 0 <= clean_weight < 1:
+            raise InputError(f"model.objective.clean_weight must be in [0, 1), got {clean_weight}")
+        self.clean_weight = clean_weight
+
+    @override
+    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
+        attacked = perturb(cross_entropy_to(target, logits))
+        if not self.clean_weight:
+            return cross_entropy(logits(attacked), target)
+        clean, robust = logits(torch.cat([inputs, attacked])).chunk(2)
+        return self.clean_weight * cross_entropy(clean, target) + (1 - self.clean_weight) * cross_entropy(
+            robust, target
+        )
+
+
+class TRADES(Objective):
+    """Cross-entropy on clean inputs, and ``beta`` times the divergence of the attacked prediction from the clean one.
+
+    Zhang et al. 2019, eq. 5, https://arxiv.org/abs/1901.08573. The attack raises that divergence,
+    KL(clean || attacked), in which the clean prediction stays as it is.
+
+    Args:
+        beta: weight of robustness against accuracy; the paper's 1/lambda, 6 in most later work.
+    """
+
+    def __init__(self, beta: float = 6.0):
+        if not 0 <= beta < math.inf:
+            raise InputError(f"model.objective.beta must not be negative, got {beta}")
+        self.beta = beta
+
+    @override
+    def check(self, attack: Attack | None) -> None:
+        super().check(attack)
+        if attack is not None and not attack.random_start:
+            raise InputError("model.attack.random_start must be true for TRADES: at the input its gradient is zero")
+
+    @override
+    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
+        reference: list[Tensor] = []
+
+        def divergence(point: Tensor) -> Tensor:
+            if not reference:  # here, where the net is in evaluation mode
+                with torch.no_grad():
+                    reference.append(_wide(logits(inputs)).log_softmax(-1))
+            return _divergence(reference[0], _wide(logits(point)).log_softmax(-1))
+
+        clean, attacked = logits(torch.cat([inputs, perturb(divergence)])).chunk(2)
+        robust = _divergence(_wide(clean).log_softmax(-1), _wide(attacked).log_softmax(-1)).mean()
+        return cross_entropy(clean, target) + self.beta * robust
+
+
+def _divergence(
+    log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]
+) -> Float[Tensor, " batch"]:
+    """KL(p || q) of each sample in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In at least fp32, where exponentials keep their digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Classifiers that withstand attacks on their inputs."""

@@ -1,0 +1,58 @@
+"""Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
+
+from dataclasses import replace
+
+import torch
+from typing_extensions import override
+
+from common.data import BaseDataModule
+from common.labelled import LabelledBatch, LabelledDataset, split_by_class
+from common.sources import Source
+
+Batch = LabelledBatch
+
+
+class AdversarialData(BaseDataModule):
+    """Samples of a source, split so that every part has the classes in the same proportion.
+
+    Args:
+        source: where samples come from, by class path: one of ``common.sources``.
+        predict_source: samples that ``predict`` classifies, with or without labels; None for the part that tests.
+        val_fraction: share of all samples that validates.
+        test_fraction: share of all samples that tests, if the source has no test split of its own.
+        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        batch_size: samples per rank and micro-batch.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        predict_source: Source | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        self.predict_source = predict_source
+        # Read here: the module needs its facts, and mistakes show before ranks start.
+        self.labelled = source.read()
+        self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
+        self.class_names = self.labelled.class_names
+        pixels = self.labelled.inputs.get("pixel_values")
+        self.input_range: list[float] = [] if pixels is None else [pixels.min().item(), pixels.max().item()]
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "predict" and self.predict_source is not None:
+            given = self.predict_source.read()
+            positions, unknown = torch.arange(len(given.target)), torch.full_like(given.target, -1)
+            self.predict_data = LabelledDataset(replace(given, target=unknown), positions)
+            return
+        self.train_data = LabelledDataset(self.labelled, self.parts.train)
+        self.val_data = LabelledDataset(self.labelled, self.parts.val)
+        self.test_data = self.predict_data = LabelledDataset(self.labelled, self.parts.test)

@@ -1,0 +1,113 @@
+"""The objective: to be right at every point near an input, and how accurate that is."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from common.attacks import Attack, Objective, UnderAttack, input_embeddings, under_attack
+from common.data import global_seed, step_seed
+from common.errors import InputError
+from common.losses import cross_entropy
+from common.module import BaseModule, Stage
+
+from .data import Batch
+
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of the picture's curve, in units of the attack's own
+SHOWN = 128  # samples that the curve is of
+
+
+class AdversarialModule(BaseModule):
+    """A classifier trained and evaluated under attack: on its pixels, or on its token embeddings where it reads text.
+
+    Args:
+        net: the net by class path; its first argument, the number of classes, comes from the data.
+        class_names: a name for each class; comes from the data.
+        input_range: smallest and largest pixel, empty for texts; comes from the data.
+        objective: what is minimized, by class path: one of ``common.attacks``.
+        eval_attack: measures robustness in validation, ``predict`` and pictures.
+        test_attack: measures it in ``test``; None for ``eval_attack``.
+        attack: finds what is trained on; None for an objective without.
+        augmentation: kornia augmentations of the images, applied on the device in training, before the attack.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module],
+        class_names: list[str],
+        input_range: list[float],
+        objective: Objective,
+        eval_attack: Attack,
+        test_attack: Attack | None = None,
+        attack: Attack | None = None,
+        augmentation: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.make_net, self.class_names, self.is_image = net, class_names, bool(input_range)
+        self.objective, self.attack = objective, attack
+        self.attacks = {"val": eval_attack, "test": test_attack or eval_attack}
+        for name, given in (("attack", attack), ("eval_attack", eval_attack), ("test_attack", test_attack)):
+            if given is not None:
+                given.check_range(f"model.{name}.clamp", input_range)
+        objective.check(attack)
+        if augmentation and not self.is_image:
+            raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
+        self.augmentation = nn.Sequential(*augmentation or [])
+        names = [f"{stage}/{name}" for stage in self.attacks for name in ("accuracy", "robust_accuracy")]
+        self.metrics: Any = nn.ModuleDict({n: MulticlassAccuracy(len(class_names), average="micro") for n in names})
+
+    @override
+    def build_net(self) -> nn.Module:
+        net = self.make_net(len(self.class_names))
+        if not self.is_image:
+            input_embeddings(net)  # refuses nets without
+        return net
+
+    def under(self, attack: Attack, batch: Batch, target: Tensor | None) -> UnderAttack:
+        """What an attack finds; its random starts depend on the run's seed and the sample, so ranks change nothing."""
+        return under_attack(self.net, attack, batch.inputs, target, batch.index, step_seed(global_seed()))
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        if stage == "train":
+            inputs, seed = dict(batch.inputs), step_seed(global_seed(), self.trainer.global_step)
+            if len(self.augmentation):
+                inputs["pixel_values"] = self.augmentation(inputs["pixel_values"])
+            return self.objective(self.net, self.attack, inputs, batch.target, batch.index, seed), batch.mask.sum()
+        found, target = self.under(self.attacks[stage], batch, batch.target), batch.target[batch.mask]
+        for name, logits in (("accuracy", found.clean), ("robust_accuracy", found.logits)):
+            if len(target):
+                self.metrics[f"{stage}/{name}"].update(logits[batch.mask], target)
+            self.log(f"{stage}/{name}", self.metrics[f"{stage}/{name}"], prog_bar=True)
+        return cross_entropy(found.logits[batch.mask], target), batch.mask.sum()
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        from common.report import adversarial_examples, robustness_curve
+
+        data, attack = getattr(self.trainer.datamodule, f"{stage}_data"), self.attacks["val"]  # type: ignore[attr-defined]
+        batch = self.trainer.strategy.batch_to_device(data[list(range(min(SHOWN, len(data))))])
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        radii = [part * attack.eps for part in RADII]
+        found = [self.under(attack.at(eps), batch, batch.target) for eps in radii]
+        right = [(each.logits.argmax(-1) == batch.target).float().mean().item() for each in found]
+        figures = {"robustness": robustness_curve(radii, right, attack.eps)}
+        if self.is_image:
+            clean, points, logits = found[RADII.index(1.0)]
+            numbers = batch.target, clean.argmax(-1), logits.argmax(-1)
+            images = adversarial_examples(batch.inputs["pixel_values"], points, *numbers, self.class_names)
+            figures["adversarial_examples"] = images
+        return figures
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
+        known = -1 not in batch.target
+        found = self.under(self.attacks["val"], batch, batch.target if known else None)
+        columns = {"target": batch.target} if known else {}
+        columns |= {"prediction": found.clean.argmax(-1), "attacked": found.logits.argmax(-1)}
+        names = {k: [self.class_names[n] for n in v[batch.mask].tolist()] for k, v in columns.items()}
+        return {"index": batch.index[batch.mask].tolist(), **names}

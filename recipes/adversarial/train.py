@@ -1,0 +1,19 @@
+"""Command line: ``python recipes/adversarial/train.py {fit,validate,test,predict} [--key value]``."""
+
+import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+
+from common.cli import RecipeCLI
+
+from .data import AdversarialData
+from .module import AdversarialModule
+
+LINKS = {"data.class_names": "model.class_names", "data.input_range": "model.input_range"}
+
+
+def main(args: list[str] | None = None) -> RecipeCLI:
+    """Run the recipe with ``args``, or with the process's own arguments."""
+    return RecipeCLI(AdversarialModule, AdversarialData, LINKS, args)
+
+
+if __name__ == "__main__":
+    main()
