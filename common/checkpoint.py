@@ -13,13 +13,20 @@ from typing_extensions import override
 from common.errors import InputError
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", mmap: bool = False, hint: str = "name another file with --ckpt_path"
+) -> dict[str, Any]:
     """Read tensors and plain values from a checkpoint file, never objects; with ``mmap`` tensors when they are used.
+
+    Args:
+        path: the file.
+        map_location: the device of its tensors.
+        mmap: read tensors when they are used.
+        hint: what a message advises.
 
     Raises:
         InputError: the file is missing, damaged, no checkpoint, or holds more than weights and plain values.
     """
-    hint = "name another file with --ckpt_path"
     if not Path(path).exists():
         raise InputError(f"{path}: no such checkpoint; {hint}")
     try:

@@ -1,5 +1,6 @@
 """Labelled samples as batches, and their parts for training, validation and testing."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ class LabelledBatch(NamedTuple):
     """Samples as keyword arguments of the net, their classes and places in the source, and which are not padding."""
 
     inputs: Mapping[str, Tensor]
-    target: Int64[Tensor, " batch"]
+    target: Int64[Tensor, "batch *positions"]
     index: Int64[Tensor, " batch"]
     mask: Bool[Tensor, " batch"]
 
@@ -48,6 +49,9 @@ class Parts(NamedTuple):
 def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, seed: int) -> Parts:
     """Split samples so that every part has the classes in the same proportion.
 
+    A source that sets samples aside for validation is split as it says, without shuffling; where it has no test split
+    of its own, they test as well.
+
     Args:
         data: the samples; those that a source sets aside for testing stay there.
         val_fraction: share of all samples that validates.
@@ -57,6 +61,11 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
     Raises:
         InputError: the shares leave nothing to train on, samples have no labels, or a class has fewer than 3.
     """
+    if data.num_val:
+        train, val, test = torch.arange(len(data.target)).split(
+            [len(data.target) - data.num_val - data.num_test, data.num_val, data.num_test]
+        )
+        return Parts(train, val, test if data.num_test else val)
     if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
         shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
         raise InputError(f"{shares} must be above 0 and leave samples to train on")
@@ -78,3 +87,12 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
         rest, test = split(rest, test_fraction)
     train, val = split(rest, val_fraction * len(data.target) / len(rest))
     return Parts(train, val, test)
+
+
+def fingerprint(data: Labelled) -> str:
+    """A hash of samples, classes and their names: other data have another."""
+    digest = hashlib.blake2b(repr([sorted(data.inputs), data.class_names]).encode(), digest_size=16)
+    for values in (*(data.inputs[name] for name in sorted(data.inputs)), data.target):
+        digest.update(repr((values.shape, values.dtype)).encode())
+        digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()

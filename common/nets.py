@@ -1,11 +1,18 @@
 """A small net of our own, and nets of transformers as classifiers; the first argument is the number of classes."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from common.errors import InputError
@@ -110,3 +117,65 @@ class PretrainedEncoder(nn.Module):
         super().train(mode)
         self.body.train(mode and not self.freeze)
         return self
+
+
+class CausalLM(nn.Module):
+    """Any causal language model of transformers with new weights; its classes are the tokens.
+
+    Args:
+        num_classes: number of tokens.
+        config: its config by class path, such as ``transformers.LlamaConfig``.
+
+    Raises:
+        InputError: transformers has no language model of this config.
+    """
+
+    def __init__(self, num_classes: int, config: PretrainedConfig):
+        super().__init__()
+        config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = num_classes, None, None, None
+        try:
+            self.model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"model.net.config: {type(config).__name__} makes no language model: {error}") from error
+
+    def forward(self, input_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time classes"]:
+        """Logits of the next token at each position."""
+        positions = getattr(self.model.config, "max_position_embeddings", None) or input_ids.shape[1]
+        if input_ids.shape[1] > positions:
+            problem = f"{input_ids.shape[1]} exceeds the net's max_position_embeddings {positions}"
+            raise InputError(f"data.source.context {problem}")
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+class Pretrained(nn.Module):
+    """A pretrained net of transformers with its head, such as a teacher.
+
+    Args:
+        num_classes: number of classes of the data, which the head must have too; a language model may know more tokens,
+            which are left out.
+        name: folder or hub name of the net (safetensors weights).
+        task: what its head does.
+
+    Raises:
+        InputError: there is no such net, or its head has other classes.
+    """
+
+    def __init__(self, num_classes: int, name: str, task: Literal["image", "text", "next token"] = "image"):
+        super().__init__()
+        disable_progress_bar()  # it stands on stderr
+        kinds = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
+        kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
+        try:
+            self.model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:80]
+            problem = f"neither a folder with such a net in safetensors nor a hub name ({reason})"
+            raise InputError(f"{type(self).__name__} name {name!r}: {problem}") from error
+        self.num_classes, language = num_classes, task == "next token"
+        found: int = self.model.config.vocab_size if language else self.model.config.num_labels  # type: ignore
+        if found < num_classes or (found > num_classes and not language):
+            raise InputError(f"{type(self).__name__} name {name!r}: has {found} classes, the data {num_classes}")
+
+    def forward(self, **inputs: Tensor) -> Float[Tensor, "*batch classes"]:
+        """Logits of a batch."""
+        return self.model(**inputs).logits[..., : self.num_classes]

@@ -24,15 +24,18 @@ class Labelled:
 
     Attributes:
         inputs: argument name to values, all of shape (samples, …).
-        target: class numbers; -1 for samples without labels.
+        target: class numbers, of each sample or of each of its positions; -1 for samples without labels, -100 for
+            positions that do not count.
         class_names: a name for each class number.
         num_test: how many samples at the end are the data set's own test split; 0 if it has none.
+        num_val: how many samples before them are its own validation split; 0 if it has none.
     """
 
     inputs: Mapping[str, Tensor]
-    target: Int64[Tensor, " samples"]
+    target: Int64[Tensor, "samples *positions"]
     class_names: list[str]
     num_test: int = 0
+    num_val: int = 0
 
 
 class Source:

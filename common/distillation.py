@@ -1,0 +1,366 @@
+"""What a student learns from: its teacher's logits and inner layers, of a net that is only asked."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from common.checkpoint import read_checkpoint
+from common.errors import InputError, nearest
+from common.labelled import LabelledBatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+def _fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class LogitLoss:
+    """How far a student's logits are from its teacher's: a mean over items, in at least fp32.
+
+    Subclasses say what an item's loss is.
+    """
+
+    temperature = 1.0
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "items classes"],
+        teacher: Float[Tensor, "*items teacher_classes"],
+        counts: Bool[Tensor, " items"],
+    ) -> Float[Tensor, ""]:
+        """The mean over the items that count.
+
+        Raises:
+            InputError: the teacher has other classes.
+        """
+        if logits.shape[-1] != teacher.shape[-1]:
+            problem = f"gives {teacher.shape[-1]} logits, but there are {logits.shape[-1]} classes"
+            raise InputError(f"model.teacher {problem}; take a net whose first argument decides their number")
+        losses = self.of_items(_fp32(logits), _fp32(teacher.flatten(0, -2)))
+        return losses.where(counts, 0.0).sum() / counts.sum()
+
+    def of_items(
+        self, logits: Float[Tensor, "items classes"], teacher: Float[Tensor, "items classes"]
+    ) -> Float[Tensor, " items"]:
+        """The loss of each item."""
+        raise NotImplementedError
+
+
+class SoftTargets(LogitLoss):
+    """Divergence of softened probabilities, T² KL(teacher ‖ student), in nats.
+
+    Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2); the factor T² keeps the size of the gradient as
+    the temperature changes. It differs from their cross-entropy by a constant, and a perfect student has 0.
+
+    Args:
+        temperature: T, by which both logits are divided; above 0.
+    """
+
+    def __init__(self, temperature: float = 4.0):
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"model.loss.temperature must be above 0, got {temperature}; 2 to 8 are usual")
+        self.temperature = temperature
+
+    @override
+    def of_items(
+        self, logits: Float[Tensor, "items classes"], teacher: Float[Tensor, "items classes"]
+    ) -> Float[Tensor, " items"]:
+        ours, theirs = (F.log_softmax(values / self.temperature, -1) for values in (logits, teacher))
+        return self.temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+
+class LogitError(LogitLoss):
+    """Mean squared difference of the logits over classes (Ba & Caruana 2014, https://arxiv.org/abs/1312.6184)."""
+
+    @override
+    def of_items(
+        self, logits: Float[Tensor, "items classes"], teacher: Float[Tensor, "items classes"]
+    ) -> Float[Tensor, " items"]:
+        return (logits - teacher).square().mean(-1)
+
+
+class FeatureLoss:
+    """How far a layer of a student is from one of its teacher; without parameters, so that widths may differ."""
+
+    def __call__(
+        self, student: Float[Tensor, "batch *student"], teacher: Float[Tensor, "batch *teacher"]
+    ) -> Float[Tensor, ""]:
+        """The mean over samples, or pairs of samples.
+
+        Args:
+            student: (batch, channels, height, width) of a convolution, or (batch, time, width) of hidden states.
+            teacher: the same of the teacher.
+        """
+        raise NotImplementedError
+
+
+class AttentionTransfer(FeatureLoss):
+    """Squared distance of normalized attention maps.
+
+    A map says how strong a layer's answer is at each place: the mean of squares over channels, as a vector of length 1
+    (Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, equation 2 with p = 2, squared as in their code).
+    Both layers need the same places. Padding of texts counts as places.
+    """
+
+    @override
+    def __call__(
+        self, student: Float[Tensor, "batch *student"], teacher: Float[Tensor, "batch *teacher"]
+    ) -> Float[Tensor, ""]:
+        """The mean over samples, in [0, 2].
+
+        Raises:
+            InputError: height and width, or time, differ, or a layer has none.
+        """
+        ours, theirs = _attention(student), _attention(teacher)
+        if ours.shape != theirs.shape:
+            shapes = f"{tuple(ours.shape[1:])} and {tuple(theirs.shape[1:])}"
+            raise InputError(f"model.features: a pair has {shapes} places; pair layers with the same height and width")
+        return (F.normalize(ours.flatten(1)) - F.normalize(theirs.flatten(1))).square().sum(1).mean()
+
+
+def _attention(values: Tensor) -> Tensor:
+    if values.ndim not in (3, 4):
+        fix = "name one before pooling, or take SimilarityPreserving"
+        raise InputError(f"model.features: a layer gives {tuple(values.shape[1:])}, which has no places; {fix}")
+    return _fp32(values).square().mean(1 if values.ndim == 4 else 2)
+
+
+class SimilarityPreserving(FeatureLoss):
+    """Squared difference of the samples' similarities to one another.
+
+    Similarities are the Gram matrix of the flattened layer, its rows of length 1 (Tung & Mori 2019,
+    https://arxiv.org/abs/1907.09682, equation 4). They compare the samples of one micro-batch on one rank, so the
+    number of ranks and of accumulated micro-batches changes this loss, unlike all others here.
+    """
+
+    @override
+    def __call__(
+        self, student: Float[Tensor, "batch *student"], teacher: Float[Tensor, "batch *teacher"]
+    ) -> Float[Tensor, ""]:
+        """The sum over pairs of samples, divided by the squared number of samples."""
+        flat = [_fp32(values).flatten(1) for values in (student, teacher)]
+        ours, theirs = (F.normalize(values @ values.T) for values in flat)
+        return (ours - theirs).square().sum() / len(student) ** 2
+
+
+class Features:
+    """Keeps what named layers of a net put out in its last forward pass.
+
+    Args:
+        net: the net.
+        names: names of its modules.
+
+    Raises:
+        InputError: there is no such module.
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str]):
+        modules = dict(net.named_modules())
+        for name in names:
+            if name not in modules:
+                raise InputError(f"model.features: {type(net).__name__} has no layer {name!r}{nearest(name, modules)}")
+        self.names, self._kept = names, {}
+        for name in set(names):
+            modules[name].register_forward_hook(lambda _, __, output, name=name: self._keep(name, output))
+
+    def _keep(self, name: str, output: Any) -> None:
+        self._kept[name] = output if isinstance(output, Tensor) else output[0]  # hidden states stand first
+
+    def take(self) -> list[Tensor]:
+        """The outputs in the order of the names; each can be taken once."""
+        kept, self._kept = self._kept, {}
+        return [kept[name] for name in self.names]
+
+
+def logits_of(output: Any) -> Tensor:
+    """A net's logits; a net of transformers wraps them."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class Teacher:
+    """A net that is only asked: in evaluation mode, without gradients, whole on each rank.
+
+    It is no ``nn.Module``, so that a module can hold it without its weights being trained, sharded or saved. They stay
+    in fp32, or fp64 if the run computes in it; where it computes in 16 bits so does the teacher, under every strategy.
+
+    Args:
+        net: the net.
+        checkpoint: of any recipe here, with its weights; None for those that it has.
+        layers: names of the modules whose outputs :meth:`__call__` returns too.
+        trainer: says where the teacher is moved to, and in what precision it computes.
+
+    Raises:
+        InputError: the checkpoint is missing or of another net, or there is no such layer.
+    """
+
+    def __init__(self, net: nn.Module, checkpoint: str | None, layers: Sequence[str], trainer: L.Trainer):
+        if checkpoint is not None:
+            _load(net, checkpoint)
+        precision, device = str(trainer.precision), trainer.strategy.root_device
+        self.dtype = torch.float64 if precision.startswith("64") else torch.float32
+        self.half = HALF.get(precision.split("-")[0])
+        self.net = net.eval().requires_grad_(False).to(device, self.dtype)
+        self.features, self.device = Features(self.net, layers), device
+        self.num_params = sum(p.numel() for p in self.net.parameters())
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the outputs of the layers."""
+        inputs = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
+            logits = logits_of(self.net(**inputs))
+        return logits, self.features.take()
+
+
+def _load(net: nn.Module, path: str) -> None:
+    try:
+        saved = read_checkpoint(path, hint="name another, or null to train one")["state_dict"]
+    except InputError as error:
+        raise InputError(f"model.teacher_checkpoint {error}") from error
+    state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
+    if not state.keys() & net.state_dict().keys():
+        state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(
+            f"model.teacher_checkpoint does not fit model.teacher {type(net).__name__}: {reason}"
+        ) from error
+
+
+def flat_target(batch: LabelledBatch) -> Int64[Tensor, " items"]:
+    """Targets of all samples, or of all their positions, with -100 for padding."""
+    padding = ~batch.mask.view(-1, *[1] * (batch.target.ndim - 1))
+    return batch.target.masked_fill(padding, -100).flatten()
+
+
+class Scores(nn.ModuleDict):
+    """Accuracy of a student and, if it has a teacher, the teacher's, and how often both say the same.
+
+    Args:
+        num_classes: number of classes.
+        teacher: whether there is one.
+    """
+
+    def __init__(self, num_classes: int, teacher: bool):
+        names = ["accuracy", *(["teacher_accuracy", "agreement"] if teacher else [])]
+        settings: dict[str, Any] = {"average": "micro", "ignore_index": -100, "validate_args": False}
+        super().__init__({name: MulticlassAccuracy(num_classes, **settings) for name in names})
+
+    def record(
+        self,
+        logits: Float[Tensor, "items classes"],
+        teacher: Float[Tensor, "*items classes"] | None,
+        target: Int64[Tensor, " items"],
+    ) -> None:
+        """Count the items of a batch whose target is not -100."""
+        preds, metrics = logits.argmax(-1), dict[str, Any](self)
+        metrics["accuracy"].update(preds, target)
+        if teacher is not None:
+            theirs = teacher.argmax(-1).flatten()
+            metrics["teacher_accuracy"].update(theirs, target)
+            metrics["agreement"].update(preds, theirs.masked_fill(target == -100, -100))
+
+
+@torch.no_grad()
+def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure | str]":
+    """What teacher and student take and give, as a picture and a table, and their softened probabilities.
+
+    Args:
+        module: the recipe's module, after an evaluation; its first batch measures the speed.
+        stage: which evaluation it was.
+        shown: how many samples, or positions of samples, are shown: those that the teacher is least sure of.
+    """
+    from common.report import model_comparison, soft_targets
+
+    trainer, teacher, training = module.trainer, module.teacher, module.training
+    samples, names = getattr(trainer.datamodule, f"{stage}_data"), trainer.datamodule.class_names
+    batch = samples[list(range(min(trainer.datamodule.eval_batch_size, len(samples))))]
+    batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+    module.net.eval()
+    asks = {"teacher": lambda: teacher(batch.inputs)[0], "student": lambda: module(batch)}
+    sizes = {"teacher": teacher.num_params, "student": module.num_params}
+    facts = {
+        name: {
+            "parameters": float(sizes[name]),
+            "size in fp32 (MB)": sizes[name] * 4e-6,
+            "samples / s": _speed(ask, batch.target),
+            "accuracy": trainer.callback_metrics[f"{stage}/{key}"].item(),
+        }
+        for (name, ask), key in zip(asks.items(), ("teacher_accuracy", "accuracy"), strict=True)
+    }
+    temperature, target = module.loss.temperature, flat_target(batch)
+    soft = {name: (_fp32(ask().flatten(0, -2)) / temperature).softmax(-1) for name, ask in asks.items()}
+    module.net.train(training)
+    entropy = torch.special.entr(soft["teacher"]).sum(-1).masked_fill(target < 0, -1.0)
+    places = entropy.topk(min(shown, len(target))).indices
+    figure = soft_targets(
+        {name: values[places] for name, values in soft.items()},
+        names,
+        [_title(batch, place, names) for place in places.tolist()],
+        f"probability at temperature {temperature:g}",
+        batch.inputs["pixel_values"][places] if "pixel_values" in batch.inputs else None,
+    )
+    return {"models": model_comparison(facts), "models_table": _table(facts), "soft_targets": figure}
+
+
+def _speed(ask: Callable[[], Tensor], target: Tensor, passes: int = 5) -> float:
+    """Samples per second: the median of some passes, after one to warm up."""
+    times = []
+    for _ in range(passes + 1):
+        start = time.perf_counter()
+        ask()
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        times.append(time.perf_counter() - start)
+    return len(target) / statistics.median(times[1:])
+
+
+def _title(batch: LabelledBatch, place: int, names: list[str]) -> str:
+    """The class of a sample; for a position in a text, what stands before it too."""
+    right = names[int(batch.target.flatten()[place])]
+    if batch.target.ndim == 1:
+        return f"true class: {right}"
+    sample, position = divmod(place, batch.target.shape[1])
+    before = batch.inputs["input_ids"][sample, : position + 1][-16:].tolist()
+    return f"…{''.join(names[token] for token in before)!r} goes on with {right!r}"
+
+
+def _table(facts: Mapping[str, Mapping[str, float]]) -> str:
+    head = ["", *next(iter(facts.values()))]
+    body = [[name, *(f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in row.values())] for name, row in facts.items()]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *body]
+    )
+
+
+def predictions(
+    logits: Float[Tensor, "batch *positions classes"], batch: LabelledBatch, names: list[str]
+) -> dict[str, list[Any]]:
+    """Place, class, prediction and its probability of each sample; classes of a sample's positions are joined."""
+    probability, preds = _fp32(logits[batch.mask]).softmax(-1).max(-1)
+
+    def spell(numbers: Tensor) -> list[str]:
+        return ["".join(names[n] for n in row if n >= 0) for row in numbers.reshape(len(numbers), -1).tolist()]
+
+    return {
+        "index": batch.index[batch.mask].tolist(),
+        "target": spell(batch.target[batch.mask]),
+        "prediction": spell(preds),
+        "probability": probability.flatten(1).mean(1).tolist() if probability.ndim > 1 else probability.tolist(),
+    }

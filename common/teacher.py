@@ -1,0 +1,106 @@
+"""A teacher that is trained first, by the recipe itself, and kept for all later runs."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock
+from typing_extensions import override
+
+from common.cli import RecipeCLI
+from common.errors import InputError, nearest
+from common.labelled import fingerprint
+from common.text import CACHE
+
+FORMAT = 1  # to be raised when the same settings would train another teacher
+LOADING = ("batch_size", "eval_batch_size", "num_workers")  # of the student's data, no property of it
+LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
+
+
+def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerprint: str, cache_dir: str) -> Path:
+    """The best checkpoint of a teacher, trained in a process of its own unless an earlier run has done so.
+
+    Its settings are the recipe's ``config.yaml``, the student's data, the student's ``model.teacher`` as the net, and
+    the layer ``training``. It is kept under a hash of them and of the samples; nothing else of the student's settings
+    trains another. The first of several ranks trains, alone, while the others wait. On several nodes ``cache_dir`` has
+    to be a folder that they share.
+
+    Args:
+        recipe: folder of the recipe.
+        config: the student's resolved config.
+        training: a YAML file in that folder, or anywhere, that says how the teacher is trained.
+        fingerprint: of the samples.
+        cache_dir: where teachers are kept, each in the folder of its run.
+
+    Raises:
+        InputError: there is no such file, or the training was refused.
+    """
+    layer = recipe / training
+    if not layer.is_file():
+        hint = nearest(layer.name, (path.name for path in recipe.glob("*.yaml")))
+        raise InputError(f"model.teacher_training {training}: no such file in {recipe.name}{hint}")
+    data = {key: value for key, value in config["data"].items() if key not in LOADING}
+    base = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
+    layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (recipe / "config.yaml", layer)]
+    facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
+    folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            _train(recipe, base, layer, config["trainer"], folder)
+    return folder / "checkpoints/best.ckpt"
+
+
+def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: the lock is ours
+    part.mkdir()
+    (part / "base.yaml").write_text(yaml.safe_dump(dict(base)), encoding="utf-8")
+    print(f"teacher: trained first, and kept in {folder}", flush=True)
+    command = [
+        sys.executable, str(recipe / "train.py"), "fit", "--config", str(part / "base.yaml"), "--config", str(layer),
+        "--name", "teacher", "--trainer.default_root_dir", str(part), "--trainer.devices", "1",
+        "--trainer.accelerator", str(trainer["accelerator"]),
+    ]  # fmt: skip
+    if trainer["enable_progress_bar"] is False:
+        command += ["--trainer.enable_progress_bar", "false"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
+    try:
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 2 and done.stderr.strip():
+            raise InputError(f"model.teacher_training {layer.name}: {done.stderr.strip().splitlines()[-1]}")
+        if done.returncode:
+            sys.stderr.write(done.stderr)
+            done.check_returncode()
+        (part / "runs" / recipe.name / "teacher").rename(folder)
+    finally:
+        shutil.rmtree(part)
+
+
+class TeacherCLI(RecipeCLI):
+    """Trains the teacher first where it has no weights yet: when all settings are checked, and before ranks start."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        module: Any = self.model
+        asked = module.make_teacher is not None and self.subcommand in ("fit", "validate", "test")
+        if asked and module.teacher_training and not module.teacher_checkpoint:
+            try:
+                with torch.device("meta"):  # a mistake in its arguments shows at once
+                    module.make_teacher(module.num_classes)
+            except InputError as error:
+                raise InputError(str(error).replace("model.net", "model.teacher")) from error
+            data: Any = self.datamodule
+            found = fingerprint(data.labelled)
+            path = train_first(self.recipe_dir, self.resolved, module.teacher_training, found, CACHE)
+            module.teacher_checkpoint = str(path)

@@ -1,0 +1,53 @@
+"""Labelled samples, or windows of text whose labels are the next tokens. Edit this file, or only ``data.source``."""
+
+import torch
+from typing_extensions import override
+
+from common.data import BaseDataModule
+from common.errors import InputError
+from common.labelled import LabelledBatch, LabelledDataset, split_by_class
+from common.sources import Source
+
+Batch = LabelledBatch
+
+
+class DistillationData(BaseDataModule):
+    """Samples of a source in three parts, from the first of which student and teacher learn.
+
+    Args:
+        source: where samples come from, by class path: one of ``common.sources``, or ``common.text.TextWindows``.
+        val_fraction: share of all samples that validates, if the source has no validation split of its own.
+        test_fraction: share of all samples that tests, if the source has no test split of its own.
+        train_fraction: share of the training samples that is used.
+        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        batch_size: samples per rank and micro-batch.
+        eval_batch_size: the same in evaluation.
+        num_workers: reading processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        train_fraction: float = 1.0,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+    ):
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        if not 0 < train_fraction <= 1:
+            raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
+        # Read here: the module needs its facts, and mistakes show before ranks start.
+        self.labelled = source.read()
+        self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
+        self.class_names, self.num_classes = self.labelled.class_names, len(self.labelled.class_names)
+        used = max(round(len(self.parts.train) * train_fraction), 1)
+        self.train_positions: torch.Tensor = self.parts.train[:used]
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.train_data = LabelledDataset(self.labelled, self.train_positions)
+        self.val_data = LabelledDataset(self.labelled, self.parts.val)
+        self.test_data = self.predict_data = LabelledDataset(self.labelled, self.parts.test)

@@ -1,0 +1,110 @@
+"""The objective: learn from the labels, from the teacher's logits and, if wanted, from its inner layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from common import distillation
+from common.distillation import AttentionTransfer, FeatureLoss, Features, LogitLoss, SoftTargets, Teacher
+from common.errors import InputError
+from common.losses import cross_entropy
+from common.module import BaseModule, Stage
+
+from .data import Batch
+
+
+class DistillationModule(BaseModule):
+    """A student: (1 - alpha) cross-entropy + alpha loss of the logits + feature_weight losses of the features.
+
+    Args:
+        net: the student by class path; its first argument, the number of classes, comes from the data.
+        num_classes: comes from the data.
+        teacher: the teacher, in the same way; None trains the net alone, and all else about teachers is unused.
+        teacher_checkpoint: a checkpoint of any recipe with the teacher's weights.
+        teacher_training: a config in this folder, by which the teacher is trained first if it has no checkpoint; None
+            for the weights that its class gives it, such as ``common.nets.Pretrained``.
+        loss: what compares the logits, by class path: ``common.distillation.SoftTargets`` or ``LogitError``.
+        alpha: its weight; the cross-entropy with the labels has the rest.
+        features: pairs of layers, the student's and the teacher's, by their modules' names.
+        feature_loss: what compares them: ``common.distillation.AttentionTransfer`` or ``SimilarityPreserving``.
+        feature_weight: weight of its sum over pairs.
+        augmentation: kornia augmentations of the images; student and teacher see the same.
+        kwargs: of :class:`common.module.BaseModule`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module],
+        num_classes: int,
+        teacher: Callable[[int], nn.Module] | None = None,
+        teacher_checkpoint: str | None = None,
+        teacher_training: str | None = None,
+        loss: LogitLoss | None = None,
+        alpha: float = 0.9,
+        features: list[tuple[str | int, str | int]] | None = None,
+        feature_loss: FeatureLoss | None = None,
+        feature_weight: float = 1.0,
+        augmentation: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not 0 <= alpha <= 1:
+            raise InputError(f"model.alpha must be in [0, 1], got {alpha}")
+        if not 0 <= feature_weight < float("inf"):
+            raise InputError(f"model.feature_weight must be a number from 0 on, got {feature_weight}")
+        if teacher_checkpoint and teacher is None:
+            raise InputError("model.teacher_checkpoint is given, but model.teacher is null; name the net that it is of")
+        self.make_net, self.make_teacher, self.num_classes = net, teacher, num_classes
+        self.teacher_checkpoint, self.teacher_training = teacher_checkpoint, teacher_training
+        self.loss, self.alpha = loss or SoftTargets(), alpha
+        self.pairs = [(str(ours), str(theirs)) for ours, theirs in features or [] if teacher]
+        self.feature_loss, self.feature_weight = feature_loss or AttentionTransfer(), feature_weight
+        self.augmentation = nn.Sequential(*augmentation or [])
+        self.teacher: Teacher | None = None  # no submodule: not trained, sharded or saved
+        scores = {stage: distillation.Scores(num_classes, teacher is not None) for stage in ("val", "test")}
+        self.scores: Any = nn.ModuleDict(scores)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.make_teacher is not None and stage != "predict":
+            net, layers = self.make_teacher(self.num_classes), [theirs for _, theirs in self.pairs]
+            self.teacher = Teacher(net, self.teacher_checkpoint, layers, self.trainer)
+
+    @override
+    def build_net(self) -> nn.Module:
+        net = self.make_net(self.num_classes)
+        self.features = Features(net, [ours for ours, _ in self.pairs])
+        return net
+
+    def forward(self, batch: Batch) -> Float[Tensor, "*batch classes"]:
+        """Logits of each class, of a sample or of each of its positions."""
+        return distillation.logits_of(self.net(**batch.inputs))
+
+    @override
+    def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        if stage == "train" and len(self.augmentation):
+            pixels = self.augmentation(batch.inputs["pixel_values"])
+            batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
+        logits, target = self(batch).flatten(0, -2), distillation.flat_target(batch)
+        theirs, layers = self.teacher(batch.inputs) if self.teacher else (None, [])
+        loss = cross_entropy(logits, target)
+        if stage != "train":
+            self.scores[stage].record(logits, theirs, target)
+            self.log_dict({f"{stage}/{name}": metric for name, metric in self.scores[stage].items()})
+        elif theirs is not None:
+            loss = (1 - self.alpha) * loss + self.alpha * self.loss(logits, theirs, target != -100)
+            for pair in zip(self.features.take(), layers, strict=True):
+                loss = loss + self.feature_weight * self.feature_loss(*pair)
+        return loss, (target != -100).sum()
+
+    @override
+    def media(self, stage: str) -> dict[str, Any]:
+        return distillation.compare_models(self, stage) if self.teacher else {}
+
+    @override
+    def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
+        names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
+        return distillation.predictions(self(batch), batch, names)
