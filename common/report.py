@@ -569,6 +569,8 @@ def robustness_curve(eps: Sequence[float], accuracy: Sequence[float], marked: fl
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
     axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+
+
 def model_comparison(models: Mapping[str, Mapping[str, float]]) -> "Figure":
     """A panel of bars for each property of some models, the values written beside.
 

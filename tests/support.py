@@ -59,6 +59,12 @@ def strategies_of(recipe: str) -> list[str]:
     return [name for name in STRATEGIES if (recipe, name) not in REFUSED]
 
 
+def turn(strategy: str, number: int) -> str:
+    """The recipe whose turn it is, of those that a strategy carries."""
+    carried = [recipe for recipe in RECIPES if (recipe, strategy) not in REFUSED]
+    return carried[number % len(carried)]
+
+
 def read_metrics(path: Path, name: str) -> list[float]:
     """The values of one column of a ``metrics.csv``, empty cells left out."""
     with path.open(newline="") as file:

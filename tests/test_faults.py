@@ -12,7 +12,7 @@ import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, strategies_of
+from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, strategies_of, turn
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
 FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
@@ -26,7 +26,7 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
 CELLS = [(recipe, strategy, fault) for recipe in RECIPES for strategy in strategies_of(recipe) for fault in FAULTS]
 # Every strategy with two faults, every fault with two strategies or more.
 FAST = {
-    (RECIPES[i % len(RECIPES)], strategy, list(FAULTS)[(2 * i + j) % len(FAULTS)])
+    (turn(strategy, i), strategy, list(FAULTS)[(2 * i + j) % len(FAULTS)])
     for i, strategy in enumerate(STRATEGIES)
     for j in (0, 3)
 }

@@ -342,7 +342,7 @@ MISTAKES = [
     ("--model.weighting.weights '{left: 0, right: 0, offset: 0}'", "--model.weighting.weights: all are 0"),
     ("--model.weighting.weights '{left: .inf, right: 0, offset: 0}'", "that of 'left' must be at least 0, got inf"),
     (f"{WEIGHTING}Uncertainty --model.weighting.initial .nan", "--model.weighting.initial: must be a finite"),
-    (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temperature 0", "--model.weighting.temperature: must be above 0"),
+    (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temperature 0", "weighting.temperature: must be above 0"),
     (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temprature 1", "did you mean 'temperature'?"),
     (f"{WEIGHTING}FAMO --model.weighting.lr -0.1", "--model.weighting.lr: must be above 0, got -0.1"),
     (f"{WEIGHTING}FAMO --model.weighting.weight_decay -1", "--model.weighting.weight_decay: must be at least 0"),

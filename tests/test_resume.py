@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, REFUSED, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args
+from tests.support import RECIPES, REFUSED, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args, turn
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Each epoch has 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -47,7 +47,7 @@ FAST = {
     ("lm", 2, "per_epoch", 0, "ddp"), ("classification", 1, "per_epoch", 2, "ddp"),
     ("lm", 1, "odd_accumulation", 2, "ddp"), ("classification", 2, "odd_accumulation", 0, "ddp"),
     *((recipe, 2, "mid_epoch", 0, "ddp") for recipe in RECIPES),
-    *((RECIPES[i % len(RECIPES)], 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS)),
+    *((turn(name, i), 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS)),
 }  # fmt: skip
 
 
