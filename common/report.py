@@ -358,6 +358,7 @@ def curriculum(run_dir: Path) -> "Figure | None":
         _plot(axes, over_tokens, STAGES.values(), noisy=title == "loss")
         if len(lines) > 1:
             axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+    return figure
 
 
 def predicted_against_true(
@@ -420,6 +421,7 @@ def residuals(
     _style(side, "", "samples")
     side.hist(residual, min(max(len(residual) // 10, 10), 60), orientation="horizontal", color=PALETTE[0])
     side.axhline(0, color=PALETTE[1], lw=1.2, ls="--")
+    return figure
 
 
 def gradient_angles(cosine: Float[Tensor, "batches tasks tasks"], names: Sequence[str]) -> "Figure":
