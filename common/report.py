@@ -571,6 +571,7 @@ def robustness_curve(eps: Sequence[float], accuracy: Sequence[float], marked: fl
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
     axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+    return figure
 
 
 def model_comparison(models: Mapping[str, Mapping[str, float]]) -> "Figure":
