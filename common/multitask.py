@@ -94,6 +94,7 @@ class Fixed(Weighting):
     """
 
     fixed = True
+    values: Tensor
 
     def __init__(self, tasks: list[Task], weights: dict[str, float] | None = None):
         super().__init__(tasks)
@@ -127,6 +128,8 @@ class Uncertainty(Weighting):
         tasks: the tasks; come from the data.
         initial: s of every task at the start.
     """
+
+    factor: Tensor
 
     def __init__(self, tasks: list[Task], initial: float = 0.0):
         super().__init__(tasks)
@@ -162,6 +165,10 @@ class DynamicWeightAverage(Weighting):
     """
 
     needs_losses = True
+    total: Tensor
+    count: Tensor
+    means: Tensor
+    epochs: Tensor
 
     def __init__(self, tasks: list[Task], temperature: float = 2.0):
         super().__init__(tasks)
@@ -205,6 +212,10 @@ class FAMO(Weighting):
     """
 
     needs_losses = looks_back = True
+    logits: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
 
     def __init__(self, tasks: list[Task], lr: float = 0.025, weight_decay: float = 1e-3):
         super().__init__(tasks)

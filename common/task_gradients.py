@@ -202,14 +202,14 @@ class Balance:
 
     Args:
         trainer: of the run, whose strategy has set up the net.
-        net: the net.
+        net: the net, in whatever the strategy wraps it.
         aggregator: of torchjd; None for the gradient of the weighted loss.
 
     Raises:
         InputError: the strategy shards gradients, and an aggregator needs them whole.
     """
 
-    def __init__(self, trainer: L.Trainer, net: MultiTaskNet, aggregator: Aggregator | None):
+    def __init__(self, trainer: L.Trainer, net: Any, aggregator: Aggregator | None):
         self.trainer, self.weighting = trainer, net.weighting
         self.gradients = None
         if aggregator is not None:

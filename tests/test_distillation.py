@@ -271,16 +271,18 @@ def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], smal
     fit(*text_args(small_text), "--model.teacher_checkpoint", "runs/lm/default/checkpoints/best.ckpt")
 
 
-@pytest.mark.parametrize("features", ["[['0', '3'], ['6', '6']]", None])
 @pytest.mark.parametrize("loss", ["AttentionTransfer", "SimilarityPreserving"])
-def test_features_teach(features: str | None, loss: str, work: Path) -> None:
-    """Their loss comes on top, and falls."""
+def test_features_teach(loss: str, work: Path) -> None:
+    """Their loss comes on top of the other, with the weight that is given, and training lowers it."""
     args = ["--trainer.max_steps", "40", "--data.batch_size", "32", "--model.alpha", "0"]
-    args += ["--model.feature_loss", f"common.distillation.{loss}", "--model.feature_weight", "100"]
-    main_of(RECIPE)(["fit", *CONVS, *args, "--model.features", features or "null"])
-    losses = read_metrics(Path("runs/distillation/default/metrics.csv"), "train/loss")
-    assert (losses[0] > 3) == (features is not None)
-    assert losses[-1] < losses[0] * 0.9
+    args += ["--model.feature_loss", f"common.distillation.{loss}", "--model.features", "[['0', '3'], [6, 6]]"]
+    losses = {}
+    for weight in ("0", "10", "20"):
+        main_of(RECIPE)(["fit", *CONVS, *args, "--model.feature_weight", weight, "--name", weight])
+        losses[weight] = read_metrics(Path(f"runs/distillation/{weight}/metrics.csv"), "train/loss")
+    once, twice = losses["10"][0] - losses["0"][0], losses["20"][0] - losses["0"][0]
+    assert 0.01 < once == pytest.approx(twice / 2, rel=1e-3)
+    assert losses["20"][-1] < losses["20"][0]
 
 
 # Ranks and resume
@@ -300,15 +302,13 @@ def losses_of(strategy: str | None, precision: str, args: list[str], work: Path)
     return read_metrics(work / f"runs/distillation/{name}/metrics.csv", "train/loss")
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 2e-2), ("64-true", 1e-12)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 2e-2)])
 def test_strategies_agree(precision: str, tolerance: float, work: Path, record_property: Any) -> None:
-    """With attention maps of two convolutions too: student and teacher are convolutional, without batch norm."""
+    """Under each the teacher is whole, and computes in the precision of the run."""
     main_of(RECIPE)(["fit", *SMALL, "--name", "first"])  # the teacher, before ranks wait for it
     single = losses_of(None, precision, [], work)
     assert len(single) == 20
     for strategy in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
-        if precision == "64-true" and "deepspeed" in strategy:
-            continue  # it has no fp64
         both = losses_of(strategy, precision, [], work)
         worst = max(abs(loss / wanted - 1) for loss, wanted in zip(both, single, strict=True))
         record_property("summary", f"distillation, {strategy}, {precision}: losses differ by {worst:.0e}")
@@ -339,7 +339,7 @@ def test_killed_run_goes_on_to_the_bit(strategy: str, work: Path) -> None:
 def test_ranks_wait_for_one_teacher(work: Path, cache: None) -> None:
     """Both are started at once, as torchrun does."""
     args = ["fit", *SMALL, "--trainer.devices", "2", "--config", str(ROOT / "configs/strategy/ddp.yaml")]
-    assert run_ranks(main_of(RECIPE), args, folder=work / "ranks") == [0, 0], logs(work / "ranks")
+    assert run_ranks(main_of(RECIPE), args, folder=work / "ranks", timeout=300) == [0, 0], logs(work / "ranks")
     assert len(kept()) == 1
     assert logs(work / "ranks").count("teacher: trained first") == 1
 

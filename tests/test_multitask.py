@@ -115,6 +115,7 @@ def test_uncertainty_is_torchjds_for_regression_and_kendalls_for_classes() -> No
 def test_dynamic_weight_average_is_torchjds_over_epochs() -> None:
     ours, theirs = DynamicWeightAverage(TASKS, temperature=0.7), scalarization.DWA(temperature=0.7)
     torch.manual_seed(0)
+    weights = torch.ones(3)
     for epoch in range(5):
         for _ in range(4):
             losses = torch.rand(3) + 2 / (epoch + 1) * torch.tensor([1.0, 0.3, 0.6])
@@ -342,7 +343,7 @@ MISTAKES = [
     ("--model.weighting.weights '{left: 0, right: 0, offset: 0}'", "--model.weighting.weights: all are 0"),
     ("--model.weighting.weights '{left: .inf, right: 0, offset: 0}'", "that of 'left' must be at least 0, got inf"),
     (f"{WEIGHTING}Uncertainty --model.weighting.initial .nan", "--model.weighting.initial: must be a finite"),
-    (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temperature 0", "weighting.temperature: must be above 0"),
+    (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temperature 0", "temperature: must be above 0"),
     (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temprature 1", "did you mean 'temperature'?"),
     (f"{WEIGHTING}FAMO --model.weighting.lr -0.1", "--model.weighting.lr: must be above 0, got -0.1"),
     (f"{WEIGHTING}FAMO --model.weighting.weight_decay -1", "--model.weighting.weight_decay: must be at least 0"),

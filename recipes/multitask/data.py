@@ -60,9 +60,12 @@ class MultiTaskData(BaseDataModule):
             raise InputError(f"data.canvas: {problem}; take at least {smallest} and 0")
         self.canvas, self.max_shift, self.pairs, self.split_seed = canvas, max_shift, pairs, split_seed
         self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
-        digit = {"kind": "classification", "width": len(self.labelled.class_names)}
-        known: list[Task] = [{"name": "left", **digit}, {"name": "right", **digit},
-                             {"name": "offset", "kind": "regression", "width": 2}]  # fmt: skip
+        classes = len(self.labelled.class_names)
+        known: list[Task] = [
+            {"name": "left", "kind": "classification", "width": classes},
+            {"name": "right", "kind": "classification", "width": classes},
+            {"name": "offset", "kind": "regression", "width": 2},
+        ]
         self.chosen = choose(known, tasks)
 
     @override
