@@ -72,6 +72,8 @@ def _read_parser(error: Exception, known: Mapping[str, Action]) -> tuple[str, se
         return "", set(), set(), f"{m[1]!r} is no flag; arguments look like --trainer.max_epochs 3"
     if m := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
         return m[1], set(), set(), f"no such key{_nearest_key(m[1], list(known))}"
+    if m := re.search(r"argument (?P<source>[\w.]+) --> ([\w.]+): invalid", message):
+        return m[2], set(), set(), f"is taken from {m['source']} and cannot be set; remove it"
     if m := re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message):
         return m[1], set(), set(), f"is taken from {m[2]} and cannot be set; remove it"
     if m := re.search(r"argument (?:-c/)?--([\w.]+): expected", message):

@@ -163,7 +163,7 @@ def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: i
     if not 0 <= seed < 2**32:
         raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
     if num_rows * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
-        raise InputError(f"data.source: {num_rows} rows are too few: each part needs at least 2; add rows")
+        raise InputError(f"data.source.path: {num_rows} rows are too few: each part needs at least 2; add rows")
     rest, test = train_test_split(np.arange(num_rows), test_size=test_fraction, random_state=seed)
     train, val = train_test_split(rest, test_size=val_fraction * num_rows / len(rest), random_state=seed)
     return Parts(*map(torch.from_numpy, (train, val, test)))
@@ -213,7 +213,7 @@ def fit_columns(
     """
     numeric, categorical = {}, {}
     for name in frame.columns.drop(source.target):
-        values, key = frame[name], f"data.source: column {name!r}"
+        values, key = frame[name], f"data.source.path: column {name!r}"
         if not values.notna().any():
             raise InputError(f"{key} has no value in the training rows; list it in data.source.drop")
         if name not in source.categorical and _holds_numbers(values, key):
@@ -225,7 +225,7 @@ def fit_columns(
                 hint = "list it in data.source.drop, or lower data.rare"
                 raise InputError(f"{key}: none of its {len(counts)} categories has {rare} training rows; {hint}")
     if not numeric and not categorical:
-        raise InputError("data.source: has no column beside the target; there is nothing to predict it from")
+        raise InputError("data.source.path: has no column beside the target; there is nothing to predict it from")
     if not target.std() > 0:
         problem = f"is {target[0]:g} in every training row; there is nothing to learn"
         raise InputError(f"data.source.target {source.target!r}: {problem}")
@@ -312,7 +312,7 @@ def _scaled(values: Float[np.ndarray, "rows numeric"], columns: Columns) -> Floa
     return scaled
 
 
-def raw_numbers(frame: DataFrame, columns: Columns, key: str = "data.source") -> Float[np.ndarray, "rows numeric"]:
+def raw_numbers(frame: DataFrame, columns: Columns, key: str = "data.source.path") -> Float[np.ndarray, "rows numeric"]:
     """The numeric columns as they are, NaN where a value is missing.
 
     Raises:
@@ -330,7 +330,7 @@ def _column(frame: DataFrame, name: str, key: str) -> Series:
 
 
 def encode(
-    frame: DataFrame, columns: Columns, key: str = "data.source"
+    frame: DataFrame, columns: Columns, key: str = "data.source.path"
 ) -> tuple[Float32[Tensor, "rows numeric"], Int64[Tensor, "rows categorical"]]:
     """Rows as tensors: numbers filled with the median and scaled, categories and gaps as class numbers.
 

@@ -111,6 +111,9 @@ class FTTransformer(nn.Module):
         ffn_d_hidden_multiplier: width inside the feed-forward part as a multiple of ``d_block``.
         ffn_dropout: probability inside the feed-forward part.
         residual_dropout: probability at the end of each residual branch.
+
+    Raises:
+        InputError: the width is not a multiple of the heads.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class FTTransformer(nn.Module):
         residual_dropout: float = 0.0,
     ):
         super().__init__()
+        if d_block % attention_n_heads:
+            raise InputError(f"model.net.d_block must be a multiple of {attention_n_heads} heads, got {d_block}")
         self.net = rtdl.FTTransformer(
             n_cont_features=quantiles.shape[1],
             cat_cardinalities=list(cardinalities),

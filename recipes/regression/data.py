@@ -90,7 +90,7 @@ class RegressionData(BaseDataModule):
         self.parts = split_rows(len(self.frame), val_fraction, test_fraction, split_seed)
         train = self.parts.train
         self.columns = fit_columns(self.frame.iloc[train], self.target[train], source, scaling, rare)
-        self.rows = self._encoded(self.frame, self.target, "data.source")
+        self.rows = self._encoded(self.frame, self.target, "data.source.path")
 
     def _encoded(self, frame: Any, target: np.ndarray, key: str) -> tuple[Tensor, Tensor, Tensor]:
         standardized = (target - self.columns["mean"]) / self.columns["std"]
