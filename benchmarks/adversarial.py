@@ -84,6 +84,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=DATA)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs/ is")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -92,7 +93,7 @@ if __name__ == "__main__":
         sys.exit()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for seed in options.seeds:
-        for method in METHODS:
+        for method in options.methods:
             key = {"data": options.data, "method": method, "seed": seed}
             if any(key.items() <= row.items() for row in rows):
                 continue

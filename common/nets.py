@@ -26,23 +26,32 @@ class ConvNet(nn.Sequential):
         in_channels: channels of the images.
         widths: channels of each stage; every stage halves height and width.
         dropout: probability before the head.
+        grid: height and width of what the head sees, 1 for the mean over all places.
 
     Raises:
-        InputError: there is no stage, or the images have other channels or are too small for so many stages.
+        InputError: there is no stage or no grid, or the images have other channels or are too small for so many stages.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 1, widths: Sequence[int] = (32, 64), dropout: float = 0.0):
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 1,
+        widths: Sequence[int] = (32, 64),
+        dropout: float = 0.0,
+        grid: int = 1,
+    ):
         if not widths:
             raise InputError("model.net.widths is empty; give a width for each stage")
+        if grid < 1:
+            raise InputError(f"model.net.grid must be at least 1, got {grid}")
         self.in_channels, self.stages = in_channels, len(widths)
         layers: list[nn.Module] = []
         for before, width in zip([in_channels, *widths[:-1]], widths, strict=True):
             for inputs in (before, width):
                 layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
-        super().__init__(
-            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(widths[-1], num_classes)
-        )
+        head = nn.Linear(widths[-1] * grid**2, num_classes)
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Dropout(dropout), head)
 
     def forward(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of images."""
