@@ -78,6 +78,10 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
             small += " --config configs/tiny.yaml"
             if "/lm/" in line and "--data." not in line:
                 small += " --data.path tinyshakespeare.txt"
+            if "/distillation/" in line:
+                small += " --model.teacher_training ../../tests/layers/teacher/short.yaml"
+            if "/distillation/lm" in line:
+                small += " --data.source.init_args.path tinyshakespeare.txt"
         plain = re.match(r"python recipes/(\w+)/train\.py (.*)", small)
         if plain and plain[1] in RECIPES and "--trainer.devices" not in small:
             codes = run_ranks(run_in, clone, plain[1], shlex.split(plain[2]), world=1, folder=tmp_path)
