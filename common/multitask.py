@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch._functorch.config
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
@@ -264,6 +265,8 @@ class MultiTaskNet(nn.Module):
 
     def __init__(self, body: nn.Module, features: int, tasks: list[Task], weighting: Weighting):
         super().__init__()
+        # A compiled body is differentiated once per task: its buffers must outlive the first time.
+        torch._functorch.config.donated_buffer = False
         self.body, self.features, self.weighting = body, features, weighting
         self.heads = nn.ModuleDict({task["name"]: nn.Linear(features, task["width"]) for task in tasks})
 
