@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock
 from typing_extensions import override
@@ -21,6 +20,7 @@ from common.labelled import fingerprint
 from common.text import CACHE
 
 FORMAT = 1  # to be raised when the same settings would train another teacher
+COMPARING = ("fit", "validate", "test")  # the commands that ask the teacher
 LOADING = ("batch_size", "eval_batch_size", "num_workers")  # of the student's data, no property of it
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
@@ -93,14 +93,13 @@ class TeacherCLI(RecipeCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         module: Any = self.model
-        asked = module.make_teacher is not None and self.subcommand in ("fit", "validate", "test")
-        if asked and module.teacher_training and not module.teacher_checkpoint:
-            try:
-                with torch.device("meta"):  # a mistake in its arguments shows at once
-                    module.make_teacher(module.num_classes)
-            except InputError as error:
-                raise InputError(str(error).replace("model.net", "model.teacher")) from error
-            data: Any = self.datamodule
-            found = fingerprint(data.labelled)
-            path = train_first(self.recipe_dir, self.resolved, module.teacher_training, found, CACHE)
-            module.teacher_checkpoint = str(path)
+        make, training = module.make_teacher, module.teacher_training
+        if make is None or module.teacher_checkpoint or not training or self.subcommand not in COMPARING:
+            return
+        try:
+            make(module.num_classes)  # a mistake in its arguments shows at once
+        except InputError as error:
+            raise InputError(str(error).replace("model.net", "model.teacher")) from error
+        data: Any = self.datamodule
+        found = fingerprint(data.labelled)
+        module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))

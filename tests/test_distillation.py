@@ -127,7 +127,7 @@ def test_halves_average_to_the_whole() -> None:
     for loss, exact in ((AttentionTransfer(), True), (SimilarityPreserving(), False)):
         pair = student.transpose(1, 2), teacher.transpose(1, 2)
         halves = [loss(pair[0][part], pair[1][part]) for part in (slice(0, 4), slice(4, 8))]
-        difference = abs(sum(halves).item() / 2 - loss(*pair).item())
+        difference = abs(torch.stack(halves).mean().item() - loss(*pair).item())
         assert (difference < 1e-6) == exact
 
 
@@ -379,7 +379,7 @@ def test_pretrained_net_teaches(work: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = LAYER_CONFIG["model"]["net"]["init_args"]["config"]["init_args"]
-    ViTForImageClassification(ViTConfig(**config, num_labels=10)).save_pretrained("vit")
+    ViTForImageClassification(ViTConfig.from_dict({**config, "num_labels": 10})).save_pretrained("vit")
     cli = fit(
         "--model.teacher", "common.nets.Pretrained", "--model.teacher.name", "vit", "--model.teacher_training", "null"
     )
@@ -390,7 +390,12 @@ def test_pretrained_net_teaches(work: Path) -> None:
 def test_pretrained_language_model_may_know_more_tokens(work: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     whole = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
     whole.save_pretrained("llama")
     ids = torch.arange(12)[None]
@@ -460,7 +465,7 @@ def test_mistakes_cost_a_line(
         from transformers import ViTConfig, ViTForImageClassification
 
         config = LAYER_CONFIG["model"]["net"]["init_args"]["config"]["init_args"]
-        ViTForImageClassification(ViTConfig(**config, num_labels=7)).save_pretrained("vit")
+        ViTForImageClassification(ViTConfig.from_dict({**config, "num_labels": 7})).save_pretrained("vit")
         capfd.readouterr()
     earlier = Path("runs/distillation/default/kept")
     earlier.parent.mkdir(parents=True)
