@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -44,6 +45,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     write_encoder(folder / "sentence-transformers/all-MiniLM-L6-v2", rows)
     generator = np.random.default_rng(0)
+    names = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households")
+    houses = pd.DataFrame(generator.uniform(1, 50, (400, len(names))), columns=pd.Index(names))
+    houses["median_income"], houses["ocean_proximity"] = generator.uniform(1, 9, 400), ["INLAND", "NEAR BAY"] * 200
+    houses.head(9).to_csv(folder / "new.csv", index=False)
+    houses.assign(median_house_value=houses["median_income"] * 40_000).to_csv(folder / "housing.csv", index=False)
     (folder / "fashion-mnist").mkdir()
     for part, size in (("train", 200), ("t10k", 50)):
         pixels = generator.integers(0, 256, (size, 28, 28), np.uint8)
