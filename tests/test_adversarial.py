@@ -324,7 +324,8 @@ def test_the_adversarial_robustness_toolbox_finds_the_same(
         ours = under_attack(net, attack, batch.inputs, target, batch.index, 1).logits
         accuracy = (ours.argmax(-1) == target).float().mean().item()
         record_property("summary", f"robust accuracy at {eps}, {starts} starts: {accuracy:.4f}, ART {expected:.4f}")
-        assert accuracy == pytest.approx(expected, abs=0.01)
+        # Random starts are drawn anew: one sample is 0.3 points.
+        assert accuracy == pytest.approx(expected, abs=0.02 if starts else 0.01)
 
 
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:

@@ -15,7 +15,7 @@ from common.module import BaseModule, Stage
 
 from .data import Batch
 
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of the picture's curve, in units of the attack's own
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # of the picture's curve, in units of the attack's own
 SHOWN = 128  # samples that the curve is of
 
 
