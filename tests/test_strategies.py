@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks, strategies_of, turn
+from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks, strategies_of, turn
 
 CELLS = [
     (recipe, strategy, world, accumulate)
@@ -218,6 +218,32 @@ def test_what_a_strategy_would_leave_out_is_refused(
     assert codes == [2], logs(work)
     assert line in (work / "rank0.log").read_text().splitlines()[-1]
     assert not (work / "runs/lm/default/checkpoints").exists()
+
+
+def test_batch_norm_in_16_bits(work: Path) -> None:
+    """Its statistics are in fp32 under FSDP2 as under DDP; DeepSpeed, which cannot, says so."""
+    losses = {}
+    cells = (("ddp", "bf16-mixed"), ("fsdp2", "bf16-mixed"), ("deepspeed_zero2", "bf16-true"), ("fsdp2", "bf16-true"))
+    for strategy, precision in (*cells, ("deepspeed_zero2", "bf16-mixed")):
+        layers = [str(ROOT / f"configs/{name}.yaml") for name in (f"strategy/{strategy}", f"precision/{precision}")]
+        args = [
+            "fit",
+            *TINY,
+            *(part for layer in layers for part in ("--config", layer)),
+            "--model.augmentation",
+            "null",
+        ]
+        args += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--name", f"{strategy}-{precision}"]
+        codes = run_ranks(main_of("classification"), args, folder=work)
+        if (strategy, precision) not in cells:
+            assert codes == [2, 2], logs(work)
+            assert "trainer.precision: DeepSpeed would run batch norm" in (work / "rank0.log").read_text()
+            continue
+        assert codes == [0, 0], logs(work)
+        table = work / f"runs/classification/{strategy}-{precision}/metrics.csv"
+        losses[strategy, precision] = read_metrics(table, "train/loss") + read_metrics(table, "val/loss")
+    assert losses["fsdp2", "bf16-mixed"] == pytest.approx(losses["ddp", "bf16-mixed"], rel=1e-2)
+    assert losses["fsdp2", "bf16-true"] == pytest.approx(losses["deepspeed_zero2", "bf16-true"], rel=2e-2)
 
 
 def test_a_missing_engine_is_named_with_its_command(work: Path, plain_args: dict[str, list[str]]) -> None:

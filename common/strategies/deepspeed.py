@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.module import BaseModule
-from common.strategies.sharding import Memory, WholeCheckpoints, refuse_matrix_optimizer, share_buffers
+from common.strategies.sharding import Memory, WholeCheckpoints, batch_norms, refuse_matrix_optimizer, share_buffers
 
 BUCKET = 50_000_000  # gradients that ZeRO-3 reduces at a time
 
@@ -103,6 +103,9 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
 
     @override
     def _setup_model(self, model: BaseModule) -> BaseModule:  # type: ignore[override]
+        if "mixed" in self.precision_plugin.precision and batch_norms(model.net):
+            problem = "DeepSpeed would run batch norm in 16 bits beside statistics in 32"
+            raise InputError(f"trainer.precision: {problem}; take fp32, bf16-true or configs/strategy/fsdp2.yaml")
         share_buffers(model.net)
         # DeepSpeed allocates a bucket of half a billion gradients, whatever the net.
         self.config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, model.num_params))  # type: ignore

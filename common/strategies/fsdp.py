@@ -30,7 +30,14 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import Memory, WholeCheckpoints, blocks, refuse_matrix_optimizer, share_buffers
+from common.strategies.sharding import (
+    Memory,
+    WholeCheckpoints,
+    batch_norms,
+    blocks,
+    refuse_matrix_optimizer,
+    share_buffers,
+)
 
 
 class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
@@ -165,6 +172,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         }
         net: Any = self.lightning_module.net
         share_buffers(net)
+        for module in batch_norms(net) if bf16 else ():  # their statistics stay in fp32, and with them their weights
+            fully_shard(module, **{**settings, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
         for module in [*blocks(net), net]:
             fully_shard(module, **settings)
         super().setup(trainer)

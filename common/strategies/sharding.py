@@ -50,6 +50,11 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if type(module).__name__ in names]
 
 
+def batch_norms(net: nn.Module) -> list[nn.Module]:
+    """The modules of a net that normalize by statistics of the batch."""
+    return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what FSDP's wrappers add to it."""
     return name.replace("_fsdp_wrapped_module.", "")
