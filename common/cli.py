@@ -50,8 +50,8 @@ SWITCHES = {
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a frozen body
-# stays in eval mode, DeepSpeed clips, fp16 on a CPU is refused, FSDP on one rank has nothing to shard and leaves batch
-# norm in fp32.
+# stays in eval mode, DeepSpeed clips and goes backward by itself, fp16 on a CPU is refused, FSDP on one rank has
+# nothing to shard and leaves batch norm in fp32.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -63,6 +63,7 @@ NO_WARNINGS = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "`torch.distributed.\\w+` is deprecated",
     "Since DeepSpeed handles gradient clipping internally",
+    "You have overridden the `LightningModule.backward` hook but it will be ignored since DeepSpeed",
     "You passed .* AMP with fp16 is not supported on CPU",
     "torch.cuda.amp.GradScaler is enabled, but CUDA is not available",
     "FSDP with `.*-true` enables computation in lower precision",

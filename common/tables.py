@@ -286,7 +286,7 @@ def _numbers(values: Series, key: str) -> Float[np.ndarray, " rows"]:
         raise InputError(f"{key}: {str(wrong.iloc[0])[:20]!r} in row {wrong.index[0]} is no number; mend it")
     array = numbers.to_numpy(np.float64, na_value=np.nan)
     if (infinite := np.isinf(array)).any():
-        raise InputError(f"{key}: the number in row {int(infinite.argmax())} is infinite; mend it")
+        raise InputError(f"{key}: the number in row {values.index[int(infinite.argmax())]} is infinite; mend it")
     return array
 
 

@@ -211,7 +211,7 @@ def test_the_mean_loss_shows_nan() -> None:
 def test_classes_are_balanced_by_what_is_trained_on(work: Path) -> None:
     args = ["--model.balance_classes", "true", "--trainer.max_steps", "1", "--trainer.logger", "false"]
     cli = main_of("classification")(["fit", *args, "--trainer.enable_progress_bar", "false"])
-    counts = torch.bincount(cli.datamodule.labelled.target[cli.datamodule.train], minlength=10)
+    counts = torch.bincount(cli.datamodule.labelled.target[cli.datamodule.parts.train], minlength=10)
     assert counts.tolist() == cli.datamodule.class_counts
     assert torch.allclose(cli.model.class_weight, counts.sum() / (10 * counts))
 

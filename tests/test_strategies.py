@@ -64,7 +64,7 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
 
 def difference(values: list[float], expected: list[float]) -> float:
     """The largest difference, relative to what is expected."""
-    return max(abs(value / wanted - 1) for value, wanted in zip(values, expected, strict=True))
+    return max(abs(value - wanted) / (abs(wanted) or 1) for value, wanted in zip(values, expected, strict=True))
 
 
 def validated(path: Path) -> list[str]:
