@@ -51,7 +51,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     houses.head(9).to_csv(folder / "new.csv", index=False)
     houses.assign(median_house_value=houses["median_income"] * 40_000).to_csv(folder / "housing.csv", index=False)
     (folder / "fashion-mnist").mkdir()
-    for part, size in (("train", 200), ("t10k", 50)):
+    for part, size in (("train", 1000), ("t10k", 50)):
         pixels = generator.integers(0, 256, (size, 28, 28), np.uint8)
         labels = np.arange(size, dtype=np.uint8) % 10
         for name, array in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
