@@ -1,7 +1,8 @@
 """``make results``: train each recipe's measured runs with three seeds and write the table of ``recipes/README.md``.
 
 What is measured stands in ``recipes/<task>/results.yaml``. Each number is kept with a hash of the resolved config that
-gave it, and only stale ones are measured again; ``--check`` tells which those are and measures nothing.
+gave it, and only stale ones are measured again; ``--check`` tells which those are and measures nothing. As many runs go
+on at a time as there are cores, each on one; what they print is in ``.results``.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from rich.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +32,7 @@ from common.report import read_metrics  # noqa: E402
 
 STORE = ROOT / "benchmarks/results/recipes.json"
 PAGE = ROOT / "recipes/README.md"
+PLACE = ROOT / ".results"  # the runs
 SEEDS = (1, 2, 3)
 
 
@@ -78,16 +82,18 @@ def config_hash(row: Row) -> str:
 
 
 def measure(row: Row, seed: int) -> tuple[float, float]:
-    """Train and test once; returns the metric and the seconds that training took."""
+    """Train and test once on one core; returns the metric and the seconds that training took."""
     script = [sys.executable, str(ROOT / "recipes" / row.recipe / "train.py")]
-    name = ["--name", f"{row.name}-seed{seed}"]
-    place = ROOT / ".results"
-    root = ["--trainer.default_root_dir", str(place)]
-    began = time.perf_counter()
-    subprocess.run([*script, "fit", *row.fit, *name, *root, "--seed_everything", str(seed)], check=True)
-    seconds = time.perf_counter() - began
-    subprocess.run([*script, "test", *name, *root], check=True)
-    metrics = read_metrics(place / "runs" / row.recipe / name[1] / "test")
+    name = ["--name", f"{row.name}-seed{seed}", "--trainer.default_root_dir", str(PLACE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    PLACE.mkdir(exist_ok=True)
+    with (PLACE / f"{row.recipe}-{name[1]}.log").open("w") as log:
+        run = functools.partial(subprocess.run, check=True, env=environment, stdout=log, stderr=log)
+        began = time.perf_counter()
+        run([*script, "fit", *row.fit, *name, "--seed_everything", str(seed)])
+        seconds = time.perf_counter() - began
+        run([*script, "test", *name])
+    metrics = read_metrics(PLACE / "runs" / row.recipe / name[1] / "test")
     return metrics[row.metric][1][-1], seconds
 
 
@@ -101,8 +107,8 @@ def render(store: dict[str, Any], hashes: dict[str, str]) -> str:
         "# Results",
         "",
         "Made by `make results`: each row is trained with the seeds 1, 2 and 3 and the best checkpoint is tested. The",
-        "time is the median of training, with everything from start to report, on two CPU cores. Beside each number",
-        "stands the hash of the config that gave it; it is marked stale when the config has changed since.",
+        "time is the median of training, from start to report, on one CPU core. Beside each number stands the hash of",
+        "the config that gave it; it is marked stale when the config has changed since.",
         "",
         "| recipe | command | metric | mean ± std | beside | time | config |",
         "|---|---|---|---|---|---|---|",
@@ -125,24 +131,29 @@ def main() -> None:
     """Measure what is stale, or only tell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only tell which numbers are stale")
-    parser.add_argument("--only", default="", help="a recipe, or recipe/row")
-    check, only = vars(parser.parse_args()).values()
+    parser.add_argument("--only", nargs="+", default=[""], help="recipes, or recipe/row")
+    options = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
     hashes = {row.key: config_hash(row) for row in rows()}
+    todo = []
     for row in rows():
         fresh = store.get(row.key, {}).get("hash") == hashes[row.key]
         missing = row.needs and not Path(row.needs).exists()
-        print(
-            f"{row.key}: {'fresh' if fresh else 'stale'}" + (f", needs {row.needs} here" if missing else ""), flush=True
-        )
-        if fresh or missing or check or not row.key.startswith(only):
-            continue
-        values, seconds = zip(*(measure(row, seed) for seed in SEEDS), strict=True)
-        environment = describe_environment()
-        facts = {key: environment[key] for key in ("python", "torch", "commit")}
-        store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
-        STORE.parent.mkdir(parents=True, exist_ok=True)
-        STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
+        print(f"{row.key}: {'fresh' if fresh else 'stale'}" + (f", needs {row.needs} here" if missing else ""))
+        if not (fresh or missing or options.check) and row.key.startswith(tuple(options.only)):
+            todo.append(row)
+    environment = describe_environment()
+    facts = {key: environment[key] for key in ("python", "torch", "commit")}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as progress:
+        bar = progress.add_task("runs", total=len(todo) * len(SEEDS))
+        futures = {row: [pool.submit(measure, row, seed) for seed in SEEDS] for row in todo}
+        for future in (future for mine in futures.values() for future in mine):
+            future.add_done_callback(lambda _: progress.advance(bar))
+        for row, mine in futures.items():
+            values, seconds = zip(*(future.result() for future in mine), strict=True)
+            store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
+            STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
+            PAGE.write_text(render(store, hashes))
     PAGE.write_text(render(store, hashes))
     print(f"{os.path.relpath(PAGE)} written", flush=True)
 
