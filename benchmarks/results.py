@@ -144,7 +144,7 @@ def main() -> None:
             todo.append(row)
     environment = describe_environment()
     facts = {key: environment[key] for key in ("python", "torch", "commit")}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress() as progress:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(disable=not todo) as progress:
         bar = progress.add_task("runs", total=len(todo) * len(SEEDS))
         futures = {row: [pool.submit(measure, row, seed) for seed in SEEDS] for row in todo}
         for future in (future for mine in futures.values() for future in mine):
