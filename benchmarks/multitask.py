@@ -14,9 +14,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from common.tasks import METRIC, delta_m
+from common.tasks import METRIC
 from recipes.multitask.train import main
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,6 +34,21 @@ METHODS = {
     "IMTLG": f"{AGGREGATOR}IMTLG",
     "AlignedMTL": f"{AGGREGATOR}AlignedMTL",
 }
+
+
+def delta_m(metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float:
+    """Mean relative change of the tasks' metrics against single-task nets, in percent; above 0 is better than those.
+
+    Args:
+        metrics: of the net for all tasks, by task.
+        single: of each task's own net.
+        higher_is_better: which way a metric is good.
+
+    Returns:
+        Δm (Maninis et al. 2019, https://arxiv.org/abs/1904.08918).
+    """
+    changes = [(1 if higher_is_better[name] else -1) * (metrics[name] / single[name] - 1) for name in single]
+    return 100 * sum(changes) / len(changes)
 
 
 def train(flags: str, seed: int, epochs: int) -> dict[str, float]:

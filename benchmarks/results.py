@@ -78,7 +78,11 @@ def config_hash(row: Row) -> str:
     text = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
         main(["fit", *row.fit, "--print_config"])
-    return hashlib.sha256(json.dumps(yaml.safe_load(text.getvalue()), sort_keys=True).encode()).hexdigest()[:8]
+    config = yaml.safe_load(text.getvalue())
+    facts = json.dumps(config, sort_keys=True)
+    if training := config["model"].get("teacher_training"):
+        facts += (ROOT / "recipes" / row.recipe / training).read_text()
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
 def measure(row: Row, seed: int) -> tuple[float, float]:

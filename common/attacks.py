@@ -21,7 +21,8 @@ from typing_extensions import override
 
 from common.data import step_seed
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, precise
+from common.module import evaluating
 
 Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches on end, to the logits of each sample
 Norm = Literal["linf", "l2"]
@@ -180,8 +181,8 @@ class PGD(Attack):
             clean = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
             point = clean
             if self.random_start:
-                start = random_in_ball(self.norm, seed, index, clean.shape[1:]).to(clean.dtype)
-                point = self._project(clean + self.eps * (start if mask is None else start * mask), clean)
+                start = random_in_ball(self.norm, seed, index, clean.shape[1:], mask).to(clean.dtype)
+                point = self._project(clean + self.eps * start, clean)
             for _ in range(self.steps):
                 point = point.detach().requires_grad_()
                 # A sum, so that a sample's gradient does not depend on how many others there are.
@@ -201,7 +202,7 @@ class PGD(Attack):
         else:
             delta = point - clean
             point = clean + delta * (self.eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
-        # Inputs lie in the range, so this moves every element towards them and does not leave the ball.
+        # Clean inputs lie in the range, so this moves every element towards them and does not leave the ball.
         return point if self.clamp is None else point.clamp(*self.clamp)
 
 
@@ -229,32 +230,31 @@ def uniform_noise(seed: int, index: Int64[Tensor, " batch"], size: int) -> Float
 
 
 def random_in_ball(
-    norm: Norm, seed: int, index: Int64[Tensor, " batch"], shape: torch.Size
+    norm: Norm,
+    seed: int,
+    index: Int64[Tensor, " batch"],
+    shape: torch.Size,
+    mask: Bool[Tensor, "batch *_"] | None = None,
 ) -> Float32[Tensor, "batch *shape"]:
-    """A point for each sample, uniform in the ball of radius 1; a function of the seed and the sample's index."""
+    """A point for each sample, uniform in the ball of radius 1; a function of the seed and the sample's index.
+
+    The ball has the dimensions that the mask leaves, so that padding changes nothing.
+    """
     size = shape.numel()
     noise = uniform_noise(seed, index, size + 1)  # one more, for the radius
+    free = torch.ones_like(noise[:, :size]).view(-1, *shape)
+    free = free if mask is None else free * mask
+    cube = (2 * noise[:, :size] - 1).view(-1, *shape)
     if norm == "linf":
-        return (2 * noise[:, :size] - 1).view(-1, *shape)
-    normal = torch.erfinv(2 * noise[:, :size] - 1)
-    return (normal / normal.norm(dim=1, keepdim=True) * noise[:, size:] ** (1 / size)).view(-1, *shape)
+        return cube * free
+    normal = torch.erfinv(cube) * free
+    radius = noise[:, size] ** (1 / free.flatten(1).sum(1))
+    return normal / _length(normal).clamp_min(1e-12) * _per_sample(radius, normal)
 
 
 def cross_entropy_to(target: Int64[Tensor, " batch"], logits: Logits) -> Loss:
     """The cross-entropy of each sample as a function of the inputs, which an attack raises."""
-    return lambda point: F.cross_entropy(_wide(logits(point)), target, reduction="none")
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net into evaluation mode for a while, and every part of it back into its own mode."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return lambda point: F.cross_entropy(precise(logits(point)), target, reduction="none")
 
 
 def input_embeddings(net: nn.Module) -> nn.Embedding:
@@ -347,6 +347,8 @@ def under_attack(
 ) -> UnderAttack:
     """For each sample the first restart of an attack that changes its prediction, or the last one.
 
+    A sample that the net gets wrong without attack stays as it is: no attack makes it right.
+
     It works in inference mode too, in which trainers evaluate. Every call takes the same number of forward passes, so
     that ranks which share weights stay together.
 
@@ -364,7 +366,7 @@ def under_attack(
         (start, mask), logits = attackable(net, inputs), partial(logits_at, net, inputs)
         clean = logits(start)
         target = clean.argmax(-1) if target is None else target.clone()
-        points, output, right = start, clean, torch.ones_like(target, dtype=torch.bool)
+        points, output, right = start, clean, clean.argmax(-1) == target
         for found in attack.search(cross_entropy_to(target, logits), start, index, seed, mask):
             points = torch.where(_per_sample(right, found), found, points)
             output = torch.where(right[:, None], logits(found), output)
@@ -493,11 +495,11 @@ class TRADES(Objective):
         def divergence(point: Tensor) -> Tensor:
             if not reference:  # here, where the net is in evaluation mode
                 with torch.no_grad():
-                    reference.append(_wide(logits(inputs)).log_softmax(-1))
-            return _divergence(reference[0], _wide(logits(point)).log_softmax(-1))
+                    reference.append(precise(logits(inputs)).log_softmax(-1))
+            return _divergence(reference[0], precise(logits(point)).log_softmax(-1))
 
         clean, attacked = logits(torch.cat([inputs, perturb(divergence)])).chunk(2)
-        robust = _divergence(_wide(clean).log_softmax(-1), _wide(attacked).log_softmax(-1)).mean()
+        robust = _divergence(precise(clean).log_softmax(-1), precise(attacked).log_softmax(-1)).mean()
         return cross_entropy(clean, target) + self.beta * robust
 
 
@@ -506,8 +508,3 @@ def _divergence(
 ) -> Float[Tensor, " batch"]:
     """KL(p || q) of each sample in nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """In at least fp32, where exponentials keep their digits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ from common.trainer import RecipeTrainer
 
 # A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
 ALLOWED = (
-    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "rtdl_revisiting_models",
-    "tabm", "torchjd", "common", "recipes",
+    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "torchjd", "common",
+    "recipes",
 )  # fmt: skip
 
 # Lightning refuses these flags as long as the config lists such a callback.
@@ -85,6 +86,17 @@ def _forget_init_args(parser: Any, previous: Any, value: Any) -> None:
 
 
 _typehints.discard_init_args_on_class_path_change = _forget_init_args
+
+_forget_nested = _typehints.ActionTypeHint.discard_init_args_on_class_path_change
+
+
+def _forget_nested_init_args(parser_or_action: Any, prev_cfg: Any, cfg: Any) -> None:
+    """The same for classes among the arguments; jsonargparse stumbles if the new class has been given no argument."""
+    if cfg is not None:
+        _forget_nested(parser_or_action, prev_cfg, cfg)
+
+
+_typehints.ActionTypeHint.discard_init_args_on_class_path_change = staticmethod(_forget_nested_init_args)
 
 
 class RecipeParser(LightningArgumentParser):
@@ -315,6 +327,12 @@ class RecipeCLI(LightningCLI):
         except (InputError, MisconfigurationException):
             self._put_back()
             raise
+        except TypeError as error:
+            net = type(getattr(self.model, "net", None)).__name__
+            if alien := re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+                self._put_back()
+                raise InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another") from error
+            raise
         except (RuntimeError, ValueError) as error:
             misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
             if misfit and self.config[subcommand].get("ckpt_path"):
@@ -346,6 +364,8 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(_trainer_mistake(str(error))) from error
+        if self.subcommand != "fit":  # nothing to save: SIGTERM may end it at once
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
             problem = "needs a GPU, and Lightning would run another on a CPU"
             raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
@@ -405,6 +425,8 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as error:
+        if debug:
+            traceback.print_exc()
         print(error, file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
 

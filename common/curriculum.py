@@ -1,10 +1,11 @@
 """Curricula: how much, how long and how hard the samples of a step are, by the tokens that training has seen.
 
-A stage depends on nothing but the count of tokens, which is in the checkpoint: a resumed run goes on in the same stage.
+A lesson depends on nothing but the count of tokens, which is in the checkpoint: a resumed run goes on with it.
 """
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from common.data import Positions, TrainSampler, batches_per_epoch, global_seed, step_seed
 from common.errors import InputError
-from common.text import Windows
+from common.losses import precise
+from common.nets import check_context
+from common.text import CACHE, Windows
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Pacing:
         return min(1.0, (min(seen / self.tokens, 1.0) * (1 - begin) + begin) ** (1 / self.power))
 
 
-class Stage(NamedTuple):
+class Lesson(NamedTuple):
     """What an optimizer step is made of."""
 
     batch_size: int  # samples per rank and micro-batch
@@ -65,33 +68,54 @@ class Stage(NamedTuple):
 
 
 @runtime_checkable
-class Staged(Protocol):
-    """A data module with stages."""
+class Curriculum(Protocol):
+    """A data module with lessons."""
 
     tokens_seen: int  # by the optimizer steps so far, over all ranks
 
-    def stage(self, seen: int) -> Stage:
-        """The stage after so many tokens."""
+    def lesson(self, seen: int) -> Lesson:
+        """What the next step is made of after so many tokens."""
         ...
 
 
+def halvings(share: float) -> int:
+    """How often a whole has to be halved to be at most this share of itself."""
+    return math.ceil(-math.log2(share))
+
+
+def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str) -> None:
+    """See that samples have the order of difficulty that somebody else has, by its :func:`order_digest`.
+
+    Raises:
+        InputError: they have not.
+    """
+    if order_digest(order) != digest:
+        problem, fix = f"training windows are in another order than {whose}", "give the same text and scores"
+        raise InputError(f"data.difficulty: {problem}; {fix}, by a common.curriculum.ScoreFile if need be")
+
+
+def order_digest(order: Int64[np.ndarray, " samples"]) -> str:
+    """A short name of an order: scores that were computed on unlike devices need not give the same."""
+    return hashlib.sha256(order.tobytes()).hexdigest()[:16]
+
+
 class CurriculumSampler(TrainSampler):
-    """Micro-batches of the present stage; as :class:`TrainSampler`, a pure function of the seed and the position.
+    """Micro-batches of the present lesson; as :class:`TrainSampler`, a pure function of the seed and the position.
 
     Each optimizer step has its slot in the epoch's random order, of which a smaller batch takes the first samples. The
     numbers in it are places in the order of difficulty, scaled down to the share that is drawn from: at full competence
     an epoch sees every sample once.
 
     Args:
-        scores: difficulty of each sample; only its order counts.
+        order: numbers of the samples, the easiest first.
         batch_size: the largest number of samples per rank and micro-batch.
-        data: knows the stages, and where training is.
+        data: knows the lessons, and where training is.
         trainer: the trainer that uses it.
     """
 
-    def __init__(self, scores: Float[np.ndarray, " samples"], batch_size: int, data: Staged, trainer: L.Trainer):
-        super().__init__(len(scores), batch_size, trainer)
-        self.by_difficulty: Int64[Tensor, " samples"] = torch.from_numpy(np.argsort(scores, kind="stable"))
+    def __init__(self, order: Int64[np.ndarray, " samples"], batch_size: int, data: Curriculum, trainer: L.Trainer):
+        super().__init__(len(order), batch_size, trainer)
+        self.by_difficulty: Int64[Tensor, " samples"] = torch.from_numpy(order)
         self.data = data
 
     def __iter__(self) -> Iterator[Positions]:
@@ -101,15 +125,15 @@ class CurriculumSampler(TrainSampler):
         epoch, start = divmod(progress.total.processed, per_epoch)
         generator = torch.Generator().manual_seed(step_seed(seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator)
-        seen, stage = self.data.tokens_seen, self.data.stage(self.data.tokens_seen)
+        seen, lesson = self.data.tokens_seen, self.data.lesson(self.data.tokens_seen)
         for step in range(start, per_epoch):
             if step % accumulate == 0:  # an optimizer step averages over equal micro-batches
-                stage = self.data.stage(seen)
-                seen += accumulate * world * stage.batch_size * stage.length
-            inside, size = step % accumulate, stage.batch_size * world
+                lesson = self.data.lesson(seen)
+                seen += accumulate * world * lesson.batch_size * lesson.length
+            inside, size = step % accumulate, lesson.batch_size * world
             first = (step - inside) * self.global_batch + inside * size
             mine = order[first + trainer.global_rank : first + size : world]
-            allowed = max(math.ceil(stage.competence * self.num_samples), 1)
+            allowed = max(math.ceil(lesson.competence * self.num_samples), 1)
             indices = self.by_difficulty[mine * allowed // self.num_samples].tolist()
             yield Positions(indices, len(indices), step_seed(seed, epoch, step, trainer.global_rank))
 
@@ -184,10 +208,10 @@ class ReferenceLoss(Difficulty):
         batch_size: windows at a time.
 
     Raises:
-        InputError: there is no such net, or it knows fewer tokens than the data has.
+        InputError: there is no such net, it knows fewer tokens than the data has, or takes shorter windows.
     """
 
-    def __init__(self, name: str, cache_dir: str = "~/.cache/recipes/scores", batch_size: int = 32):
+    def __init__(self, name: str, cache_dir: str = os.path.join(CACHE, "scores"), batch_size: int = 32):
         self.name, self.cache_dir, self.batch_size = name, Path(cache_dir).expanduser(), batch_size
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
@@ -201,6 +225,7 @@ class ReferenceLoss(Difficulty):
             reason = str(error).splitlines()[0][:80]
             problem = f"neither a folder with a language model in safetensors nor a hub name ({reason})"
             raise InputError(f"data.difficulty.name {self.name!r}: {problem}") from error
+        check_context(net.config, windows.length, f"data.difficulty.name {self.name!r}")
         embeddings: Any = net.get_input_embeddings()
         known, highest = embeddings.num_embeddings, int(np.max(windows.tokens))
         if highest >= known:
@@ -225,8 +250,8 @@ class ReferenceLoss(Difficulty):
         starts = range(0, len(windows), self.batch_size)
         for start in track(starts, f"difficulty by {self.name}"):
             input_ids, target = windows[range(start, min(start + self.batch_size, len(windows)))]
-            logits = net(input_ids=input_ids.to(device), use_cache=False).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.mT, target.to(device), reduction="none")
+            logits = net(input_ids=input_ids.to(device), use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(precise(logits).mT, target.to(device), reduction="none")
             losses.append(loss.mean(1).cpu())
         return torch.cat(losses).double().numpy()
 

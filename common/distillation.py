@@ -16,15 +16,13 @@ from typing_extensions import override
 from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest
 from common.labelled import LabelledBatch
+from common.losses import precise
+from common.module import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
-
-
-def _fp32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class LogitLoss:
@@ -49,7 +47,7 @@ class LogitLoss:
         if logits.shape[-1] != teacher.shape[-1]:
             problem = f"gives {teacher.shape[-1]} logits, but there are {logits.shape[-1]} classes"
             raise InputError(f"model.teacher {problem}; take a net whose first argument decides their number")
-        losses = self.of_items(_fp32(logits), _fp32(teacher.flatten(0, -2)))
+        losses = self.of_items(precise(logits), precise(teacher.flatten(0, -2)))
         return losses.where(counts, 0.0).sum() / counts.sum()
 
     def of_items(
@@ -135,7 +133,7 @@ def _attention(values: Tensor) -> Tensor:
     if values.ndim not in (3, 4):
         fix = "name one before pooling, or take SimilarityPreserving"
         raise InputError(f"model.features: a layer gives {tuple(values.shape[1:])}, which has no places; {fix}")
-    return _fp32(values).square().mean(1 if values.ndim == 4 else 2)
+    return precise(values).square().mean(1 if values.ndim == 4 else 2)
 
 
 class SimilarityPreserving(FeatureLoss):
@@ -151,7 +149,7 @@ class SimilarityPreserving(FeatureLoss):
         self, student: Float[Tensor, "batch *student"], teacher: Float[Tensor, "batch *teacher"]
     ) -> Float[Tensor, ""]:
         """The sum over pairs of samples, divided by the squared number of samples."""
-        flat = [_fp32(values).flatten(1) for values in (student, teacher)]
+        flat = [precise(values).flatten(1) for values in (student, teacher)]
         ours, theirs = (F.normalize(values @ values.T) for values in flat)
         return (ours - theirs).square().sum() / len(student) ** 2
 
@@ -287,25 +285,24 @@ def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure
     """
     from common.report import model_comparison, soft_targets
 
-    trainer, teacher, training = module.trainer, module.teacher, module.training
+    trainer, teacher = module.trainer, module.teacher
     samples, names = getattr(trainer.datamodule, f"{stage}_data"), trainer.datamodule.class_names
     batch = samples[list(range(min(trainer.datamodule.eval_batch_size, len(samples))))]
     batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-    module.net.eval()
-    asks = {"teacher": lambda: teacher(batch.inputs)[0], "student": lambda: module(batch)}
-    sizes = {"teacher": teacher.num_params, "student": module.num_params}
-    facts = {
-        name: {
-            "parameters": float(sizes[name]),
-            "size in fp32 (MB)": sizes[name] * 4e-6,
-            "samples / s": _speed(ask, batch.target),
-            "accuracy": trainer.callback_metrics[f"{stage}/{key}"].item(),
+    with evaluating(module.net):
+        asks = {"teacher": lambda: teacher(batch.inputs)[0], "student": lambda: module(batch)}
+        sizes = {"teacher": teacher.num_params, "student": module.num_params}
+        facts = {
+            name: {
+                "parameters": float(sizes[name]),
+                "size in fp32 (MB)": sizes[name] * 4e-6,
+                "samples / s": _speed(ask, batch.target),
+                "accuracy": trainer.callback_metrics[f"{stage}/{key}"].item(),
+            }
+            for (name, ask), key in zip(asks.items(), ("teacher_accuracy", "accuracy"), strict=True)
         }
-        for (name, ask), key in zip(asks.items(), ("teacher_accuracy", "accuracy"), strict=True)
-    }
-    temperature, target = module.loss.temperature, flat_target(batch)
-    soft = {name: (_fp32(ask().flatten(0, -2)) / temperature).softmax(-1) for name, ask in asks.items()}
-    module.net.train(training)
+        temperature, target = module.loss.temperature, flat_target(batch)
+        soft = {name: (precise(ask().flatten(0, -2)) / temperature).softmax(-1) for name, ask in asks.items()}
     entropy = torch.special.entr(soft["teacher"]).sum(-1).masked_fill(target < 0, -1.0)
     places = entropy.topk(min(shown, len(target))).indices
     figure = soft_targets(
@@ -353,7 +350,7 @@ def predictions(
     logits: Float[Tensor, "batch *positions classes"], batch: LabelledBatch, names: list[str]
 ) -> dict[str, list[Any]]:
     """Place, class, prediction and its probability of each sample; classes of a sample's positions are joined."""
-    probability, preds = _fp32(logits[batch.mask]).softmax(-1).max(-1)
+    probability, preds = precise(logits[batch.mask]).softmax(-1).max(-1)
 
     def spell(numbers: Tensor) -> list[str]:
         return ["".join(names[n] for n in row if n >= 0) for row in numbers.reshape(len(numbers), -1).tolist()]

@@ -20,7 +20,7 @@ LOST_RANK_EXIT = 3
 # What gloo and NCCL say when the other end is gone.
 _LOST = re.compile(
     r"Connection (?:closed|reset|refused)(?: by peer)?|Broken pipe|remote process (?:has )?exited|"
-    r"[Tt]imed out|Timeout|NCCL error|Socket closed"
+    r"[Tt]imed out|Timeout|Socket closed"
 )
 
 

@@ -1,7 +1,8 @@
 """What the outputs of a regression net stand for: a value, a normal distribution, or quantiles.
 
 A head is chosen by class path (``model.head``). Outputs come per member of an ensemble, which a single net has one of:
-the loss is the mean over the members, the prediction that of their mixture. Targets and outputs are standardized.
+the loss is the mean over the members; each head says how it makes one prediction of theirs. Targets and outputs are
+standardized.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.errors import InputError
+from common.losses import precise
 
 
 class Head:
@@ -21,11 +23,9 @@ class Head:
 
     Attributes:
         num_outputs: how many numbers the net puts out per sample and member.
-        level: share of targets that the prediction interval is to contain; None for a head without one.
     """
 
     num_outputs: int
-    level: float | None = None
 
     def loss(
         self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
@@ -34,7 +34,7 @@ class Head:
         raise NotImplementedError
 
     def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:
-        """The prediction of each sample and, if the head has a level, the interval's lower and upper end."""
+        """The prediction of each sample and, if the head gives intervals, their lower and upper ends."""
         raise NotImplementedError
 
 
@@ -63,22 +63,18 @@ def scores(
     return values
 
 
-def _precise(outputs: Tensor) -> Tensor:
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
 class Mean(Head):
-    """The conditional mean, trained with the squared error."""
+    """The conditional mean, trained with the squared error; of an ensemble, the mean of the members' means."""
 
     num_outputs = 1
 
     def loss(  # noqa: D102
         self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        return (_precise(outputs)[..., 0] - target[:, None]).square().mean()
+        return (precise(outputs)[..., 0] - target[:, None]).square().mean()
 
     def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
-        return _precise(outputs).mean(1)
+        return precise(outputs).mean(1)
 
 
 class Gaussian(Head):
@@ -96,16 +92,16 @@ class Gaussian(Head):
     def __init__(self, level: float = 0.9):
         if not 0 < level < 1:
             raise InputError(f"model.head.level must be between 0 and 1, got {level}")
-        self.level: float = level
+        self.level = level
 
     def loss(  # noqa: D102
         self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        mean, log_variance = _precise(outputs).unbind(-1)
+        mean, log_variance = precise(outputs).unbind(-1)
         return F.gaussian_nll_loss(mean, target[:, None].expand_as(mean), log_variance.exp(), full=True)
 
     def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
-        means, log_variances = _precise(outputs).unbind(-1)
+        means, log_variances = precise(outputs).unbind(-1)
         mean = means.mean(1)
         variance = log_variances.exp().mean(1) + means.var(1, correction=0)
         half = variance.sqrt() * NormalDist().inv_cdf((1 + self.level) / 2)
@@ -116,7 +112,8 @@ class Quantiles(Head):
     """Quantiles, trained with the pinball loss (Koenker and Bassett, https://doi.org/10.2307/1913643).
 
     The prediction is the median. The interval goes from the first to the last quantile, and is meant to contain a share
-    of targets that is their difference. Quantiles that cross are put in order.
+    of targets that is their difference. Of an ensemble, each is the mean of the members' quantiles, not a quantile of
+    their mixture; those that cross are put in order.
 
     Args:
         quantiles: ascending, between 0 and 1, with 0.5 among them.
@@ -128,15 +125,15 @@ class Quantiles(Head):
         if 0.5 not in quantiles[1:-1]:
             problem = "must have 0.5, the prediction, between others, the interval's ends"
             raise InputError(f"model.head.quantiles {problem}, got {list(quantiles)}")
-        self.quantiles, self.num_outputs, self.level = quantiles, len(quantiles), quantiles[-1] - quantiles[0]
+        self.quantiles, self.num_outputs = quantiles, len(quantiles)
 
     def loss(  # noqa: D102
         self, outputs: Float[Tensor, "batch members outputs"], target: Float[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        error = target[:, None, None] - _precise(outputs)
+        error = target[:, None, None] - precise(outputs)
         quantiles = torch.tensor(self.quantiles, dtype=error.dtype).to(error.device, non_blocking=True)
         return torch.maximum(quantiles * error, (quantiles - 1) * error).mean()
 
     def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:  # noqa: D102
-        ordered = _precise(outputs).mean(1).sort(-1).values
+        ordered = precise(outputs).mean(1).sort(-1).values
         return ordered[:, [list(self.quantiles).index(0.5), 0, -1]]

@@ -46,6 +46,19 @@ class Parts(NamedTuple):
     test: Int64[Tensor, " test"]
 
 
+def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
+    """Refuse a split that cannot be made of any data.
+
+    Raises:
+        InputError: the shares leave nothing to train on, or the seed is out of range.
+    """
+    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
+        shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
+        raise InputError(f"{shares} must be above 0 and leave samples to train on")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
+
+
 def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, seed: int) -> Parts:
     """Split samples so that every part has the classes in the same proportion.
 
@@ -59,16 +72,15 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
         seed: of the split alone, so that no run with another seed tests on what this one trained on.
 
     Raises:
-        InputError: the shares leave nothing to train on, samples have no labels, or a class has fewer than 3.
+        InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
+            has fewer than 3.
     """
     if data.num_val:
         train, val, test = torch.arange(len(data.target)).split(
             [len(data.target) - data.num_val - data.num_test, data.num_val, data.num_test]
         )
         return Parts(train, val, test if data.num_test else val)
-    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
-        shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
-        raise InputError(f"{shares} must be above 0 and leave samples to train on")
+    check_split(val_fraction, test_fraction, seed)
     if not data.class_names:
         raise InputError("data.source.label is null, but training needs labels; name their column")
     counts = torch.bincount(data.target, minlength=len(data.class_names))

@@ -1,9 +1,16 @@
-"""Losses that stay exact at low precision and under accumulation."""
+"""Losses that stay exact at low precision and under accumulation, and what is told of them."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in at least fp32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def cross_entropy(
@@ -26,8 +33,13 @@ def cross_entropy(
     Returns:
         The mean; NaN if no item counts.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = precise(logits)
     if weight is None:
         return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     total = F.cross_entropy(logits, target, weight.to(logits.dtype), reduction="sum", label_smoothing=label_smoothing)
     return total / (target != -100).sum()
+
+
+def text_scores(stage: str, loss: Float[Tensor, ""], bytes_per_token: float) -> dict[str, Tensor]:
+    """Perplexity and bits per byte of a mean loss in nats per token, by the names that they are logged under."""
+    return {f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": loss / math.log(2) / bytes_per_token}

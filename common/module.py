@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from common.data import geometry, global_seed, move_position, step_seed, total_steps
 from common.errors import InputError, nearest
+from common.losses import precise
 from common.optim import Schedule, param_groups, scale_lr
 from common.precision import to_float8
 from common.strategies.sharding import blocks, plain_name, share
@@ -28,6 +30,18 @@ Stage = Literal["train", "val", "test"]
 Init = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal", "trunc_normal"]
 OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
 LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put a net into evaluation mode for a while, and every part of it back into its own mode."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _StepOnPlateau(Callback):
@@ -77,6 +91,7 @@ class BaseModule(L.LightningModule):
         activation_checkpointing: keep only the inputs of the net's blocks for backward, and compute the rest again:
             about a third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
         matmul_precision: of products of fp32 matrices, see ``torch.set_float32_matmul_precision``; high is TF32.
+            Convolutions go along: fp32 with highest, else TF32.
         float8: run linear layers in float8, see :func:`common.precision.to_float8`.
     """
 
@@ -145,14 +160,17 @@ class BaseModule(L.LightningModule):
         if hasattr(self, "net"):
             return
         torch.set_float32_matmul_precision(self.matmul_precision)
-        # A seed of its own, so that the initial weights do not depend on what drew random numbers before.
-        with torch.random.fork_rng(devices=[]):
+        torch.backends.cudnn.allow_tf32 = self.matmul_precision != "highest"
+        # A seed of its own, so that the initial weights do not depend on what drew random numbers before; and those of
+        # the host, as a device draws other numbers, and not under every strategy.
+        on_host = nullcontext() if torch.get_default_device().type == "meta" else torch.device("cpu")
+        with torch.random.fork_rng(devices=[]), on_host:
             torch.manual_seed(step_seed(global_seed()))
             self.net = self.build_net().train()  # from_pretrained leaves dropout off
             if self.weight_init is not None:
                 initialize: Callable[[Tensor], Tensor] = getattr(nn.init, f"{self.weight_init}_")
-                for p in self.net.parameters():
-                    if p.ndim >= 2 and p.requires_grad:
+                for name, p in self.net.named_parameters():
+                    if p.ndim >= 2 and name.endswith("weight") and p.requires_grad:
                         initialize(p)
         if self.float8:
             to_float8(self.net)
@@ -208,7 +226,8 @@ class BaseModule(L.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, _ = self.shared_step(batch, "train")
-        self._losses.append((self.trainer.global_step, loss.detach()))
+        # The mean over micro-batches and ranks needs more digits than 16 bits have.
+        self._losses.append((self.trainer.global_step, precise(loss.detach())))
         return loss
 
     @override

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -128,6 +129,41 @@ class PretrainedEncoder(nn.Module):
         return self
 
 
+def causal_lm(
+    config: PretrainedConfig, vocab_size: int, eos_id: int | None = None, key: str = "model.config"
+) -> PreTrainedModel:
+    """A causal language model of transformers with new weights, for the tokens of the data.
+
+    Args:
+        config: its config, which is changed to these tokens.
+        vocab_size: number of tokens.
+        eos_id: the token that ends a text; None where nothing is generated.
+        key: where the config comes from.
+
+    Raises:
+        InputError: transformers has no language model of this config.
+    """
+    config.vocab_size, config.eos_token_id = vocab_size, eos_id
+    config.bos_token_id = config.pad_token_id = None
+    try:
+        return AutoModelForCausalLM.from_config(config)  # SDPA attention wherever the net has it
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{key}: {type(config).__name__} makes no language model: {error}") from error
+
+
+def check_context(
+    config: PretrainedConfig, context: int, whose: str = "model.config", key: str = "data.context"
+) -> None:
+    """See that a language model can take windows of so many tokens.
+
+    Raises:
+        InputError: they are longer than it has positions for.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or context
+    if context > positions:
+        raise InputError(f"{key} {context} exceeds max_position_embeddings {positions} of {whose}; shorten it")
+
+
 class CausalLM(nn.Module):
     """Any causal language model of transformers with new weights; its classes are the tokens.
 
@@ -141,18 +177,11 @@ class CausalLM(nn.Module):
 
     def __init__(self, num_classes: int, config: PretrainedConfig):
         super().__init__()
-        config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = num_classes, None, None, None
-        try:
-            self.model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, KeyError) as error:
-            raise InputError(f"model.net.config: {type(config).__name__} makes no language model: {error}") from error
+        self.model = causal_lm(config, num_classes, key="model.net.config")
 
     def forward(self, input_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time classes"]:
         """Logits of the next token at each position."""
-        positions = getattr(self.model.config, "max_position_embeddings", None) or input_ids.shape[1]
-        if input_ids.shape[1] > positions:
-            problem = f"{input_ids.shape[1]} exceeds the net's max_position_embeddings {positions}"
-            raise InputError(f"data.source.context {problem}")
+        check_context(self.model.config, input_ids.shape[1], "model.net.config", "data.source.context")
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 

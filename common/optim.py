@@ -20,9 +20,9 @@ from common.errors import InputError
 def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Split the trainable parameters by how they are to be optimized.
 
-    Norms and biases (fewer than two axes) do not decay. ``use_muon`` marks hidden matrices, as opposed to
-    embeddings, convolutions and the output head, which is the last linear layer; only :class:`MuonAdamW`
-    reads it.
+    Norms and biases do not decay: what has fewer than two axes, or is named a bias, which each member of an ensemble
+    has its own of. ``use_muon`` marks hidden matrices, as opposed to embeddings, convolutions, factors of ensemble
+    members and the output head, which is the last linear layer; only :class:`MuonAdamW` reads it.
 
     Args:
         net: the net whose parameters are optimized.
@@ -38,14 +38,16 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
     for prefix, scale in (lr_scales or {}).items():
         if scale != 1 and not any(name.startswith(prefix) for name, _ in net.named_parameters()):
             raise InputError(f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}")
-    tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
+    # Embeddings of numbers, which are vectors per column, are known by their class name alone.
+    tables = [m for m in net.modules() if isinstance(m, nn.Embedding) or "Embedding" in type(m).__name__]
     heads = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
-    not_hidden = {id(p) for module in [*tables, *heads] for p in module.parameters()}
+    not_hidden = {id(p) for module in [*tables, *heads] for p in module.parameters(recurse=False)}
     groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
-            decays, use_muon = p.ndim >= 2, p.ndim == 2 and id(p) not in not_hidden
+            decays = p.ndim >= 2 and not name.endswith("bias")
+            use_muon = p.ndim == 2 and name.endswith("weight") and id(p) not in not_hidden
             group = groups.setdefault(
                 (scale, decays, use_muon),
                 {"params": [], "lr_scale": scale, "use_muon": use_muon} | ({} if decays else {"weight_decay": 0.0}),

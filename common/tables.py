@@ -7,6 +7,7 @@ checkpoint holds it and whoever has the checkpoint can encode new rows (:func:`e
 
 import csv
 from collections.abc import Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -17,8 +18,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
+from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest
-from common.labelled import Parts
+from common.labelled import Parts, check_split
 from common.sources import column, load_splits
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
@@ -143,6 +145,21 @@ class Columns(TypedDict):
     categorical: dict[str, list[str]]
 
 
+def read_columns(path: str) -> Columns:
+    """The columns that a checkpoint was trained with.
+
+    Raises:
+        InputError: it cannot be read, or was not trained on a table.
+    """
+    try:
+        return read_checkpoint(path, hint="name another file")["hyper_parameters"]["columns"]
+    except InputError as error:
+        raise InputError(f"data.columns_of {error}") from error
+    except KeyError as error:
+        problem = "was not trained on a table; name a checkpoint of this recipe"
+        raise InputError(f"data.columns_of {path}: {problem}") from error
+
+
 def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: int) -> Parts:
     """Split rows at random: first those that test, then from the rest those that validate.
 
@@ -155,13 +172,9 @@ def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: i
         seed: of the split alone, so that no run with another seed tests on what this one trained on.
 
     Raises:
-        InputError: the shares leave nothing to train on, or there are too few rows.
+        InputError: the shares leave nothing to train on, the seed is out of range, or there are too few rows.
     """
-    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
-        shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
-        raise InputError(f"{shares} must be above 0 and leave rows to train on")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
+    check_split(val_fraction, test_fraction, seed)
     if num_rows * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
         raise InputError(f"data.source.path: {num_rows} rows are too few: each part needs at least 2; add rows")
     rest, test = train_test_split(np.arange(num_rows), test_size=test_fraction, random_state=seed)
@@ -209,8 +222,10 @@ def fit_columns(
         rare: categories of fewer rows are not told apart from each other nor from unseen ones.
 
     Raises:
-        InputError: a column has nothing to learn from, or values of a kind that cannot be encoded.
+        InputError: ``rare`` is below 1, or a column has nothing to learn from, or values that cannot be encoded.
     """
+    if rare < 1:
+        raise InputError(f"data.rare must be at least 1, got {rare}")
     numeric, categorical = {}, {}
     for name in frame.columns.drop(source.target):
         values, key = frame[name], f"data.source.path: column {name!r}"
@@ -265,9 +280,7 @@ def _holds_numbers(values: Series, key: str) -> bool:
         return False
     if is_numeric_dtype(values):
         return True
-    if not known.map(lambda value: isinstance(value, str) or np.isreal(value)).all():
-        kind = next(type(v).__name__ for v in known if not isinstance(v, str))
-        raise InputError(f"{key} holds {kind}, neither numbers nor text; list it in data.source.drop")
+    _refuse_other_kinds(known, key, "neither numbers nor text; list it in data.source.drop")
     numbers: Any = to_numeric(known, errors="coerce")
     wrong = known[numbers.isna()]
     if len(wrong) and len(wrong) < len(known) / 2:
@@ -276,10 +289,19 @@ def _holds_numbers(values: Series, key: str) -> bool:
     return not len(wrong)
 
 
+def _refuse_other_kinds(known: Series, key: str, problem: str) -> None:
+    """Dates, durations and nested values, of which pandas makes numbers in silence, or nothing at all."""
+    if kind := next((type(value).__name__ for value in known if not isinstance(value, str | Number)), ""):
+        raise InputError(f"{key} holds {kind}, {problem}")
+
+
 def _numbers(values: Series, key: str) -> Float[np.ndarray, " rows"]:
     """Finite numbers in fp64, NaN where a value is missing."""
     from pandas import to_numeric
+    from pandas.api.types import is_numeric_dtype
 
+    if not is_numeric_dtype(values):
+        _refuse_other_kinds(values[values.notna()], key, "where numbers are needed")
     numbers: Any = to_numeric(values, errors="coerce")
     wrong = values[numbers.isna() & values.notna()]
     if len(wrong):
@@ -380,7 +402,7 @@ def baseline_table(
     columns: Columns,
     fit: Int64[Tensor, " fit"],
     test: Int64[Tensor, " test"],
-    preds: Float[Tensor, " test"],
+    rmse: float,
 ) -> str:
     """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
 
@@ -392,7 +414,7 @@ def baseline_table(
         columns: what :func:`fit_columns` has found.
         fit: positions of the rows that the baselines are fitted on.
         test: positions of the rows to predict.
-        preds: what the net predicts of these.
+        rmse: the net's root-mean-square error on these.
 
     Returns:
         A line for each with the root-mean-square error in the target's units.
@@ -412,10 +434,7 @@ def baseline_table(
     settings: Any = {"categorical_features": as_sets, "random_state": 0}
     trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], target[rows])
     linear = LinearRegression().fit(plain[rows], target[rows])
-    found = {
-        "linear regression": linear.predict(plain[asked]),
-        "gradient boosting": trees.predict(mixed[asked]),
-        "this net": preds.numpy(),
-    }
+    found = {"linear regression": linear.predict(plain[asked]), "gradient boosting": trees.predict(mixed[asked])}
     errors = {name: np.sqrt(np.mean((values - target[asked]) ** 2)) for name, values in found.items()}
+    errors["this net"] = rmse
     return "\n".join(["RMSE on the test rows", *(f"{name:<20}{error:.4g}" for name, error in errors.items())])

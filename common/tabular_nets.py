@@ -19,6 +19,19 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from common.errors import InputError
 
 
+def _check(**sizes: int) -> None:
+    """The nets' own libraries leave out or cut short what is too small, or stumble over it far from its cause."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError(f"model.net.{name} must be above 0, got {value}")
+
+
+def _check_hidden(name: str, multiplier: float, d_block: int) -> None:
+    if not 1 <= multiplier * d_block < float("inf"):
+        problem = f"must leave a width of at least 1 with d_block {d_block}, got {multiplier:g}"
+        raise InputError(f"model.net.{name} {problem}")
+
+
 class _OneHot(nn.Module):
     """A net of numbers that gets categories one-hot beside them."""
 
@@ -44,6 +57,9 @@ class MLP(_OneHot):
         n_blocks: hidden layers.
         d_block: their width.
         dropout: probability after each of them.
+
+    Raises:
+        InputError: a size is not above 0.
     """
 
     def __init__(
@@ -55,6 +71,7 @@ class MLP(_OneHot):
         d_block: int = 256,
         dropout: float = 0.0,
     ):
+        _check(n_blocks=n_blocks, d_block=d_block)
         d_in = quantiles.shape[1] + sum(cardinalities)
         net = rtdl.MLP(d_in=d_in, d_out=num_outputs, n_blocks=n_blocks, d_block=d_block, dropout=dropout)
         super().__init__(cardinalities, net)
@@ -72,6 +89,9 @@ class ResNet(_OneHot):
         d_hidden_multiplier: width inside a block as a multiple of it.
         dropout1: probability inside a block.
         dropout2: probability at its end.
+
+    Raises:
+        InputError: a size is not above 0, or leaves a block without width.
     """
 
     def __init__(
@@ -85,6 +105,8 @@ class ResNet(_OneHot):
         dropout1: float = 0.15,
         dropout2: float = 0.0,
     ):
+        _check(n_blocks=n_blocks, d_block=d_block)
+        _check_hidden("d_hidden_multiplier", d_hidden_multiplier, d_block)
         net = rtdl.ResNet(
             d_in=quantiles.shape[1] + sum(cardinalities),
             d_out=num_outputs,
@@ -113,7 +135,7 @@ class FTTransformer(nn.Module):
         residual_dropout: probability at the end of each residual branch.
 
     Raises:
-        InputError: the width is not a multiple of the heads.
+        InputError: a size is not above 0, or leaves a block without width, or the width is no multiple of the heads.
     """
 
     def __init__(
@@ -130,6 +152,8 @@ class FTTransformer(nn.Module):
         residual_dropout: float = 0.0,
     ):
         super().__init__()
+        _check(n_blocks=n_blocks, d_block=d_block, attention_n_heads=attention_n_heads)
+        _check_hidden("ffn_d_hidden_multiplier", ffn_d_hidden_multiplier, d_block)
         if d_block % attention_n_heads:
             raise InputError(f"model.net.d_block must be a multiple of {attention_n_heads} heads, got {d_block}")
         self.net = rtdl.FTTransformer(
@@ -170,7 +194,7 @@ class TabM(nn.Module):
         d_embedding: numbers that each numeric column becomes.
 
     Raises:
-        InputError: there are more bins than quantiles.
+        InputError: a size is not above 0, or there are more bins than quantiles.
     """
 
     def __init__(
@@ -186,6 +210,7 @@ class TabM(nn.Module):
         d_embedding: int = 16,
     ):
         super().__init__()
+        _check(k=k, n_blocks=n_blocks, d_block=d_block, d_embedding=d_embedding)
         embeddings = None
         if quantiles.shape[1]:
             if not 1 < n_bins < len(quantiles):

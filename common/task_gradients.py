@@ -16,6 +16,8 @@ from torchjd.linalg import DualConeProjector
 
 from common.data import global_seed, step_seed
 from common.errors import InputError
+from common.losses import precise
+from common.module import evaluating
 from common.multitask import MultiTaskNet, Weighting
 from common.strategies.sharding import has_whole_gradients, take_over_gradients
 from common.tasks import describe, task_losses
@@ -106,7 +108,7 @@ class TaskGradients:
         assert self._sum is not None
         flat, self._sum = average(self._sum), None
         rows = flat[: self._tasks * sum(p.numel() for p in self.shared)].view(self._tasks, -1)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / scale
+        rows = precise(rows) / scale
         weights: list[Tensor] = []
         hook = None
         if isinstance(self.aggregator, WeightedAggregator):
@@ -125,7 +127,7 @@ class TaskGradients:
 
 def cosines(gradients: Float[Tensor, "tasks elements"]) -> Float[Tensor, "tasks tasks"]:
     """Cosine of the angle between each two gradients; below 0 they are in conflict (https://arxiv.org/abs/2001.06782)."""
-    rows = F.normalize(gradients.to(torch.promote_types(gradients.dtype, torch.float32)))
+    rows = F.normalize(precise(gradients))
     return rows @ rows.T
 
 
@@ -149,30 +151,30 @@ def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Fig
         return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
 
     media: dict[str, Any] = {}
-    was_training = net.training
-    net.eval()
-    batch = read(0, 12)
-    with torch.no_grad():
-        outputs, _ = net(**batch.inputs)
-    if (images := batch.inputs.get("pixel_values")) is not None:
-        read_off = [describe(task, outputs[task["name"]], batch.target[task["name"]]) for task in tasks]
-        captions = ["\n".join(lines) for lines in zip(*(lines for lines, _ in read_off), strict=True)]
-        right = [all(good) for good in zip(*(good for _, good in read_off), strict=True)]
-        media["samples"] = report.captioned_images(images, captions, right, "target → prediction, red: a wrong class")
-    if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
-        size, found = trainer.datamodule.batch_size, []
-        params = [p for p in net.body.parameters() if p.requires_grad]
-        # Evaluation has switched gradients off.
-        with torch.inference_mode(False), torch.enable_grad():
-            for first in range(0, min(conflict_batches * size, len(data)), size):
-                batch = read(first, size)
-                losses = task_losses(tasks, net(**batch.inputs)[0], batch.target)
-                found.append(cosines(task_gradients(losses, params, torch.ones_like(losses))))
-        media["angles"] = report.gradient_angles(torch.stack(found), names)
+    with evaluating(net):
+        batch = read(0, 12)
+        with torch.no_grad():
+            outputs, _ = net(**batch.inputs)
+        if (images := batch.inputs.get("pixel_values")) is not None:
+            read_off = [describe(task, outputs[task["name"]], batch.target[task["name"]]) for task in tasks]
+            captions = ["\n".join(lines) for lines in zip(*(lines for lines, _ in read_off), strict=True)]
+            right = [all(good) for good in zip(*(good for _, good in read_off), strict=True)]
+            media["samples"] = report.captioned_images(
+                images, captions, right, "target → prediction, red: a wrong class"
+            )
+        if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
+            size, found = trainer.datamodule.batch_size, []
+            params = [p for p in net.body.parameters() if p.requires_grad]
+            # Evaluation has switched gradients off.
+            with torch.inference_mode(False), torch.enable_grad():
+                for first in range(0, min(conflict_batches * size, len(data)), size):
+                    batch = read(first, size)
+                    losses = task_losses(tasks, net(**batch.inputs)[0], batch.target)
+                    found.append(cosines(task_gradients(losses, params, torch.ones_like(losses))))
+            media["angles"] = report.gradient_angles(torch.stack(found), names)
     weights = (
         report.task_weights(report.read_metrics(Path(trainer.default_root_dir)), names) if stage == "val" else None
     )
-    net.train(was_training)
     return media if weights is None else {**media, "weights": weights}
 
 

@@ -12,7 +12,7 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.errors import InputError, nearest
-from common.losses import cross_entropy
+from common.losses import cross_entropy, precise
 from common.module import WeightedMean
 
 METRIC = {"classification": "accuracy", "regression": "rmse"}
@@ -65,8 +65,8 @@ def task_loss(task: Task, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32."""
     if task["kind"] == "classification":
         return cross_entropy(output, target)
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return F.mse_loss(output.to(dtype), target.to(dtype))
+    output = precise(output)
+    return F.mse_loss(output, target.to(output.dtype))
 
 
 def task_losses(
@@ -132,9 +132,9 @@ class TaskMetrics(nn.Module):
             name = task["name"]
             if count := len(target[name]):
                 self.losses[name].update(loss, torch.tensor(count, device=loss.device))
-                dtype = torch.promote_types(outputs[name].dtype, torch.float32)
-                wanted = target[name] if task["kind"] == "classification" else target[name].to(dtype)
-                self.scores[name].update(outputs[name].to(dtype), wanted)
+                output = precise(outputs[name])
+                wanted = target[name] if task["kind"] == "classification" else target[name].to(output.dtype)
+                self.scores[name].update(output, wanted)
 
     def named(self, stage: str) -> dict[str, Any]:
         """The metrics by the names that they are logged under, such as ``val/accuracy_left``."""
@@ -173,18 +173,3 @@ def describe(task: Task, output: Tensor, target: Tensor) -> tuple[list[str], lis
 
     pairs = zip(target.tolist(), output.float().tolist(), strict=True)
     return [f"{name} {text(wanted)} → {text(given)}" for wanted, given in pairs], [True] * len(target)
-
-
-def delta_m(metrics: Mapping[str, float], single: Mapping[str, float], higher_is_better: Mapping[str, bool]) -> float:
-    """Mean relative change of the tasks' metrics against single-task nets, in percent; above 0 is better than those.
-
-    Args:
-        metrics: of the net for all tasks, by task.
-        single: of each task's own net.
-        higher_is_better: which way a metric is good.
-
-    Returns:
-        Δm (Maninis et al. 2019, https://arxiv.org/abs/1904.08918).
-    """
-    changes = [(1 if higher_is_better[name] else -1) * (metrics[name] / single[name] - 1) for name in single]
-    return 100 * sum(changes) / len(changes)

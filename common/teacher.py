@@ -48,7 +48,9 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
         hint = nearest(layer.name, (path.name for path in recipe.glob("*.yaml")))
         raise InputError(f"model.teacher_training {training}: no such file in {recipe.name}{hint}")
     data = {key: value for key, value in config["data"].items() if key not in LOADING}
-    base = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
+    base: dict[str, Any] = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
+    if config["model"]["augmentation"] is None:  # as texts must; the layer may have one
+        base["model"]["augmentation"] = None
     layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (recipe / "config.yaml", layer)]
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -103,3 +105,5 @@ class TeacherCLI(RecipeCLI):
         data: Any = self.datamodule
         found = fingerprint(data.labelled)
         module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))
+        # The run's own config names it: a resumed run goes on with this teacher, whatever has been edited since.
+        self.resolved["model"]["teacher_checkpoint"] = module.teacher_checkpoint

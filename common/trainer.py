@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from common.checkpoint import read_checkpoint
-from common.data import BaseDataModule, total_steps
+from common.data import BaseDataModule, geometry, total_steps
 from common.errors import InputError
 from common.module import BaseModule
 from common.strategies.sharding import Memory
@@ -47,7 +47,9 @@ class RecipeTrainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         model.float8, model.weight_init = False, None
-        batch = next(iter(datamodule.train_dataloader()))
+        geometry(self)  # the loader's own checks
+        # Of whole size, which the loader's first need not be.
+        batch = datamodule.train_data[list(range(datamodule.batch_size))]
         # Tensors with shapes and without memory. Initialization looks at values, which they do not have.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, self.precision_plugin.tensor_init_context(), _no_init():

@@ -179,6 +179,25 @@ def test_random_starts_are_uniform_and_belong_to_their_sample(norm: Any, shape: 
     assert not torch.equal(random_in_ball(norm, 8, index[:1], torch.Size(shape)).flatten(1), points[:1])
 
 
+def test_padding_changes_no_random_start() -> None:
+    index, mask = torch.arange(20_000), torch.zeros(20_000, 8, 1, dtype=torch.bool)
+    mask[:, :2] = True
+    points = random_in_ball("l2", 7, index, torch.Size((8, 3)), mask)
+    assert (points[:, 2:] == 0).all()
+    lengths = points.flatten(1).norm(dim=1) ** 6  # uniform, in the six dimensions that are left
+    assert stats.kstest(lengths.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_what_is_wrong_without_attack_is_not_robust(net: nn.Module, batch: Any) -> None:
+    pixels, _, index = batch
+    with torch.no_grad():
+        guess = net.eval()(pixels).argmax(-1)
+    net.train()
+    found = under_attack(net, PGD(0.3, 1), {"pixel_values": pixels}, (guess + 1) % 10, index, 0)
+    assert (found.logits.argmax(-1) == guess).all()
+    assert torch.equal(found.points, pixels)
+
+
 # Objectives
 
 

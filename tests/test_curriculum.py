@@ -1,7 +1,8 @@
-"""Curricula: stages follow the tokens seen, easy samples come first, and every stage is the same on all ranks."""
+"""Curricula: lessons follow the tokens seen, easy samples come first, and every lesson is the same on all ranks."""
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 import transformers
 
-from common.curriculum import CurriculumSampler, DocumentLength, Pacing, Rarity, ReferenceLoss, ScoreFile, Stage
+from common.curriculum import CurriculumSampler, DocumentLength, Lesson, Pacing, Rarity, ReferenceLoss, ScoreFile
 from common.errors import InputError
-from common.text import Windows
-from tests.support import Rank, main_of, read_metrics, text_args
+from common.text import CACHE, Characters, Windows
+from recipes.curriculum.data import CurriculumData
+from tests.support import Rank, logs, main_of, read_metrics, run_ranks, text_args
 
 
 def test_pacing_is_that_of_platanios() -> None:
@@ -25,13 +27,13 @@ def test_pacing_is_that_of_platanios() -> None:
 
 
 class Growing:
-    """Stages that double the batch from 2 and open a third of the samples after 100 tokens."""
+    """Lessons that double the batch from 2 and open a third of the samples after 100 tokens."""
 
     def __init__(self, full: int, seen: int = 0):
         self.full, self.tokens_seen = full, seen
 
-    def stage(self, seen: int) -> Stage:
-        return Stage(self.full if seen >= 100 else self.full // 2, 8, 1 / 3 if seen < 100 else 1.0)
+    def lesson(self, seen: int) -> Lesson:
+        return Lesson(self.full if seen >= 100 else self.full // 2, 8, 1 / 3 if seen < 100 else 1.0)
 
 
 def steps(world: int, accumulate: int, seen: int = 0, processed: int = 0) -> list[set[int]]:
@@ -39,7 +41,7 @@ def steps(world: int, accumulate: int, seen: int = 0, processed: int = 0) -> lis
     size = 16 // world // accumulate
     lists = [
         [p.indices for p in CurriculumSampler(
-            np.arange(90.0)[::-1], size, Growing(size, seen), Rank(world, rank, accumulate, processed=processed)
+            np.arange(90)[::-1].copy(), size, Growing(size, seen), Rank(world, rank, accumulate, processed=processed)
         )]
         for rank in range(world)
     ]  # fmt: skip
@@ -55,7 +57,7 @@ def test_easy_samples_come_first_and_ranks_and_accumulation_change_nothing() -> 
     assert steps(2, 1) == steps(1, 2) == steps(2, 2) == one
 
 
-def test_a_resumed_sampler_goes_on_in_the_same_stage() -> None:
+def test_a_resumed_sampler_goes_on_with_the_same_lesson() -> None:
     assert steps(2, 2, seen=128, processed=4) == steps(1, 1)[2:]
     assert steps(1, 1, seen=64, processed=1) == steps(1, 1)[1:]
 
@@ -63,6 +65,32 @@ def test_a_resumed_sampler_goes_on_in_the_same_stage() -> None:
 def test_a_full_epoch_sees_every_sample_once() -> None:
     whole = steps(1, 1, seen=1000)
     assert sum(map(len, whole)) == len(set().union(*whole)) == 80
+
+
+@pytest.mark.parametrize(("context", "first"), [(128, 32), (100, 24), (20, 8), (5, 5)])
+def test_windows_grow_by_8_tokens_to_the_whole_context(context: int, first: int, small_text: Path) -> None:
+    data = CurriculumData(Characters(), str(small_text), context=context, length=Pacing(0.25, 1000))
+    lengths = [data.lesson(seen).length for seen in range(0, 1001, 10)]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (first, context)
+    assert all(length % 8 == 0 for length in lengths if length != context)
+
+
+@pytest.mark.parametrize(("start", "parts"), [(1.0, 1), (0.5, 2), (0.3, 4), (0.25, 4), (0.1, 16)])
+def test_batches_that_cannot_be_divided_are_refused(start: float, parts: int, small_text: Path) -> None:
+    """What is left has the same samples on any number of ranks."""
+
+    def data(batch_size: int) -> CurriculumData:
+        return CurriculumData(Characters(), str(small_text), batch=Pacing(start, 1000), batch_size=batch_size)
+
+    several = [data(4 * parts // world) for world in (1, 2, 4)]
+    for seen in range(0, 1001, 50):
+        assert len({each.lesson(seen).batch_size * world for each, world in zip(several, (1, 2, 4), strict=True)}) == 1
+    assert several[0].lesson(0).batch_size == 4
+    assert several[0].lesson(1000).batch_size == 4 * parts
+    for batch_size in range(parts + 1, 2 * parts):
+        with pytest.raises(InputError, match=f"data.batch_size {batch_size} is no multiple of {parts}.*{2 * parts} or"):
+            data(batch_size)
 
 
 @pytest.fixture
@@ -118,23 +146,72 @@ def test_stages_grow_and_are_logged(fit: Fit, work: Path) -> None:
         assert columns[name][-1] == full
     tokens = [0.0, *read_metrics(table, "curriculum/tokens")]
     taken = [after - before for before, after in itertools.pairwise(tokens)]
-    assert taken[0] == 2 * 8
-    assert taken[-1] == 8 * 32
+    assert taken == [size * length for size, length in zip(columns["batch_size"], columns["length"], strict=True)]
     assert cli.datamodule.tokens_seen == tokens[-1]
 
 
-def test_self_paced_steps_leave_hard_windows_out(fit: Fit, work: Path) -> None:
-    """The very first loss is about that of guessing: at half of it nothing is easy, at 1.5 of it all is."""
-    none = ["--data.length", "null", "--data.batch", "null", "--data.competence", "null", "--trainer.max_steps", "1"]
-    pace = "--model.self_paced"
-    losses = {}
-    for share in ("0.5", "0.99"):
-        fit(*none, f"{pace}.start", share, f"{pace}.tokens", "1000000", "--name", share)
-        (losses[share],) = read_metrics(work / f"runs/curriculum/{share}/metrics.csv", "train/loss")
-    fit(*none, "--name", "all")
-    (whole,) = read_metrics(work / "runs/curriculum/all/metrics.csv", "train/loss")
-    assert losses["0.5"] == 0
-    assert 0 <= losses["0.99"] <= whole
+WHOLE = ["--data.length", "null", "--data.batch", "null", "--data.competence", "null"]
+
+
+def test_self_paced_steps_learn_from_the_windows_that_are_easiest_at_the_time(fit: Fit, work: Path) -> None:
+    pace = ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "1000000000"]
+    cli = fit(*WHOLE, *pace, "--trainer.max_steps", "30")
+    losses = read_metrics(work / "runs/curriculum/default/metrics.csv", "train/loss")
+    assert losses[-1] < losses[0] - 0.3
+    batch = cli.datamodule.train_data[list(range(8))]
+    each = cli.model.window_losses(batch)
+    for share, count in ((1e-9, 1), (0.5, 4), (0.9, 7)):
+        cli.model.self_paced = Pacing(share, 10**12)
+        loss, counted = cli.model.shared_step(batch, "train")
+        assert counted == count
+        assert loss.item() == pytest.approx(each.sort().values[:count].mean().item())
+    cli.model.self_paced = Pacing(0.5, 1)
+    assert cli.model.shared_step(batch, "train")[0].item() == pytest.approx(each.mean().item())
+    assert cli.model.double().window_losses(batch).dtype == torch.float64
+
+
+@pytest.mark.parametrize("pace", [[], ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "10000"]])
+def test_preflight_measures_the_largest_step(pace: list[str], fit: Fit, lm_args: list[str], work: Path) -> None:
+    small = [*text_args("curriculum", lm_args), "--data.batch_size", "8", *pace]
+    staged, whole = (main_of("curriculum")(["preflight", *small, *more]).trainer.found for more in ([], WHOLE))
+    assert staged.items == 8 * 32
+    assert staged.activations == whole.activations
+    assert staged.activations > 0
+
+
+def scores_of(path: Path, seed: int) -> list[str]:
+    """Random scores of the windows, and the flags that take them."""
+    np.savetxt(path, np.random.default_rng(seed).permutation(1687))
+    return ["--data.difficulty", "common.curriculum.ScoreFile", "--data.difficulty.path", str(path)]
+
+
+def test_a_run_goes_on_in_the_same_order_of_difficulty_only(
+    fit: Fit, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit("--trainer.max_steps", "2", *scores_of(work / "scores.txt", 1))
+    again = ["--ckpt_path", "last", "--trainer.max_steps", "4"]
+    scores_of(work / "scores.txt", 2)
+    with pytest.raises(SystemExit):
+        fit(*again)
+    assert "training windows are in another order than those of the checkpoint" in capfd.readouterr().err
+    scores_of(work / "scores.txt", 1)
+    assert fit(*again).trainer.global_step == 4
+    (work / "scores.txt").unlink()  # which only training needs
+    tested = main_of("curriculum")(["test", "--ckpt_path", "last", *SILENT, "--trainer.limit_test_batches", "1"])
+    assert tested.datamodule.difficulty.path == work / "scores.txt"
+
+
+def differing_main(args: list[str], path: Path) -> None:
+    """Train with scores that are not the same on each rank."""
+    rank = int(os.environ["RANK"])
+    main_of("curriculum")([*args, *scores_of(path / f"scores{rank}.txt", rank)])
+
+
+def test_ranks_must_have_the_same_order_of_difficulty(lm_args: list[str], work: Path) -> None:
+    args = ["fit", *text_args("curriculum", lm_args), *SILENT, "--trainer.accelerator", "cpu"]
+    args += ["--trainer.devices", "2", "--trainer.max_steps", "2"]
+    assert 2 in run_ranks(differing_main, args, work, folder=work), logs(work)
+    assert "training windows are in another order than those of rank 0" in logs(work)
 
 
 FILES: dict[str, Callable[[Path], Any]] = {
@@ -162,6 +239,9 @@ SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
         ("--data.context 0", "data.context: must be at least 1, got 0"),
         ("--data.context 100000", "too few for a window"),
         ("--data.batch_size 4000", "data.batch_size: 4000 x 1 ranks"),
+        ("--data.batch_size 6", "data.batch_size: 6 is no multiple of 4, into which data.batch.start 0.25 divides it"),
+        ("--data.context 600", "data.context: 600 exceeds max_position_embeddings 512 of model.config"),
+        ("--model.config transformers.ViTConfig", "ViTConfig makes no language model"),
         ("--model.self_paced.start 2 --model.self_paced.tokens 3", "start must be above 0 and at most 1, got 2"),
         ("--model.self_paced.start 0.5", "tokens"),
         (f"{SCORES} short.txt", "short.txt: 2 scores for 1687 training windows"),
@@ -186,12 +266,17 @@ def test_mistakes_cost_a_line(flags: str, line: str, fit: Fit, work: Path, capfd
     assert not list(work.glob("runs/*/*/checkpoints"))
 
 
-def test_scores_must_know_the_tokens(windows: Windows, tmp_path: Path) -> None:
+def test_scores_must_fit_the_data(windows: Windows, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="knows 3 tokens, but the data has number 5"):
         ReferenceLoss(str(tmp_path), cache_dir=str(tmp_path)).scores(windows, eos_id=0)
+    short = transformers.GPT2Config(vocab_size=6, n_positions=2, n_embd=4, n_layer=1, n_head=1)
+    transformers.AutoModelForCausalLM.from_config(short).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"data.context 4 exceeds max_position_embeddings 2 of"):
+        ReferenceLoss(str(tmp_path), cache_dir=str(tmp_path)).scores(windows, eos_id=0)
+    assert ReferenceLoss("any").cache_dir == Path(CACHE).expanduser() / "scores"
     (tmp_path / "scores.txt").write_text("3\n1\n2\n")
     assert ScoreFile(str(tmp_path / "scores.txt")).scores(windows, eos_id=0).tolist() == [3, 1, 2]

@@ -29,7 +29,7 @@ from common.labelled import fingerprint
 from common.nets import CausalLM, ConvNet, Pretrained
 from common.sources import Digits
 from common.text import Characters, TextWindows
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
 from tests.test_resume import digest, killed_main, write_config
 
 RECIPE = "distillation"
@@ -226,6 +226,35 @@ def test_teacher_is_trained_once(work: Path, cache: None) -> None:
     fit("--model.teacher.widths", "[4]")
     assert len(kept()) == 2
     assert kept().items() > first.items()
+
+
+def test_a_resumed_run_keeps_its_teacher(work: Path, cache: None) -> None:
+    """Whatever has been edited since, in the layer that trained it."""
+    layer = Path("mine.yaml")
+    layer.write_text("trainer: {max_epochs: 1, check_val_every_n_epoch: 1}\nmodel: {augmentation: null}\n")
+    fit("--model.teacher_training", str(layer.resolve()))
+    first = kept()
+    layer.write_text("trainer: {max_epochs: 2, check_val_every_n_epoch: 1}\nmodel: {augmentation: null}\n")
+    cli = main_of(RECIPE)(["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"])
+    assert kept() == first
+    assert next(iter(first)) in cli.model.teacher_checkpoint
+
+
+def test_texts_are_not_augmented(work: Path, cache: None, small_text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("reviews.csv").write_text("\n".join(["text,label", *(f"a {w} film,{w}" for w in ("good", "bad") * 30)]))
+    encoder = str(write_encoder(work / "encoder", ["a good bad film"]).resolve())
+    texts = ["--data.source", "common.sources.TextTable", "--data.source.path", "reviews.csv"]
+    texts += ["--data.source.tokenizer", encoder]
+    for net in ("net", "teacher"):
+        texts += [f"--model.{net}", "common.nets.PretrainedEncoder", f"--model.{net}.name", encoder]
+    layer = Path("mine.yaml")
+    layer.write_text("trainer: {max_epochs: 1, check_val_every_n_epoch: 1}\ndata: {batch_size: 8}\n")
+    texts += [*TINY, *CPU, "--model.teacher_training", str(layer.resolve())]
+    main_of(RECIPE)(["fit", *texts, "--model.augmentation", "null"])
+    assert len(kept()) == 1
+    affine = "[{class_path: kornia.augmentation.RandomAffine, init_args: {degrees: 10.0}}]"
+    line = refused(["fit", *texts, "--model.augmentation", affine, "--model.teacher", "null"], capfd)
+    assert "model.augmentation is for images" in line
 
 
 def test_failed_teacher_leaves_nothing(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:
@@ -444,6 +473,8 @@ WRONG = [
     (f"{SOURCE} --data.source.path short.txt --data.source.val_fraction 1", "val_fraction", "give a share between"),
     (f"{SOURCE} --data.source.path short.txt --data.source.context 8 {NET} common.nets.CausalLM "
      f"{NET}.config transformers.ViTConfig {TEACHER} null", NET, "ViTConfig makes no language model"),
+    (f"{SOURCE} --data.source.path short.txt --data.source.context 8 {TEACHER} null --model.augmentation null "
+     "--data.batch_size 1 --data.eval_batch_size 1", NET, "ConvNet takes no 'input_ids', which the data has"),
 ]
 # fmt: on
 

@@ -10,8 +10,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it
 
 import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
+import torch
 
 from common.checkpoint import read_checkpoint
+from common.faults import lost_rank
 from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, strategies_of, turn
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
@@ -54,6 +56,31 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
     os.setpgrp()
     BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
     main_of(recipe)(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NCCL error: remote process exited or there was a network error", "remote process exited"),
+        ("[rank0]: Connection closed by peer [127.0.0.1]:4242", "Connection closed by peer"),
+        ("NCCL error: invalid usage, Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 5e000", None),
+    ],
+)
+def test_what_tells_of_a_lost_rank(text: str, found: str | None) -> None:
+    assert lost_rank(torch.distributed.DistBackendError(text)) == found
+
+
+def validate_until_sigterm(args: list[str]) -> None:
+    """The signal comes in the middle of validation."""
+    from common.module import BaseModule
+
+    BaseModule.validation_step = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
+    main_of("lm")(args)
+
+
+def test_sigterm_ends_a_validation_at_once(work: Path, plain_args: dict[str, list[str]]) -> None:
+    args = ["validate", *plain_args["lm"], "--trainer.enable_progress_bar", "false"]
+    assert run_ranks(validate_until_sigterm, args, world=1, folder=work) == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from torchjd import scalarization
 from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, Mean, PCGrad, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
+from benchmarks.multitask import delta_m
 from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
 from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Uncertainty, Weighting
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
-from common.tasks import Task, TaskMetrics, delta_m, task_loss, task_losses
+from common.tasks import Task, TaskMetrics, task_loss, task_losses
 from tests.support import ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks
 from tests.test_resume import digest, killed_main, write_config
 

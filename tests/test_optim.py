@@ -31,6 +31,7 @@ from common.optim import (
     param_groups,
     scale_lr,
 )
+from common.tabular_nets import FTTransformer, TabM
 from tests.support import ROOT, main_of, read_metrics
 
 SMALL = [
@@ -386,6 +387,24 @@ def test_language_model_heads_and_embeddings_are_left_to_adamw(tied: bool) -> No
     assert len(everything) == len(set(everything)) == len(list(net.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("kind", "hidden", "factors"),
+    [
+        (TabM, {"blocks.0.0.weight", "blocks.1.0.weight"}, {f"blocks.{n}.0.{leaf}" for n in (0, 1) for leaf in "rs"}),
+        (FTTransformer, {f"blocks.{n}.attention.W_{m}.weight" for n in (0, 1) for m in ("q", "k", "v", "out")}
+         | {f"blocks.{n}.ffn.linear{m}.weight" for n in (0, 1) for m in (1, 2)}, set()),
+    ],
+)  # fmt: skip
+def test_biases_and_embeddings_with_two_axes_are_no_matrices(kind: Any, hidden: set[str], factors: set[str]) -> None:
+    """Members of an ensemble and columns of a table have vectors of their own; factors decay, as in TabM's own code."""
+    net = kind(2, [3], torch.linspace(-2, 2, 50)[:, None].expand(-1, 2))
+    groups = param_groups(net)
+    assert names_where(net, groups, use_muon=True) == {f"net.backbone.{name}" for name in hidden}
+    still = names_where(net, groups, weight_decay=0.0)
+    assert still == {name for name, p in net.named_parameters() if p.ndim < 2 or name.endswith("bias")}
+    assert {f"net.backbone.{name}" for name in factors} <= set(dict(net.named_parameters())) - still
+
+
 def test_the_head_of_a_small_net_is_left_to_adamw() -> None:
     net = ConvNet(3, widths=(4,))
     assert names_where(net, param_groups(net), use_muon=True) == set()
@@ -592,3 +611,6 @@ def test_another_net_inherits_no_argument(work: Path) -> None:
     assert net.model.config.model_type == "convnext"
     assert net.model.config.hidden_act == "gelu"
     assert net.model.config.layer_norm_eps == 1e-12
+    # A flag names a net without a config, which jsonargparse looks for in arguments that were not given.
+    args = ["fit", *SMALL[2:], *NO_FILES, *first, "--model.net", "common.nets.ConvNet", "--trainer.max_steps", "1"]
+    assert isinstance(main_of("classification")(args).model.net, ConvNet)

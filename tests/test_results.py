@@ -1,6 +1,7 @@
 """The table of results names every recipe, and says so when a config has changed since a number was measured."""
 
 import json
+from pathlib import Path
 
 from benchmarks.results import PAGE, STORE, config_hash, render, rows
 from tests.support import RECIPES
@@ -25,6 +26,16 @@ def test_the_hash_is_that_of_values() -> None:
     assert config_hash(changed) != config_hash(row)
     same = row._replace(fit=(*row.fit, "--seed_everything", "1"))
     assert config_hash(same) == config_hash(row), "what the recipe's own config says already"
+
+
+def test_the_hash_knows_how_a_teacher_is_trained(tmp_path: Path) -> None:
+    row = next(row for row in rows() if row.recipe == "distillation")
+    (tmp_path / "other.yaml").write_text("# Another.\n")
+    named = row._replace(fit=("--model.teacher_training", str(tmp_path / "other.yaml")))
+    before = config_hash(named)
+    (tmp_path / "other.yaml").write_text("# Yet another.\n")
+    config_hash.cache_clear()
+    assert config_hash(named) != before
 
 
 def test_a_stale_number_is_marked() -> None:

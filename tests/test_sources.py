@@ -369,6 +369,12 @@ def test_fractions_must_leave_samples(val: float, test: float) -> None:
         ClassificationData(Skewed(), val_fraction=val, test_fraction=test)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_not_laid_on_the_data(seed: int) -> None:
+    with pytest.raises(InputError, match=rf"^data.split_seed must be in \[0, 2\*\*32\), got {seed}$"):
+        ClassificationData(Skewed(), split_seed=seed)
+
+
 def test_a_class_of_two_cannot_be_split(encoder: str, tmp_path: Path) -> None:
     rows = [{"text": "good", "label": label} for label in ["a"] * 20 + ["b"] * 2]
     source = TextTable(write_table(tmp_path / "rare.csv", rows), encoder)

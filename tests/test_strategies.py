@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
+from common.strategies.fsdp import FSDP, FSDP2
+from common.strategies.sharding import Memory
 from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks, strategies_of, turn
 
 CELLS = [
@@ -48,6 +50,8 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
 
     def run(recipe: str, strategy: str | None, world: int, *args: str, name: str, accumulate: int = 1) -> Path:
         layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
+        if "zero3" in (strategy or ""):  # which does not shard what is small, by default
+            layer += ["--trainer.strategy.zero_optimization", "{stage3_param_persistence_threshold: 0}"]
         command = [
             "fit", *layer, *plain_args[recipe], "--name", name, "--data.batch_size", str(16 // world // accumulate),
             "--trainer.accumulate_grad_batches", str(accumulate), "--trainer.accelerator", "cpu",
@@ -131,17 +135,20 @@ def reference(
     [name if name in ("lm", "classification") else pytest.param(name, marks=pytest.mark.matrix) for name in RECIPES],
 )
 def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_property: Callable[[str, Any], None]) -> None:
-    """Two steps under each, one after the other, on one rank and on two, end where a single process does."""
+    """Two steps under each, one after the other, on one rank and on two, end where a single process does.
+
+    With checkpointed activations where the net has blocks, which every strategy that shards wraps as well.
+    """
     hops: list[tuple[str | None, int]] = [(name, 2) for name in strategies_of(recipe)]
     hops = [(None, 1), *hops, (None, 1)]
     schedule = "torch.optim.lr_scheduler.LinearLR"  # the same however long the run is
     args = ["--model.lr_scheduler", schedule, "--trainer.val_check_interval", "2", "--trainer.max_steps"]
     whole = fit(recipe, None, 1, *args, str(2 * len(hops)), name="whole")
-    folder, end = Path(), []
+    folder, end, again = Path(), [], ["--model.activation_checkpointing", "true"] if recipe == "lm" else []
     for step, (strategy, world) in enumerate(hops, 1):
         resumed = ["--ckpt_path", "last"] if step > 1 else []
         given = ["--trainer.strategy", "auto"] if strategy is None else []
-        folder = fit(recipe, strategy, world, *args, str(2 * step), *resumed, *given, name="hops")
+        folder = fit(recipe, strategy, world, *args, str(2 * step), *resumed, *given, *again, name="hops")
         end += read_metrics(folder / "metrics.csv", "val/loss")
     expected = read_metrics(whole / "metrics.csv", "val/loss")
     assert len(end) == len(hops)
@@ -157,6 +164,41 @@ def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_proper
         for key, value in state.items():
             assert torch.allclose(states["state"][number][key], value, atol=1e-5), (number, key)
     assert last["lr_schedulers"] == wanted["lr_schedulers"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["sharding_strategy", "SHARD_GRAD_OP"],
+        ["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[1, 2]"],
+        ["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[2, 1]"],
+        ["cpu_offload", "true"],
+    ],
+    ids=" ".join,
+)
+def test_choices_of_fsdp1(flags: list[str], fit: Fit, reference: Callable[[str], Path]) -> None:
+    keys = [f"--trainer.strategy.{flag}" if i % 2 == 0 else flag for i, flag in enumerate(flags)]
+    folder = fit("lm", "fsdp", 2, *TWENTY, *keys, "--trainer.limit_val_batches", "0", name="run")
+    losses, expected = (read_metrics(path / "metrics.csv", "train/loss") for path in (folder, reference("lm")))
+    assert difference(losses, expected) < 1e-5
+    last, wanted = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (folder, reference("lm")))
+    for name, value in wanted["state_dict"].items():
+        assert torch.allclose(last["state_dict"][name], value, atol=1e-4), name
+    assert last["optimizer_states"][0]["state"].keys() == wanted["optimizer_states"][0]["state"].keys()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (FSDP(), (200, 200, 400)),
+        (FSDP("SHARD_GRAD_OP"), (400, 200, 400)),
+        (FSDP("HYBRID_SHARD", device_mesh=(2, 1)), (400, 400, 800)),
+        (FSDP2(), (200, 200, 400)),
+        (FSDP2(reshard_after_forward=False), (400, 200, 400)),
+    ],
+)
+def test_shares_of_two_ranks(strategy: FSDP | FSDP2, expected: tuple[int, int, int]) -> None:
+    assert strategy.memory_per_rank(Memory(400, 400, 800), 100, 2) == expected
 
 
 def test_texts_and_metrics_do_not_depend_on_the_strategy(
@@ -202,6 +244,9 @@ def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fi
         ("deepspeed_zero2", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
         ("fsdp", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
         ("fsdp", ["--model.optimizer", "torch.optim.Adafactor"], "model.optimizer: Adafactor needs whole matrices"),
+        ("deepspeed_zero2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: DeepSpeed does without"),
+        ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: FSDP2 does without"),
+        ("fsdp", ["--trainer.strategy.device_mesh", "[1, 2]"], "is for sharding_strategy HYBRID_SHARD"),
         ("deepspeed_zero2", ["--model.l1", "0.1"], "model.l1: DeepSpeed keeps gradients to itself"),
         (
             "deepspeed_zero2",

@@ -7,12 +7,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from common.errors import InputError
@@ -42,9 +45,11 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         offload_optimizer: keep the optimizer's state in the memory of the host and step there.
         offload_parameters: keep weights in the memory of the host, with stage 3.
         zero_optimization: further settings of this section of DeepSpeed's config.
+        fp16: the same, for dynamic loss scaling.
+        timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: DeepSpeed is not installed.
+        InputError: DeepSpeed is not installed, runs on another device, or would leave a setting of the trainer out.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         zero_optimization: dict[str, Any] | None = None,
+        fp16: dict[str, Any] | None = None,
+        timeout: timedelta = default_pg_timeout,
     ):
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError("trainer.strategy: DeepSpeed is not installed; pip install -e '.[deepspeed]'")
@@ -69,8 +76,10 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # the optimizer of the config, wherever its state is
                 "zero_optimization": zero | (zero_optimization or {}),
+                **({"fp16": fp16} if fp16 else {}),
             },
             logging_level=logging.WARNING,
+            timeout=timeout,
         )
 
     @property
@@ -85,6 +94,12 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
 
     @override
     def setup_environment(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if self._on_cpu and get_accelerator().device_name() != "cpu":  # type: ignore[union-attr]
+            raise InputError("trainer.accelerator: DeepSpeed has taken this machine's GPU; set DS_ACCELERATOR=cpu")
+        if self._layer_sync:
+            raise InputError("trainer.sync_batchnorm: DeepSpeed does without; take false, or configs/strategy/ddp.yaml")
         (DDPStrategy if self._on_cpu else DeepSpeedStrategy).setup_environment(self)
 
     @override
@@ -107,6 +122,11 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
             problem = "DeepSpeed would run batch norm in 16 bits beside statistics in 32"
             raise InputError(f"trainer.precision: {problem}; take fp32, bf16-true or configs/strategy/fsdp2.yaml")
         share_buffers(model.net)
+        if "mixed" in self.precision_plugin.precision:
+            # Lightning would round everything in a batch to 16 bits, targets too; here, what enters the net.
+            self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+            dtype = torch.float16 if self.precision_plugin.precision == "16-mixed" else torch.bfloat16
+            model.net.register_forward_pre_hook(lambda _net, *given: _cast(given, dtype), with_kwargs=True)
         # DeepSpeed allocates a bucket of half a billion gradients, whatever the net.
         self.config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, model.num_params))  # type: ignore
         return model
@@ -189,7 +209,8 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.root_device)
         whole[piece.of_param] = flat.detach()[piece.of_flat].to(whole.device)
         dist.all_reduce(whole)
-        return whole.view(shape).cpu()
+        # On all ranks; the first one writes it.
+        return whole.view(shape).cpu() if self.is_global_zero else whole.new_empty(0)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -254,6 +275,13 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         """The number of each trained parameter, by its identity, as an optimizer of whole parameters counts them."""
         params = dict(self._module.named_parameters())
         return {id(params[name]): number for number, name in enumerate(self._module.param_names)}
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return apply_to_collection(values, Tensor, cast)
 
 
 def _shape(param: Any) -> torch.Size:

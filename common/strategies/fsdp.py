@@ -7,12 +7,15 @@ groups. So they go on under any other strategy and on any number of ranks.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullOptimStateDictConfig,
@@ -43,12 +46,36 @@ from common.strategies.sharding import (
 class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
     """Lightning's FSDP1 (https://arxiv.org/abs/2304.11277), on CPUs too.
 
-    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Takes the arguments of
-    ``lightning.pytorch.strategies.FSDPStrategy``; the blocks of the net are the units that are gathered at a time.
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. The blocks of the net are the
+    units that are gathered at a time.
+
+    Args:
+        sharding_strategy: FULL_SHARD over all ranks; SHARD_GRAD_OP keeps gathered weights until backward; HYBRID_SHARD
+            shards within a node and averages gradients between nodes.
+        cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
+        device_mesh: for HYBRID_SHARD, how many replicas and how many ranks that share one; None for a replica per node.
+        timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: mixed precision on CPUs, where Lightning's autocast does nothing, or an optimizer of whole matrices.
+        InputError: mixed precision on CPUs, where Lightning's autocast does nothing, an optimizer of whole matrices, or
+            a mesh of another number of ranks.
     """
+
+    def __init__(
+        self,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"] = "FULL_SHARD",
+        cpu_offload: bool = False,
+        device_mesh: tuple[int, int] | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ):
+        if device_mesh and sharding_strategy != "HYBRID_SHARD":
+            raise InputError("trainer.strategy.device_mesh: is for sharding_strategy HYBRID_SHARD; take that, or null")
+        self._units: set[int] = set()  # known once the net is made
+        policy: Any = CustomPolicy(lambda module: id(module) in self._units)
+        super().__init__(
+            sharding_strategy=sharding_strategy, cpu_offload=cpu_offload, auto_wrap_policy=policy, timeout=timeout
+        )
+        self._mesh = device_mesh
 
     @override
     def setup_environment(self) -> None:
@@ -56,6 +83,11 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
             problem = "under FSDP1 needs a GPU: Lightning would leave it out on a CPU"
             raise InputError(f"trainer.precision: {self.precision_plugin.precision} {problem}; take fsdp2 or bf16-true")
         super().setup_environment()
+        if self._mesh:
+            if self._mesh[0] * self._mesh[1] != self.world_size:
+                problem = f"{list(self._mesh)} is no mesh of {self.world_size} ranks"
+                raise InputError(f"trainer.strategy.device_mesh: {problem}; their product must be equal")
+            self.kwargs["device_mesh"] = init_device_mesh(self.root_device.type, self._mesh)
 
     @override
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -69,21 +101,22 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         config = super().mixed_precision_config
         if config is None or "mixed" not in self.precision_plugin.precision:
             return config
-        # Lightning would also keep buffers and add up gradients in 16 bits, unlike every other strategy.
-        return dataclasses.replace(config, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
+        # Lightning would also keep buffers and add up gradients in 16 bits, and round the targets in a batch, unlike
+        # every other strategy: the net's units cast what enters them.
+        fp32 = {"reduce_dtype": torch.float32, "buffer_dtype": torch.float32}
+        return dataclasses.replace(config, **fp32, cast_root_forward_inputs=False, cast_forward_inputs=True)
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.lightning_module is not None
         net: Any = self.lightning_module.net
         share_buffers(net)
-        units = {id(module) for module in [*blocks(net), net]}
+        self._units |= {id(module) for module in [*blocks(net), net]}
         wrapped = FullyShardedDataParallel(
             model,
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
-            auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
             device_id=self.root_device,
             **self.kwargs,
         )
@@ -100,8 +133,11 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded."""
         name = self.sharding_strategy.name
-        parts = 1 if name == "NO_SHARD" else self.num_processes if "HYBRID" in name else ranks
-        return Memory(*(size // parts for size in whole))
+        parts = ranks
+        if name == "HYBRID_SHARD":
+            parts = self._mesh[1] if self._mesh else self.num_processes
+        weights = whole.weights if name == "SHARD_GRAD_OP" else whole.weights // parts
+        return Memory(weights, whole.gradients // parts, whole.optimizer // parts)
 
     def _whole(self) -> AbstractContextManager[Any]:
         assert self.model is not None
@@ -143,20 +179,29 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         reshard_after_forward: free a block's gathered weights between forward and backward: less memory for gathering
             them again, as ZeRO-3; otherwise they stay until backward has used them, as ZeRO-2.
         cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
+        timeout: after which a rank that waits for another gives up.
     """
 
-    def __init__(self, reshard_after_forward: bool = True, cpu_offload: bool = False):
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        timeout: timedelta = default_pg_timeout,
+    ):
         # What lies on the host is gathered there, for norms and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded."""
-        return Memory(*(size // ranks for size in whole))
+        weights = whole.weights // ranks if self.reshard_after_forward else whole.weights
+        return Memory(weights, whole.gradients // ranks, whole.optimizer // ranks)
 
     @override
     def setup_environment(self) -> None:
+        if self._layer_sync:
+            raise InputError("trainer.sync_batchnorm: FSDP2 does without; take false, or configs/strategy/ddp.yaml")
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
@@ -191,16 +236,22 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
             if isinstance(module, Metric):
                 module.to(self.root_device)
 
+    def _whole(self, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        whole = value.full_tensor()  # on all ranks; the first one writes it
+        return whole.cpu() if self.is_global_zero else whole.new_empty(0)
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: _whole_tensor(value) for name, value in self.lightning_module.state_dict().items()}
+        return {name: self._whole(value) for name, value in self.lightning_module.state_dict().items()}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = optimizer.state_dict()
         whole = {
-            number: {name: _whole_tensor(value) for name, value in values.items()}
+            number: {name: self._whole(value) for name, value in values.items()}
             for number, values in state["state"].items()
         }
         return {**state, "state": whole}
@@ -214,10 +265,6 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": mine})
-
-
-def _whole_tensor(value: Any) -> Any:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def _share_like(parameter: Tensor, value: Any) -> Any:

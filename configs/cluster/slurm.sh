@@ -1,30 +1,36 @@
 #!/bin/bash
 # One job on several nodes, requeued until the run is complete.
 #   sbatch configs/cluster/slurm.sh lm my_run --config configs/strategy/fsdp2.yaml --config configs/precision/bf16-mixed.yaml
-# Slurm starts one process per GPU; Lightning reads ranks and addresses from Slurm's variables. Two minutes before the
+# Slurm starts one process per GPU; Lightning reads ranks and addresses from Slurm's variables. Five minutes before the
 # time limit every process gets SIGTERM: the ranks agree on a step, write last.ckpt and end with 143, and the job is
-# requeued. So it is, five times at most, when a rank is lost; the run then goes on from the last periodic checkpoint.
+# requeued. Give --signal more than the longest validation and the writing of a checkpoint take. When a rank is lost, it
+# is requeued too, five times at most; the run goes on from the last periodic checkpoint. ROOT, the folder that runs/
+# is in, and the data must be on a file system that all nodes share.
 #SBATCH --job-name=recipes
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-recipe=$1 name=$2
+recipe=$1 name=$2 root=${ROOT:-.}
 shift 2
+last="$root/runs/$recipe/$name/checkpoints/last.ckpt"
 
-resume=()
-if [ -e "runs/$recipe/$name/checkpoints/last.ckpt" ]; then resume=(--ckpt_path last); fi
+resume=() began=$(mktemp)
+if [ -e "$last" ]; then resume=(--ckpt_path last); fi
 
-srun --kill-on-bad-exit=1 python "recipes/$recipe/train.py" fit --name "$name" "${resume[@]}" "$@" \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  python "recipes/$recipe/train.py" fit --name "$name" "${resume[@]}" "$@" --trainer.default_root_dir "$root" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 code=$?
-case $code in
-  143) scontrol requeue "$SLURM_JOB_ID" ;; # SIGTERM: the time limit, or a preemption
-  # A lost rank, an abort of NCCL, a kill. A bug of one rank looks the same to the others, hence the limit.
-  3 | 134 | 137) if [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
-esac
+# A checkpoint shows that SIGTERM came from the time limit or a preemption, and that the job gets on. Otherwise a rank
+# was lost, NCCL aborted, or a bug ended one rank, which looks the same to the others: hence the limit.
+if [ $code = 143 ] && [ "$last" -nt "$began" ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+elif [[ $code =~ ^(3|134|137|143)$ ]] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code

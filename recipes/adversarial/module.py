@@ -30,7 +30,8 @@ class AdversarialModule(BaseModule):
         eval_attack: measures robustness in validation, ``predict`` and pictures.
         test_attack: measures it in ``test``; None for ``eval_attack``.
         attack: finds what is trained on; None for an objective without.
-        augmentation: kornia augmentations of the images, applied on the device in training, before the attack.
+        augmentation: kornia augmentations of the images, applied on the device in training, before the attack; pixels
+            stay in their range.
         kwargs: of :class:`common.module.BaseModule`.
     """
 
@@ -47,14 +48,14 @@ class AdversarialModule(BaseModule):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.make_net, self.class_names, self.is_image = net, class_names, bool(input_range)
+        self.make_net, self.class_names, self.input_range = net, class_names, input_range
         self.objective, self.attack = objective, attack
         self.attacks = {"val": eval_attack, "test": test_attack or eval_attack}
         for name, given in (("attack", attack), ("eval_attack", eval_attack), ("test_attack", test_attack)):
             if given is not None:
                 given.check_range(f"model.{name}.clamp", input_range)
         objective.check(attack)
-        if augmentation and not self.is_image:
+        if augmentation and not input_range:
             raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
         self.augmentation = nn.Sequential(*augmentation or [])
         names = [f"{stage}/{name}" for stage in self.attacks for name in ("accuracy", "robust_accuracy")]
@@ -63,7 +64,7 @@ class AdversarialModule(BaseModule):
     @override
     def build_net(self) -> nn.Module:
         net = self.make_net(len(self.class_names))
-        if not self.is_image:
+        if not self.input_range:
             input_embeddings(net)  # refuses nets without
         return net
 
@@ -76,7 +77,7 @@ class AdversarialModule(BaseModule):
         if stage == "train":
             inputs, seed = dict(batch.inputs), step_seed(global_seed(), self.trainer.global_step)
             if len(self.augmentation):
-                inputs["pixel_values"] = self.augmentation(inputs["pixel_values"])
+                inputs["pixel_values"] = self.augmentation(inputs["pixel_values"]).clamp(*self.input_range)
             return self.objective(self.net, self.attack, inputs, batch.target, batch.index, seed), batch.mask.sum()
         found, target = self.under(self.attacks[stage], batch, batch.target), batch.target[batch.mask]
         for name, logits in (("accuracy", found.clean), ("robust_accuracy", found.logits)):
@@ -96,7 +97,7 @@ class AdversarialModule(BaseModule):
         found = [self.under(attack.at(eps), batch, batch.target) for eps in radii]
         right = [(each.logits.argmax(-1) == batch.target).float().mean().item() for each in found]
         figures = {"robustness": robustness_curve(radii, right, attack.eps)}
-        if self.is_image:
+        if self.input_range:
             clean, points, logits = found[RADII.index(1.0)]
             numbers = batch.target, clean.argmax(-1), logits.argmax(-1)
             images = adversarial_examples(batch.inputs["pixel_values"], points, *numbers, self.class_names)

@@ -1,6 +1,5 @@
-"""Text as windows of tokens in stages. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
+"""Text as windows of tokens in lessons. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from common.curriculum import CurriculumSampler, Difficulty, Pacing, Stage
+from common.curriculum import CurriculumSampler, Difficulty, Lesson, Pacing, check_order, halvings, order_digest
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.text import CACHE, Corpus, TokenBatch, TokenDataset, TokenizerSource, Windows, prepare
@@ -27,7 +26,7 @@ class CurriculumData(BaseDataModule):
         context: length of a window in tokens.
         length: share of ``context`` that a step trains on, the first tokens of each window; None for all of it
             (https://arxiv.org/abs/2108.06084).
-        batch: share of ``batch_size`` in a step, rounded down to 1/2, 1/4, …, which ranks can share; None for all of it
+        batch: share of ``batch_size`` in a step, rounded down to 1/2, 1/4, …, which divide it; None for all of it
             (https://arxiv.org/abs/1711.00489).
         competence: share of the windows, the easiest, that a step draws from; None for all of them.
         difficulty: what is easy, by class path: one of ``common.curriculum``.
@@ -59,48 +58,53 @@ class CurriculumData(BaseDataModule):
             raise InputError(f"data.context must be at least 1, got {context}")
         if competence and not difficulty:
             raise InputError("data.competence needs data.difficulty; take common.curriculum.Rarity")
+        # Rounded sizes would add up to other steps on another number of ranks.
+        if batch and batch_size % (parts := 2 ** halvings(batch.start)):
+            problem = f"{batch_size} is no multiple of {parts}, into which data.batch.start {batch.start} divides it"
+            raise InputError(f"data.batch_size {problem}; take {-(-batch_size // parts) * parts} or a larger start")
         self.context, self.length, self.batch, self.competence = context, length, batch, competence
-        self.tokens_seen = 0
+        self.difficulty, self.tokens_seen = difficulty, 0
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.corpus: Corpus = prepare(
             path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
         )
         self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
         self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
-        windows = Windows(self.corpus.train, context, keep_partial=False)
-        self.scores = difficulty.scores(windows, self.eos_id) if difficulty else np.arange(len(windows), dtype=float)
+        self.windows = Windows(self.corpus.train, context, keep_partial=False)
 
-    def stage(self, seen: int) -> Stage:
-        """What a step is made of after so many tokens; batches double, and lengths are multiples of 8 tokens."""
-        halvings = math.ceil(-math.log2(self.batch(seen))) if self.batch else 0
-        length = 8 * max(round(self.context * self.length(seen) / 8), 1) if self.length else self.context
-        return Stage(
-            max(self.batch_size >> halvings, 1),
-            min(length, self.context),
-            self.competence(seen) if self.competence else 1.0,
-        )
+    def lesson(self, seen: int) -> Lesson:
+        """What a step is made of after so many tokens; batches double, lengths short of all are multiples of 8."""
+        batch, length, competence = (p(seen) if p else 1.0 for p in (self.batch, self.length, self.competence))
+        rounded = min(8 * max(round(self.context * length / 8), 1), self.context)
+        return Lesson(self.batch_size >> halvings(batch), rounded if length < 1 else self.context, competence)
 
     @override
     def setup(self, stage: str) -> None:
-        self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
         val = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
+        self.train_data = TokenDataset(self.windows)
         self.val_data = self.test_data = self.predict_data = val
+        if stage == "fit":
+            scores = self.difficulty and self.difficulty.scores(self.windows, self.eos_id)
+            self.order = np.arange(len(self.windows)) if scores is None else np.argsort(scores, kind="stable")
+            check_order(self.order, self._trainer.strategy.broadcast(order_digest(self.order)), "those of rank 0")
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.train_data, CurriculumSampler(self.scores, self.batch_size, self, self._trainer))
+        return self._loader(self.train_data, CurriculumSampler(self.order, self.batch_size, self, self._trainer))
 
     @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if not self._trainer.training:
             return batch
-        length = self.stage(self.tokens_seen).length
+        length = self.lesson(self.tokens_seen).length
         return batch._replace(input_ids=batch.input_ids[:, :length], target=batch.target[:, :length])
 
     @override
-    def state_dict(self) -> dict[str, int]:
-        return {"tokens_seen": self.tokens_seen}
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens_seen": self.tokens_seen, "order": order_digest(self.order)}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen = state_dict["tokens_seen"]
+        if self._trainer.state.fn == "fit":
+            check_order(self.order, state_dict["order"], "those of the checkpoint")

@@ -1,32 +1,32 @@
-"""The objective: predict the next token, of what the present stage shows."""
+"""The objective: predict the next token, of what the present lesson shows."""
 
-import math
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from typing_extensions import override
 
 from common.callbacks import run_folder
-from common.curriculum import Pacing
-from common.errors import InputError
-from common.losses import cross_entropy
+from common.curriculum import Lesson, Pacing
+from common.losses import cross_entropy, precise, text_scores
 from common.module import BaseModule, Stage
+from common.nets import causal_lm, check_context
 
 from .data import Batch
 
 
 class CurriculumModule(BaseModule):
-    """A decoder-only transformer trained with the cross-entropy of the next token, in stages.
+    """A decoder-only transformer trained with the cross-entropy of the next token, by a curriculum.
 
     Args:
         config: any causal language model of transformers, by its config's class path and settings.
         vocab_size: number of tokens; comes from the data.
         bytes_per_token: UTF-8 bytes of an average token; comes from the data.
         context: tokens of a window; comes from the data.
-        self_paced: leave windows out of a step whose loss is above this share of ``log(vocab_size)``, the loss of
-            guessing (Kumar et al. 2010, https://papers.nips.cc/paper/3923); None for none.
+        self_paced: share of the windows of each micro-batch, of each rank, that count: those that the net itself finds
+            easiest at the time, and always one (Kumar et al. 2010, https://papers.nips.cc/paper/3923, whose threshold
+            is here the loss that admits this share); None for all of them.
         kwargs: of :class:`common.module.BaseModule`.
     """
 
@@ -42,18 +42,14 @@ class CurriculumModule(BaseModule):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.config, self.bytes_per_token, self.self_paced = config, bytes_per_token, self_paced
-        config.vocab_size = vocab_size
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-        if context > (positions := getattr(config, "max_position_embeddings", context)):
-            raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {positions}")
+        check_context(config, context)
+        self.config, self.vocab_size, self.bytes_per_token = config, vocab_size, bytes_per_token
+        self.self_paced = self_paced
+        self.lesson: Lesson | None = None  # that of the last complete step
 
     @override
     def build_net(self) -> nn.Module:
-        try:
-            return AutoModelForCausalLM.from_config(self.config)  # SDPA attention wherever the net has it
-        except (ValueError, KeyError) as error:
-            raise InputError(f"model.config: {type(self.config).__name__} makes no language model: {error}") from error
+        return causal_lm(self.config, self.vocab_size)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""
@@ -63,40 +59,41 @@ class CurriculumModule(BaseModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         if not self.trainer.fit_loop._should_accumulate():  # the step is complete
+            self.lesson = self.data.lesson(self.data.tokens_seen)
             micro_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
             self.data.tokens_seen += batch.input_ids.numel() * micro_batches
         return loss
 
     def window_losses(self, batch: Batch) -> Float[Tensor, " batch"]:
         """Mean loss of each window's targets; NaN where it has none."""
-        loss = nn.functional.cross_entropy(self(batch).float().mT, batch.target, reduction="none")
+        loss = nn.functional.cross_entropy(precise(self(batch)).mT, batch.target, reduction="none")
         return loss.sum(1) / (batch.target != -100).sum(1)
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train" and self.self_paced and (share := self.self_paced(self.data.tokens_seen)) < 1:
             each = self.window_losses(batch)
-            easy = each.detach() <= share * math.log(self.config.vocab_size)
-            return (each * easy).mean(), batch.mask.sum()  # over all windows, so that micro-batches and ranks are equal
+            easy = each.detach() <= each.detach().quantile(share)  # as many in each micro-batch, up to equal losses
+            return (each * easy).sum() / easy.sum(), easy.sum()
         target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
         loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
         return loss, (target != -100).sum()
 
     @property
     def data(self) -> Any:
-        """The data module, which knows the stage."""
+        """The data module, which knows the lesson."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @override
     def train_metrics(self) -> dict[str, float]:
-        stage = self.data.stage(self.data.tokens_seen)._asdict()
-        return {"curriculum/tokens": float(self.data.tokens_seen)} | {f"curriculum/{k}": v for k, v in stage.items()}
+        assert self.lesson is not None, "a row is written after a step"
+        lesson = {f"curriculum/{name}": float(value) for name, value in self.lesson._asdict().items()}
+        return {"curriculum/tokens": float(self.data.tokens_seen), **lesson}
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        loss = self.mean_loss[stage].compute()
-        bits = loss / math.log(2) / self.bytes_per_token
-        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.bytes_per_token)
+        self.log_dict(scores, sync_dist=True)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

@@ -86,6 +86,8 @@ class DistillationModule(BaseModule):
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train" and len(self.augmentation):
+            if "pixel_values" not in batch.inputs:
+                raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
             pixels = self.augmentation(batch.inputs["pixel_values"])
             batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
         logits, target = self(batch).flatten(0, -2), distillation.flat_target(batch)

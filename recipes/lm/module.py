@@ -1,17 +1,17 @@
 """The objective: predict the next token."""
 
-import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, text_scores
 from common.module import BaseModule, Stage
+from common.nets import causal_lm, check_context
 from common.strategies.sharding import gathered
 
 from .data import Batch
@@ -45,21 +45,16 @@ class LMModule(BaseModule):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.config, self.bytes_per_token, self.context = config, bytes_per_token, context
-        config.vocab_size, config.eos_token_id = vocab_size, eos_id
-        config.bos_token_id = config.pad_token_id = None
+        check_context(config, context)
+        self.config, self.vocab_size, self.eos_id = config, vocab_size, eos_id
+        self.bytes_per_token, self.context = bytes_per_token, context
         if min(sample_tokens, temperature) < 0:
             raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
         self.sample_tokens, self.temperature = sample_tokens, temperature
-        if context > (positions := getattr(config, "max_position_embeddings", context)):
-            raise InputError(f"data.context {context} exceeds model.config's max_position_embeddings {positions}")
 
     @override
     def build_net(self) -> nn.Module:
-        try:
-            return AutoModelForCausalLM.from_config(self.config)  # SDPA attention wherever the net has it
-        except (ValueError, KeyError) as error:
-            raise InputError(f"model.config: {type(self.config).__name__} makes no language model: {error}") from error
+        return causal_lm(self.config, self.vocab_size, self.eos_id)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""
@@ -73,15 +68,14 @@ class LMModule(BaseModule):
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        loss = self.mean_loss[stage].compute()
-        bits = loss / math.log(2) / self.bytes_per_token
-        self.log_dict({f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": bits}, sync_dist=True)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.bytes_per_token)
+        self.log_dict(scores, sync_dist=True)
 
     def generate(self, prompt: Tensor) -> list[int]:
         """Continue a prompt (1, time) by ``sample_tokens`` tokens; past ``context`` it sees the last half of one."""
         net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
         options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
-        options |= {"pad_token_id": self.config.eos_token_id, "synced_gpus": self.trainer.world_size > 1}
+        options |= {"pad_token_id": self.eos_id, "synced_gpus": self.trainer.world_size > 1}
         # Where weights are sharded, every rank has to call the net as often as the others.
         while self.trainer.strategy.reduce_boolean_decision(len(ids) < end, all=False):
             seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
@@ -89,7 +83,7 @@ class LMModule(BaseModule):
             with gathered(net):
                 new: Any = net.generate(seen.to(self.device), **options)  # type: ignore[operator]
             ids += new[0, seen.shape[1] :].tolist() if len(ids) < end else []
-            end = len(ids) if ids[-1] == self.config.eos_token_id else end
+            end = len(ids) if ids[-1] == self.eos_id else end
         self.net.train(self.training)
         return ids
 

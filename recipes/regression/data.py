@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.tables import Columns, Scaling, TableSource, encode, fit_columns, known_target, read_target, split_rows
+from common.tables import Scaling, TableSource, encode, fit_columns, known_target, read_columns, read_target, split_rows
 
 
 class Batch(NamedTuple):
@@ -37,8 +36,7 @@ class RowDataset(Dataset[Batch]):
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         chosen = self.positions[indices]
-        numeric, categorical, target = (values[chosen] for values in self.rows)
-        return Batch(numeric, categorical, target, chosen, torch.ones(len(indices), dtype=torch.bool))
+        return Batch(*(values[chosen] for values in self.rows), index=chosen, mask=torch.ones_like(chosen).bool())
 
 
 class RegressionData(BaseDataModule):
@@ -47,8 +45,7 @@ class RegressionData(BaseDataModule):
     Args:
         source: where rows come from, by class path: one of ``common.tables``.
         predict_source: rows that ``predict`` reads, with or without the target; None for the part that tests.
-        columns_of: path of a checkpoint whose columns encode the rows of ``predict_source``, where the table that
-            it was trained on is not at hand; null as ``source`` goes with it.
+        columns_of: a checkpoint whose columns encode ``predict_source`` without its table; goes with null as source.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share a class, which unseen ones join.
         val_fraction: share of all rows that validates.
@@ -74,13 +71,11 @@ class RegressionData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        if rare < 1:
-            raise InputError(f"data.rare must be at least 1, got {rare}")
         self.predict_source, self.columns_of = predict_source, columns_of
         if columns_of is not None:
             if predict_source is None:
                 raise InputError("data.columns_of: is for data.predict_source; name rows to predict, or remove it")
-            self.columns: Columns = read_checkpoint(columns_of)["hyper_parameters"]["columns"]
+            self.columns = read_columns(columns_of)
             return
         if source is None:
             raise InputError("data.source is null; name a table, such as common.tables.Table")
@@ -105,6 +100,11 @@ class RegressionData(BaseDataModule):
             return
         if self.columns_of is not None:
             raise InputError("data.columns_of: is for predict alone; remove it and name the table as data.source")
-        self.train_data = RowDataset(*self.rows, self.parts.train)
-        self.val_data = RowDataset(*self.rows, self.parts.val)
-        self.test_data = self.predict_data = RowDataset(*self.rows, self.parts.test)
+        self.train_data, self.val_data, self.test_data = (RowDataset(*self.rows, part) for part in self.parts)
+        self.predict_data = self.test_data
+
+    @override
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Precision bf16-true has rounded the target as well, with which predictions are to be compared.
+        data: Any = self.predict_data if self._trainer.predicting else self.train_data
+        return batch._replace(target=data.rows[2][batch.index])

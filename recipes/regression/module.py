@@ -73,7 +73,7 @@ class RegressionModule(BaseModule):
         rows = self.outcomes.compute()
         self.outcomes.reset()
         self._rows = rows[rows[:, -1] == 1, :-1].double().cpu()
-        values = {f"{stage}/{name}": value.float() for name, value in scores(*self._rows.T).items()}
+        values = {f"{stage}/{name}": value.float().to(self.device) for name, value in scores(*self._rows.T).items()}
         self.log_dict(values, sync_dist=True)
 
     @override
@@ -96,14 +96,15 @@ class RegressionModule(BaseModule):
         if stage == "test" and self.baselines and self.trainer.is_global_zero:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             fit, test = torch.cat([data.parts.train, data.parts.val]), data.parts.test[: len(target)]
-            figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, preds)
+            rmse = (preds - target).square().mean().sqrt().item()  # here, as rows of several ranks are in another order
+            figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, rmse)
         return figures
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
         names = ["prediction", "lower", "upper"]
-        values = self.in_units(self.head.predict(self(batch))[batch.mask].double()).T.tolist()
-        target = self.in_units(batch.target[batch.mask].double()).tolist()
+        values = self.in_units(self.head.predict(self(batch))[batch.mask]).T.tolist()
+        target = self.in_units(batch.target[batch.mask]).tolist()
         known = [None if value != value else value for value in target]
         columns = dict(zip(names, values, strict=False))
         return {"index": batch.index[batch.mask].tolist(), "target": known, **columns}
