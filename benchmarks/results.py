@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.callbacks import describe_environment  # noqa: E402
 from common.report import read_metrics  # noqa: E402
+from common.text import CACHE  # noqa: E402
 
 STORE = ROOT / "benchmarks/results/recipes.json"
 PAGE = ROOT / "recipes/README.md"
@@ -79,7 +80,7 @@ def config_hash(row: Row) -> str:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
         main(["fit", *row.fit, "--print_config"])
     config = yaml.safe_load(text.getvalue())
-    facts = json.dumps(config, sort_keys=True)
+    facts = json.dumps(config, sort_keys=True).replace(CACHE, "")  # which is each machine's own
     if training := config["model"].get("teacher_training"):
         facts += (ROOT / "recipes" / row.recipe / training).read_text()
     return hashlib.sha256(facts.encode()).hexdigest()[:8]

@@ -266,7 +266,7 @@ def test_fast_gradient_method_on_embeddings(encoder: Path) -> None:
     net = PretrainedEncoder(2, str(encoder), dropout=0.0).eval()
     encoded = AutoTokenizer.from_pretrained(encoder)(WORDS[:6], padding="longest", return_tensors="pt")
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    target, mask = torch.tensor([0, 1, 0, 1, 1, 0]), inputs["attention_mask"][..., None]
+    target, mask = net(**inputs).argmax(-1), inputs["attention_mask"][..., None]
     assert not mask.all()
     attack = PGD(0.5, 1, norm="l2", random_start=False, clamp=None)
     found = under_attack(net, attack, inputs, target, torch.arange(6), 0)

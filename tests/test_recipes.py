@@ -146,7 +146,9 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
         "ddp": [*PYTHON, script, *args, "--config", str(ROOT / "configs/strategy/ddp.yaml")],
     }
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(commands[way], cwd=work, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        commands[way], cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (work / "runs" / recipe / "default/checkpoints/last.ckpt").is_file()
     assert len(list((work / "runs" / recipe).iterdir())) == 1, "one run for all ranks"

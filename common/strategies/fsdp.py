@@ -58,7 +58,7 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
 
     Raises:
         InputError: mixed precision on CPUs, where Lightning's autocast does nothing, an optimizer of whole matrices, or
-            a mesh of another number of ranks.
+            a mesh that does not fit.
     """
 
     def __init__(
@@ -68,8 +68,6 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         device_mesh: tuple[int, int] | None = None,
         timeout: timedelta = default_pg_timeout,
     ):
-        if device_mesh and sharding_strategy != "HYBRID_SHARD":
-            raise InputError("trainer.strategy.device_mesh: is for sharding_strategy HYBRID_SHARD; take that, or null")
         self._units: set[int] = set()  # known once the net is made
         policy: Any = CustomPolicy(lambda module: id(module) in self._units)
         super().__init__(
@@ -82,11 +80,17 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         if self.root_device.type == "cpu" and "mixed" in self.precision_plugin.precision:
             problem = "under FSDP1 needs a GPU: Lightning would leave it out on a CPU"
             raise InputError(f"trainer.precision: {self.precision_plugin.precision} {problem}; take fsdp2 or bf16-true")
+        key, hybrid = "trainer.strategy.device_mesh", self.sharding_strategy.name == "HYBRID_SHARD"
+        if self._mesh and not hybrid:
+            raise InputError(f"{key}: is for sharding_strategy HYBRID_SHARD; take that, or null")
+        if hybrid and (self._mesh[1] if self._mesh else self.num_processes) < 2:
+            problem = "FSDP1 would not average gradients over replicas of one rank"
+            raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or larger replicas")
         super().setup_environment()
         if self._mesh:
             if self._mesh[0] * self._mesh[1] != self.world_size:
                 problem = f"{list(self._mesh)} is no mesh of {self.world_size} ranks"
-                raise InputError(f"trainer.strategy.device_mesh: {problem}; their product must be equal")
+                raise InputError(f"{key}: {problem}; their product must be equal")
             self.kwargs["device_mesh"] = init_device_mesh(self.root_device.type, self._mesh)
 
     @override
