@@ -167,16 +167,16 @@ def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_proper
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "world"),
     [
-        ["sharding_strategy", "SHARD_GRAD_OP"],
-        ["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[1, 2]"],
+        (["sharding_strategy", "SHARD_GRAD_OP"], 2),
+        (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[1, 2]"], 2),
+        (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[2, 2]"], 4),
     ],
-    ids=" ".join,
 )
-def test_choices_of_fsdp1(flags: list[str], fit: Fit, reference: Callable[[str], Path]) -> None:
+def test_choices_of_fsdp1(flags: list[str], world: int, fit: Fit, reference: Callable[[str], Path]) -> None:
     keys = [f"--trainer.strategy.{flag}" if i % 2 == 0 else flag for i, flag in enumerate(flags)]
-    folder = fit("lm", "fsdp", 2, *TWENTY, *keys, "--trainer.limit_val_batches", "0", name="run")
+    folder = fit("lm", "fsdp", world, *TWENTY, *keys, "--trainer.limit_val_batches", "0", name="run")
     losses, expected = (read_metrics(path / "metrics.csv", "train/loss") for path in (folder, reference("lm")))
     assert difference(losses, expected) < 1e-5
     last, wanted = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (folder, reference("lm")))

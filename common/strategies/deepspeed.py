@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -123,10 +122,11 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
             raise InputError(f"trainer.precision: {problem}; take fp32, bf16-true or configs/strategy/fsdp2.yaml")
         share_buffers(model.net)
         if "mixed" in self.precision_plugin.precision:
-            # Lightning would round everything in a batch to 16 bits, targets too; here, what enters the net.
+            # Lightning would round everything in a batch to 16 bits, targets too. Autocast lets buffers in fp32 meet
+            # DeepSpeed's weights in 16 bits; around the net, as DeepSpeed turns it off where it comes from outside.
             self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
             dtype = torch.float16 if self.precision_plugin.precision == "16-mixed" else torch.bfloat16
-            model.net.register_forward_pre_hook(lambda _net, *given: _cast(given, dtype), with_kwargs=True)
+            model.net.forward = torch.autocast(self.root_device.type, dtype)(model.net.forward)
         # DeepSpeed allocates a bucket of half a billion gradients, whatever the net.
         self.config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, model.num_params))  # type: ignore
         return model
@@ -275,13 +275,6 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         """The number of each trained parameter, by its identity, as an optimizer of whole parameters counts them."""
         params = dict(self._module.named_parameters())
         return {id(params[name]): number for number, name in enumerate(self._module.param_names)}
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return apply_to_collection(values, Tensor, cast)
 
 
 def _shape(param: Any) -> torch.Size:
