@@ -170,7 +170,7 @@ class BaseModule(L.LightningModule):
             if self.weight_init is not None:
                 initialize: Callable[[Tensor], Tensor] = getattr(nn.init, f"{self.weight_init}_")
                 for name, p in self.net.named_parameters():
-                    if p.ndim >= 2 and name.endswith("weight") and p.requires_grad:
+                    if p.ndim >= 2 and "weight" in name.rpartition(".")[2] and p.requires_grad:
                         initialize(p)
         if self.float8:
             to_float8(self.net)

@@ -47,7 +47,7 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
         if p.requires_grad:
             scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
             decays = p.ndim >= 2 and not name.endswith("bias")
-            use_muon = p.ndim == 2 and name.endswith("weight") and id(p) not in not_hidden
+            use_muon = p.ndim == 2 and "weight" in name.rpartition(".")[2] and id(p) not in not_hidden
             group = groups.setdefault(
                 (scale, decays, use_muon),
                 {"params": [], "lr_scale": scale, "use_muon": use_muon} | ({} if decays else {"weight_decay": 0.0}),

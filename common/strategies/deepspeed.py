@@ -44,7 +44,6 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         offload_optimizer: keep the optimizer's state in the memory of the host and step there.
         offload_parameters: keep weights in the memory of the host, with stage 3.
         zero_optimization: further settings of this section of DeepSpeed's config.
-        fp16: the same, for dynamic loss scaling.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
@@ -57,7 +56,6 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         zero_optimization: dict[str, Any] | None = None,
-        fp16: dict[str, Any] | None = None,
         timeout: timedelta = default_pg_timeout,
     ):
         if importlib.util.find_spec("deepspeed") is None:
@@ -75,7 +73,6 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # the optimizer of the config, wherever its state is
                 "zero_optimization": zero | (zero_optimization or {}),
-                **({"fp16": fp16} if fp16 else {}),
             },
             logging_level=logging.WARNING,
             timeout=timeout,
