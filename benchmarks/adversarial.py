@@ -1,26 +1,24 @@
 """What robustness costs: ``python benchmarks/adversarial.py digits``, or ``fashion_mnist``.
 
-Trains the adversarial recipe naturally, with FGSM-RS, with PGD-7 and with TRADES, tests them, and prints a table. Each
-run is a process of its own; one that stands in ``benchmarks/results/adversarial.json`` is not run again.
-Times are of the processor, on one thread, so that other work on the machine does not count.
+Trains the adversarial recipe naturally, with FGSM-RS, with PGD-7 and with TRADES, tests them, and prints a table. As
+many runs as there are cores go on at a time; one that stands in ``benchmarks/results/adversarial.json`` is not run
+again. Times are of the processor, on one thread, so that other work on the machine does not count.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pool import ROOT, run_each
 from common.module import BaseModule
 from recipes.adversarial.train import main
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/adversarial.json"
 
 METHODS = {
@@ -92,16 +90,17 @@ if __name__ == "__main__":
         print(json.dumps(measure(options.data, options.one, options.seeds[0], options.folder.resolve())))
         sys.exit()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for seed in options.seeds:
-        for method in options.methods:
-            key = {"data": options.data, "method": method, "seed": seed}
-            if any(key.items() <= row.items() for row in rows):
-                continue
-            own = ["--one", method, "--seeds", str(seed), "--folder", str(options.folder)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, __file__, options.data, *own]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    known = {(row["data"], row["method"], row["seed"]) for row in rows}
+    todo = [(method, seed) for seed in options.seeds for method in options.methods]
+    todo = [(method, seed) for method, seed in todo if (options.data, method, seed) not in known]
+
+    def keep(number: int, row: dict[str, Any]) -> None:
+        """Add a row to those of earlier calls."""
+        rows.append(row)
+        RESULTS.write_text(
+            json.dumps(sorted(rows, key=lambda row: [row["data"], row["method"], row["seed"]]), indent=2) + "\n"
+        )
+
+    where = ["--folder", str(options.folder)]
+    run_each(__file__, [[options.data, "--one", method, "--seeds", str(seed), *where] for method, seed in todo], keep)
     print(table([row for row in rows if row["data"] == options.data]))

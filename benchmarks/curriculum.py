@@ -10,21 +10,15 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from rich.progress import track
-
+from benchmarks.pool import ROOT, run_each
 from recipes.curriculum.module import CurriculumModule
 from recipes.curriculum.train import main
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/curriculum.json"
 NONE = {"length": "null", "batch": "null", "competence": "null"}
 Curve = list[tuple[int, float, float]]  # tokens, seconds and validation loss at each validation
@@ -32,9 +26,10 @@ Curve = list[tuple[int, float, float]]  # tokens, seconds and validation loss at
 # What differs from the recipe's config; the steps of each make up for their smaller ones.
 METHODS: dict[str, dict[str, str]] = {
     "no stages": {**NONE, "max_steps": "800"},
-    "no stages, 4/5 of the steps": {**NONE, "max_steps": "640"},
+    "no stages, fewer steps": {**NONE, "max_steps": "640"},
     "length": {**NONE, "length": "{start: 0.25, tokens: 150000}", "max_steps": "730"},
     "batch": {**NONE, "batch": "{start: 0.25, tokens: 150000}", "max_steps": "800"},
+    "batch, for longer": {**NONE, "batch": "{start: 0.25, tokens: 400000}", "max_steps": "1190"},
     "competence": {**NONE, "competence": "{start: 0.3, tokens: 300000, power: 2.0}", "max_steps": "800"},
 }
 
@@ -61,14 +56,6 @@ def train(method: str, seed: int) -> Curve:
         where = ["--trainer.default_root_dir", folder, "--trainer.callbacks", "[]", "--trainer.accelerator", "cpu"]
         main(["fit", *flags, *quiet, *often, *where, "--seed_everything", str(seed)])
     return curve
-
-
-def measure(method: str, seed: int) -> Curve:
-    """One run in a process of its own, on one core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--one", method, "--seeds", str(seed)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: dict[str, Curve], seeds: list[int]) -> str:
@@ -109,9 +96,11 @@ if __name__ == "__main__":
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     runs = [(method, seed) for seed in options.seeds for method in options.methods]
     runs = [run for run in runs if f"{run[0]} {run[1]}" not in results]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(measure, *run) for run in runs]
-        for (method, seed), future in zip(runs, track(futures, "runs"), strict=True):
-            results[f"{method} {seed}"] = future.result()
-            RESULTS.write_text(json.dumps(dict(sorted(results.items()))) + "\n")
+
+    def keep(number: int, curve: Curve) -> None:
+        """Add a curve to those of earlier calls."""
+        results["{} {}".format(*runs[number])] = curve
+        RESULTS.write_text(json.dumps(dict(sorted(results.items()))) + "\n")
+
+    run_each(__file__, [["--one", method, "--seeds", str(seed)] for method, seed in runs], keep)
     print(table(results, options.seeds))

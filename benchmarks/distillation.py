@@ -11,37 +11,44 @@ import contextlib
 import io
 import json
 import statistics
+import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from benchmarks.pool import ROOT, run_each
 from recipes.distillation.train import main
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/distillation.json"
 PRESETS = {"digits": [], "fashion_mnist": ["--config", str(ROOT / "recipes/distillation/fashion_mnist.yaml")]}
 RATES, SEEDS = ("3e-3", "1e-2", "3e-2"), ("1", "2", "3")
 ALONE = ["--model.teacher", "null"]
 
 
-def run(results: dict[str, Any], name: str, args: list[str]) -> dict[str, float]:
-    """Metrics of the best checkpoint on the parts that validate and test, from an earlier call if there was one."""
-    if name not in results:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-            where = ["--trainer.default_root_dir", folder]
-            main(["fit", *args, *quiet, *where])
-            found: dict[str, float] = {}
-            for command in ("validate", "test"):
-                cli = main([command, "--ckpt_path", "best", *where])
-                found |= {key: round(value.item(), 5) for key, value in cli.trainer.callback_metrics.items()}
-        teacher: Any = cli.model.teacher
-        sizes = {"parameters": cli.model.num_params, "teacher_parameters": teacher.num_params if teacher else 0}
-        results[name] = {**found, **sizes}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        print(name, results[name], flush=True)
-    return results[name]
+def runs_of(preset: str) -> dict[str, list[str]]:
+    """Arguments of all runs, by name."""
+    args = PRESETS[preset]
+    seeds = {seed: ["--seed_everything", seed] for seed in SEEDS}
+    distilled = {f"{preset}, distilled, seed {seed}": [*args, *flags] for seed, flags in seeds.items()}
+    alone = {
+        f"{preset}, alone, lr {rate}, seed {seed}": [*args, *ALONE, "--model.optimizer.lr", rate, *flags]
+        for rate in RATES
+        for seed, flags in seeds.items()
+    }
+    return distilled | alone
+
+
+def measure(args: list[str]) -> dict[str, float]:
+    """Metrics of the best checkpoint on the parts that validate and test."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        where = ["--trainer.default_root_dir", folder]
+        main(["fit", *args, *quiet, *where])
+        found: dict[str, float] = {}
+        for command in ("validate", "test"):
+            cli = main([command, "--ckpt_path", "best", *where])
+            found |= {key: round(value.item(), 5) for key, value in cli.trainer.callback_metrics.items()}
+    teacher: Any = cli.model.teacher
+    return {**found, "parameters": cli.model.num_params, "teacher_parameters": teacher.num_params if teacher else 0}
 
 
 def column(runs: list[dict[str, float]]) -> tuple[float, str]:
@@ -53,15 +60,9 @@ def column(runs: list[dict[str, float]]) -> tuple[float, str]:
 
 def table(preset: str, results: dict[str, Any]) -> str:
     """One line for a preset, after all its runs."""
-    args = PRESETS[preset]
-
-    def alone(rate: str, seed: str) -> dict[str, float]:
-        flags = ["--model.optimizer.lr", rate, "--seed_everything", seed]
-        return run(results, f"{preset}, alone, lr {rate}, seed {seed}", [*args, *ALONE, *flags])
-
-    singles = [[alone(rate, seed) for seed in SEEDS] for rate in RATES]
+    singles = [[results[f"{preset}, alone, lr {rate}, seed {seed}"] for seed in SEEDS] for rate in RATES]
     single = max(singles, key=lambda runs: column(runs)[0])
-    taught = [run(results, f"{preset}, distilled, seed {seed}", [*args, "--seed_everything", seed]) for seed in SEEDS]
+    taught = [results[f"{preset}, distilled, seed {seed}"] for seed in SEEDS]
 
     teacher = 100 * taught[0]["test/teacher_accuracy"]
     (before, text_before), (after, text_after) = column(single), column(taught)
@@ -73,8 +74,21 @@ def table(preset: str, results: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", default=list(PRESETS), help=f"some of {', '.join(PRESETS)}")
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    lines = [table(preset, known) for preset in parser.parse_args().presets]
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    runs = {name: args for preset in options.presets for name, args in runs_of(preset).items()}
+    if options.one:
+        print(json.dumps(measure(runs[options.one])))
+        sys.exit()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo = [name for name in runs if name not in results]
+
+    def keep(number: int, metrics: dict[str, float]) -> None:
+        """Add a run's metrics to those of earlier calls."""
+        results[todo[number]] = metrics
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+    run_each(__file__, [[*options.presets, "--one", name] for name in todo], keep)
     print("| data | parameters | teacher, % | student alone, % | distilled, % | gap closed |")
     print("|---|---|---|---|---|---|")
-    print("\n".join(lines))
+    print("\n".join(table(preset, results) for preset in options.presets))
