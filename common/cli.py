@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,14 +186,19 @@ class RecipeCLI(LightningCLI):
             checkpoint = self._find_checkpoint(str(config.ckpt_path))
             where = self.argv.index(self.subcommand) + 1
             # The config of the checkpoint's run comes first, so whatever is given now wins over it.
-            layered = [*self.argv[:where], "--config", self._config_of(checkpoint), *self.argv[where:]]
+            before = self._config_of(checkpoint)
+            layered = [*self.argv[:where], "--config", before, *self.argv[where:]]
             try:
                 self.config = parser.parse_args(layered)
             except jsonargparse.ArgumentError as error:
                 raise InputError(
                     f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"
                 ) from error
-            self.config[self.subcommand].ckpt_path = str(checkpoint)
+            config = self.config[self.subcommand]
+            config.ckpt_path = str(checkpoint)
+            for key, items in yaml.safe_load(before).get("trainer", {}).items():
+                if key in ("logger", "callbacks"):
+                    config.trainer[key] = _without_repeats(config.trainer[key], items)
             self._set_run_dir(self.config[self.subcommand])
             if self.subcommand != "fit" and not self._is_of_this_run(checkpoint) and self.run_dir.exists():
                 raise InputError(
@@ -230,7 +236,7 @@ class RecipeCLI(LightningCLI):
         """The config that a checkpoint was trained with: its run's own, or else the hyper-parameters in it."""
         beside = checkpoint.parent.parent / "config.yaml"
         if beside.is_file():
-            return str(beside)
+            return beside.read_text()
         state = read_checkpoint(checkpoint)
         targets = {target.removeprefix("model.") for target in self.links.values()}
         model = {
@@ -257,8 +263,6 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         keep = ("seed_everything", "name", "trainer", "model", "data")
-        config.trainer.logger = _last_of_each(config.trainer.logger)
-        config.trainer.callbacks = _last_of_each(config.trainer.callbacks)
         resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in keep}
         self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
@@ -364,8 +368,8 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(_trainer_mistake(str(error))) from error
-        if self.subcommand != "fit":  # nothing to save: SIGTERM may end it at once
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
             problem = "needs a GPU, and Lightning would run another on a CPU"
             raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
@@ -376,16 +380,26 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
 
 
-def _last_of_each(items: Any) -> Any:
-    """Of loggers or callbacks that do the same, the last: a layer given again on resume may have other settings."""
-    if not isinstance(items, list):
+def _without_repeats(items: Any, before: Any) -> Any:
+    """The loggers or callbacks of a resumed run when a layer that it had is given again, maybe with other settings.
+
+    Args:
+        items: of the run's config and then of what is given now.
+        before: of the run's config.
+    """
+    if not isinstance(items, list) or not isinstance(before, list):
         return items
 
     def purpose(item: Any) -> tuple[Any, ...]:
-        settings = item.get("init_args", {})
-        return item.class_path, *(settings.get(key) for key in ("save_dir", "dirpath", "filename", "monitor"))
+        settings = item.get("init_args") or {}
+        return item["class_path"], *(settings.get(key) for key in ("save_dir", "dirpath", "filename", "monitor"))
 
-    return list({purpose(item): item for item in items}.values())
+    known = Counter(purpose(item) for item in before)
+    kept: list[Any] = []
+    for item in reversed(items):  # the last ones, as many of a kind as the run had
+        if sum(purpose(other) == purpose(item) for other in kept) < max(known[purpose(item)], 1):
+            kept.insert(0, item)
+    return kept
 
 
 def _allowed() -> list[str]:

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import threading
 import time
 from typing import Any
 
@@ -46,18 +45,15 @@ class StopOnSigterm(Callback):
         self._received = False
 
     @override
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen(trainer)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        connector: Any = trainer._signal_connector
+        connector._original_handlers = connector._get_current_signal_handlers()  # which Lightning puts back at the end
+        connector._register_signal(signal.SIGTERM, self._note)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen(trainer)  # there may have been no sanity check
         self._step, self._since, self._due = trainer.global_step, time.perf_counter(), trainer.global_step + 1
-
-    def _listen(self, trainer: L.Trainer) -> None:
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)  # Lightning puts the former one back when it ends
 
     def _note(self, *_: Any) -> None:
         self._received = True

@@ -193,6 +193,9 @@ def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Agg
     if not weighting.fixed:
         problem = f"{name} does not go with model.weighting {type(weighting).__name__}, which moves by itself"
         raise InputError(f"model.aggregator: {problem}; take common.multitask.Fixed")
+    if 0 in weighting().tolist():  # a row of zeros is a task that conflicts with none and cannot be made better
+        problem = f"{name} would take a task of weight 0 for one that is trained"
+        raise InputError(f"model.weighting.weights: {problem}; leave it out of data.tasks")
     if any(isinstance(part, Stateful) for part in aggregator.modules()):
         problem = f"{name} remembers earlier steps, which no checkpoint would hold"
         raise InputError(f"model.aggregator: {problem}; take another, such as torchjd.aggregation.PCGrad")
@@ -212,7 +215,7 @@ class Balance:
     """
 
     def __init__(self, trainer: L.Trainer, net: Any, aggregator: Aggregator | None):
-        self.trainer, self.weighting = trainer, net.weighting
+        self.trainer, self.net, self.weighting = trainer, net, net.weighting
         self.gradients = None
         if aggregator is not None:
             take_over_gradients(trainer.strategy, net, "model.aggregator")
@@ -262,8 +265,12 @@ class Balance:
             losses: computes them.
         """
         if self.weighting.looks_back and self._steps:
+            before = [(buffer, buffer.clone()) for buffer in self.net.buffers()]  # batch norm has seen the batch
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                self.weighting.look_back(self.seen, self._everywhere(losses()))
+                after = losses()
+                for buffer, value in before:
+                    buffer.copy_(value)
+                self.weighting.look_back(self.seen, self._everywhere(after))
 
     def logs(self) -> dict[str, Tensor]:
         """Losses and weights of the last micro-batch, averaged over ranks, by the names that they are logged under."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
 from common.errors import InputError, nearest
 from common.losses import cross_entropy, precise
@@ -103,6 +103,14 @@ class TaskDataset(Dataset[TaskBatch]):
         return TaskBatch(inputs, target, index, torch.ones(len(indices), dtype=torch.bool))
 
 
+class RootMean(WeightedMean):
+    """The square root of a mean."""
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute().sqrt()
+
+
 class TaskMetrics(nn.Module):
     """Loss of each task, and its accuracy or root mean squared error.
 
@@ -117,7 +125,7 @@ class TaskMetrics(nn.Module):
         self.scores: Any = nn.ModuleDict({
             task["name"]: MulticlassAccuracy(task["width"], average="micro")
             if task["kind"] == "classification"
-            else MeanSquaredError(squared=False)
+            else RootMean()
             for task in tasks
         })  # fmt: skip
 
@@ -132,9 +140,12 @@ class TaskMetrics(nn.Module):
             name = task["name"]
             if count := len(target[name]):
                 self.losses[name].update(loss, torch.tensor(count, device=loss.device))
-                output = precise(outputs[name])
-                wanted = target[name] if task["kind"] == "classification" else target[name].to(output.dtype)
-                self.scores[name].update(output, wanted)
+                output, wanted = precise(outputs[name]), target[name]
+                if task["kind"] == "classification":
+                    self.scores[name].update(output, wanted)
+                else:
+                    squares = (output - wanted.to(output.dtype)).square()
+                    self.scores[name].update(squares.mean(), torch.tensor(count, device=loss.device))
 
     def named(self, stage: str) -> dict[str, Any]:
         """The metrics by the names that they are logged under, such as ``val/accuracy_left``."""

@@ -245,18 +245,23 @@ def test_a_resumed_run_keeps_its_teacher(work: Path, cache: None) -> None:
 def test_texts_are_not_augmented(work: Path, cache: None, small_text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("reviews.csv").write_text("\n".join(["text,label", *(f"a {w} film,{w}" for w in ("good", "bad") * 30)]))
     encoder = str(write_encoder(work / "encoder", ["a good bad film"]).resolve())
-    texts = ["--data.source", "common.sources.TextTable", "--data.source.path", "reviews.csv"]
-    texts += ["--data.source.tokenizer", encoder]
-    for net in ("net", "teacher"):
-        texts += [f"--model.{net}", "common.nets.PretrainedEncoder", f"--model.{net}.name", encoder]
+    source = ["--data.source", "common.sources.TextTable", "--data.source.path", "reviews.csv"]
+    source += ["--data.source.tokenizer", encoder]
+
+    def net_of(key: str) -> list[str]:
+        return [f"--model.{key}", "common.nets.PretrainedEncoder", f"--model.{key}.name", encoder]
+
     layer = Path("mine.yaml")
     layer.write_text("trainer: {max_epochs: 1, check_val_every_n_epoch: 1}\ndata: {batch_size: 8}\n")
-    texts += [*TINY, *CPU, "--model.teacher_training", str(layer.resolve())]
+    texts = [*source, *net_of("net"), *net_of("teacher"), *TINY, *CPU, "--model.teacher_training", str(layer.resolve())]
     main_of(RECIPE)(["fit", *texts, "--model.augmentation", "null"])
     assert len(kept()) == 1
     affine = "[{class_path: kornia.augmentation.RandomAffine, init_args: {degrees: 10.0}}]"
     line = refused(["fit", *texts, "--model.augmentation", affine, "--model.teacher", "null"], capfd)
     assert line.startswith("--model.augmentation: is for images, and data.source has texts")
+    with pytest.raises(SystemExit):
+        main_of("classification")(["fit", *source, *net_of("net"), *TINY, "--model.augmentation", affine])
+    assert capfd.readouterr().err.startswith("--model.augmentation: is for images, and data.source has texts")
 
 
 def test_failed_teacher_leaves_nothing(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,11 +39,13 @@ def key_of(cell: tuple[str, str, str]) -> str:
     """A hash of the code and the configs that decide what a cell does."""
     recipe, strategy, precision = cell
     layers = [ROOT / f"configs/{layer}.yaml" for layer in (f"strategy/{strategy}", f"precision/{precision}")]
-    files = [*(ROOT / "common").rglob("*.py"), *(ROOT / "recipes" / recipe).rglob("*.*"), *layers, Path(__file__)]
+    tests = [Path(__file__), ROOT / "tests/support.py", ROOT / "tests/conftest.py"]
+    folders = [ROOT / "common", ROOT / "recipes" / recipe, ROOT / "tests/layers"]
+    files = [*(path for folder in folders for path in folder.rglob("*.*")), *layers, *tests]
     sha = hashlib.sha256()
     for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
         sha.update(path.read_bytes())
-    for package in ("torch", "lightning", "transformers", "deepspeed"):
+    for package in ("torch", "lightning", "transformers", "deepspeed", "kornia", "tabm", "torchjd"):
         sha.update(importlib.metadata.version(package).encode())
     return sha.hexdigest()
 
@@ -94,6 +96,8 @@ def test_cell(recipe: str, strategy: str, precision: str, work: Path, plain_args
     if refusal:
         assert ": trainer." in refusal or ": model." in refusal
         assert "; take " in refusal
+        # Where this is meant: `python -m tests.test_matrix` forgets what the page says of other code.
+        assert not on_page(cell).startswith("✓"), f"was {on_page(cell)} in {PAGE}"
         detail = refusal.partition(": ")[2]
         outcome = {"result": "GPU" if "needs a GPU" in refusal else "refused", "detail": detail}
     else:
@@ -144,6 +148,14 @@ def render() -> str:
             lines.append(f"| {strategy} | {' | '.join(texts)} |")
     lines += ["", "## Refusals", "", *(f"{number}. `{text}`" for number, text in enumerate(refusals, 1))]
     return "\n".join(lines) + "\n"
+
+
+def on_page(cell: tuple[str, str, str]) -> str:
+    """What the page says about a cell."""
+    recipe, strategy, precision = cell
+    section = PAGE.read_text().split(f"## {recipe}\n")[1].split("\n## ")[0]
+    row = next(line for line in section.splitlines() if line.startswith(f"| {strategy} |"))
+    return row.strip("| ").split(" | ")[PRECISIONS.index(precision) + 1]
 
 
 def test_page_names_every_cell() -> None:

@@ -76,7 +76,8 @@ def test_pictures_hold_both_images_where_they_are_said_to_be() -> None:
     assert overlay(images[made.chosen], made.corner, 15).equal(made.pixel_values)
 
 
-def test_losses_and_metrics_are_those_of_their_formulas() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_metrics_are_those_of_their_formulas(dtype: torch.dtype) -> None:
     inputs, target = a_batch()
     net = a_net()
     outputs, _ = net(input=inputs)
@@ -84,7 +85,7 @@ def test_losses_and_metrics_are_those_of_their_formulas() -> None:
     log_p = outputs["left"].log_softmax(-1)[torch.arange(24), target["left"]]
     assert losses[0].item() == pytest.approx(-log_p.mean().item(), rel=1e-6)
     assert losses[2].item() == pytest.approx((outputs["offset"] - target["offset"]).square().mean().item(), rel=1e-6)
-    metrics = TaskMetrics(TASKS)
+    metrics = TaskMetrics(TASKS).to(dtype)  # the sums stay exact
     for part in (slice(0, 10), slice(10, 24), slice(0, 0)):  # the last one is all padding
         some = [{name: values[part] for name, values in group.items()} for group in (outputs, target)]
         metrics.update(task_losses(TASKS, *some).detach(), *some)
@@ -267,6 +268,15 @@ METHODS = {
         "common.task_gradients.NNLSProjector",
     ],
 }  # fmt: skip
+
+
+def test_looking_back_is_no_second_step_of_batch_norm(work: Path) -> None:
+    cli = main_of("multitask")(["fit", *TINY, "--data.pairs", "[40, 8, 8]", *METHODS["famo"]])
+    norms = [module for module in cli.model.net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.num_batches_tracked == cli.trainer.global_step > 0 for norm in norms)
+
+
 WEIGHTS = [f"optim/weight_{task}" for task in ("left", "right", "offset")]
 
 
@@ -355,6 +365,7 @@ MISTAKES = [
     (f"{AGGREGATOR}PCGrd", "no 'PCGrd' in torchjd.aggregation; did you mean 'PCGrad'?"),
     (f"{AGGREGATOR}MGDA --model.aggregator.epsilon -1", "--model.aggregator.epsilon: epsilon must be positive"),
     (f"{AGGREGATOR}GradVac", "model.aggregator: GradVac remembers earlier steps"),
+    (f"{AGGREGATOR}MGDA --model.weighting.weights '{{left: 1, right: 0, offset: 1}}'", "leave it out of data.tasks"),
     (f"{AGGREGATOR}PCGrad {WEIGHTING}FAMO", "PCGrad does not go with model.weighting FAMO"),
     (f"{AGGREGATOR}PCGrad {WEIGHTING}Uncertainty", "PCGrad does not go with model.weighting Uncertainty"),
     ("--model.net.widths [8,16,32,64]", "--model.net.widths: has 4 stages"),

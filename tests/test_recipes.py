@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from tests.support import RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_ranks, text_args
 
@@ -224,7 +225,18 @@ def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
     main_of("lm")(["fit", *tiny("lm", lm_args), *layer(5)])
     cli = main_of("lm")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5", *layer(7)])
     assert [callback.patience for callback in cli.trainer.early_stopping_callbacks] == [7]
+    rates = [
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {"logging_interval": interval}}
+        for interval in ("step", "epoch")
+    ]
+    (work / "rates.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": rates}}))
+    for start in ([], ["--ckpt_path", "last", "--trainer.max_steps", "5"]):
+        cli = main_of("lm")(
+            ["fit", *tiny("lm", lm_args), "--name", "both", "--config", str(work / "rates.yaml"), *start]
+        )
+        monitors = [each for each in cli.trainer.callbacks if isinstance(each, LearningRateMonitor)]
+        assert [monitor.logging_interval for monitor in monitors] == ["step", "epoch"]
     with pytest.raises(SystemExit):  # found only when a validation has logged its metrics
         main_of("lm")(["fit", *tiny("lm", lm_args), *layer(7, "val/lss")])
-    assert os.listdir(work / "runs/lm") == ["default"], "the run that was moved aside is back"
+    assert sorted(os.listdir(work / "runs/lm")) == ["both", "default"], "the run that was moved aside is back"
     assert (work / "runs/lm/default/checkpoints/last.ckpt").is_file()

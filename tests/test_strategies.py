@@ -7,6 +7,7 @@ import csv
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it
 
 import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
+import pytorch_optimizer
 import torch
+import transformers
 
 from common.checkpoint import read_checkpoint
 from common.strategies.fsdp import FSDP, FSDP2
-from common.strategies.sharding import Memory
+from common.strategies.sharding import Memory, is_elementwise
 from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks, strategies_of, turn
 
 CELLS = [
@@ -237,11 +240,44 @@ def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fi
 
 
 @pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (torch.optim.AdamW, True),
+        (partial(torch.optim.AdamW, fused=True), True),
+        (partial(torch.optim.SGD, momentum=0.9, nesterov=True), True),
+        (torch.optim.RMSprop, True),
+        (pytorch_optimizer.Lion, True),
+        (torch.optim.Muon, False),
+        (torch.optim.Adafactor, False),
+        (partial(transformers.Adafactor, lr=1e-3, relative_step=False), False),
+        (torch.optim.LBFGS, False),
+        (pytorch_optimizer.Lamb, False),
+        (pytorch_optimizer.LARS, False),
+        (pytorch_optimizer.SOAP, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_which_optimizers_work_on_flat_pieces(make: Any, expected: bool) -> None:
+    weight = torch.nn.Parameter(torch.zeros(5, 3))
+    optimizer = make([weight])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # a warm-up from nothing
+    assert is_elementwise(optimizer) is expected
+    assert not weight.any()
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+@pytest.mark.parametrize(
     ("strategy", "flags", "line"),
     [
-        ("deepspeed_zero2", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
-        ("fsdp", MUON, "model.optimizer: MuonAdamW needs whole matrices"),
-        ("fsdp", ["--model.optimizer", "torch.optim.Adafactor"], "model.optimizer: Adafactor needs whole matrices"),
+        ("deepspeed_zero2", MUON, "model.optimizer: MuonAdamW needs whole tensors"),
+        ("fsdp", MUON, "model.optimizer: MuonAdamW needs whole tensors"),
+        ("fsdp", ["--model.optimizer", "torch.optim.Adafactor"], "model.optimizer: Adafactor needs whole tensors"),
+        (
+            "deepspeed_zero1",
+            ["--model.optimizer", "pytorch_optimizer.Lamb"],
+            "model.optimizer: Lamb needs whole tensors",
+        ),
         ("deepspeed_zero2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: DeepSpeed does without"),
         ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: FSDP2 does without"),
         ("fsdp", ["--trainer.strategy.device_mesh", "[1, 2]"], "is for sharding_strategy HYBRID_SHARD"),

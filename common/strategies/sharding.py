@@ -1,5 +1,6 @@
 """What recipes and sharding strategies share: the blocks of a net, and what a rank holds of its parameters."""
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,9 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError
 from common.optim import MuonAdamW
-
-# Their step is more than a function of each element: they cannot work on flat pieces of parameters.
-_NOT_ELEMENTWISE = (MuonAdamW, torch.optim.Muon, torch.optim.Adafactor)
 
 
 class WholeCheckpoints:
@@ -92,14 +90,44 @@ def share_buffers(net: nn.Module) -> None:
         net.register_forward_pre_hook(broadcast)
 
 
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer does to a matrix what it does to flat pieces of it; found by trying, for each group."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 24, generator=generator)  # a matrix, and its gradients in two steps
+
+    def stepped(group: dict[str, Any], parts: list[Tensor]) -> Tensor:
+        device = group["params"][0].device
+        params = [nn.Parameter(part[0].clone().to(device)) for part in parts]
+        probe = object.__new__(type(optimizer))
+        probe.__dict__.update(optimizer.__dict__)
+        # A schedule may begin with a rate of 0, which moves nothing.
+        probe.state, probe.param_groups = defaultdict(dict), [{**group, "params": params, "lr": 0.1}]
+        for step in (1, 2):
+            for param, part in zip(params, parts, strict=True):
+                param.grad = part[step].to(device)
+            type(probe).step(probe)  # a schedule has bound the instance's own to the true optimizer
+        return torch.cat([param.detach().flatten() for param in params])
+
+    for group in optimizer.param_groups:
+        try:
+            whole = stepped(group, [values.view(3, 4, 6)])
+            pieces = stepped(group, [values[:, :10], values[:, 10:]])
+        except Exception:  # it cannot even step on pieces
+            return False
+        if not torch.allclose(whole, pieces, rtol=1e-4, atol=1e-6):
+            return False
+    return True
+
+
 def refuse_matrix_optimizer(optimizer: Any) -> None:
-    """Keep optimizers of whole matrices from strategies that flatten parameters.
+    """Keep optimizers of whole matrices or norms from strategies that flatten parameters.
 
     Raises:
         InputError: the optimizer is one of them; it would train with something else, or fail.
     """
-    if isinstance(optimizer, _NOT_ELEMENTWISE):
-        problem = f"{type(optimizer).__name__} needs whole matrices, and this strategy has flat pieces"
+    # MuonAdamW has taken flat pieces for what AdamW is for.
+    if isinstance(optimizer, MuonAdamW) or not is_elementwise(optimizer):
+        problem = f"{type(optimizer).__name__} needs whole tensors, and this strategy has flat pieces"
         raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")
 
 

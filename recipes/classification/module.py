@@ -76,6 +76,8 @@ class ClassificationModule(BaseModule):
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
             if len(self.augmentation):
+                if "pixel_values" not in batch.inputs:
+                    raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
                 pixels = self.augmentation(batch.inputs["pixel_values"])
                 batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
             loss = cross_entropy(self(batch), batch.target, self.class_weight, self.label_smoothing)
