@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install lm classification test check resume-matrix matrix results lock clean
+.PHONY: help install lm classification test check test-all matrix results lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,8 +26,8 @@ check: $(VENV)/.installed-dev ## lint, format and types, the same as CI
 	@$(PY) -m ruff format --check
 	@$(PY) -m pyright --pythonpath $(PY)
 
-resume-matrix: $(VENV)/.installed-dev ## every case of exact resume after kill -9 (long)
-	@$(PY) -m pytest -m "" tests/test_resume.py -n2 --dist=load
+test-all: $(VENV)/.installed-dev ## every case of exact resume, equivalence and faults that the suite leaves out (long)
+	@$(PY) -m pytest -m matrix --ignore=tests/test_matrix.py -n2 --dist=load
 
 matrix: $(VENV)/.installed-dev ## every recipe x strategy x precision; renders docs/compatibility.md (long)
 	@$(PY) -m pytest -m "" tests/test_matrix.py -k test_cell -n2 --dist=load

@@ -29,7 +29,8 @@ def main_of(recipe: str) -> Callable[[list[str]], Any]:
 
 def text_args(recipe: str, lm_args: list[str]) -> list[str]:
     """What makes a recipe small that reads a corpus, with all of its stages in some steps; nothing for the others."""
-    stages = [f"--data.{name}.tokens=2500" for name in ("length", "batch", "competence")]
+    starts = {"length": 0.25, "batch": 0.25, "competence": 0.2}
+    stages = [flag for name in starts for flag in (f"--data.{name}.start={starts[name]}", f"--data.{name}.tokens=2500")]
     return {"lm": lm_args, "curriculum": [*lm_args[: lm_args.index("--model.sample_tokens")], *stages]}.get(recipe, [])
 
 

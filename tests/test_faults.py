@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
+from common.data import BaseDataModule
 from common.faults import lost_rank
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, run_ranks, strategies_of, turn
+from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
 FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
@@ -68,6 +69,26 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
 )
 def test_what_tells_of_a_lost_rank(text: str, found: str | None) -> None:
     assert lost_rank(torch.distributed.DistBackendError(text)) == found
+
+
+def test_sigterm_while_training_starts(
+    work: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while data are set up for the sanity check, after Lightning has registered its handlers."""
+    read = BaseDataModule.val_dataloader
+
+    def signalled(self: BaseDataModule) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(self)
+
+    monkeypatch.setattr(BaseDataModule, "val_dataloader", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main_of("lm")(["fit", *lm_args, *TINY, "--trainer.max_steps", "3"])
+    assert stop.value.code == 143
+    assert "SIGTERM to this rank after step 1" in capfd.readouterr().err
+    assert read_checkpoint(work / "runs/lm/default/checkpoints/last.ckpt")["global_step"] == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def validate_until_sigterm(args: list[str]) -> None:
