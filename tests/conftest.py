@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: threads of several would fight
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it, and share the prepared corpora
@@ -22,6 +23,15 @@ def pytest_unconfigure() -> None:
     """Remove the shared cache when the last process is done."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What Lightning and DeepSpeed tell their ranks by variables must not reach the next test, which would wait."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

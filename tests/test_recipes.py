@@ -15,6 +15,16 @@ from tests.support import RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_
 
 LIMITS = {"README.md": 80, "config.yaml": 60, "data.py": 110, "module.py": 115, "train.py": 25}
 PYTHON = [sys.executable, "-W", "ignore"]
+LOAD = """
+import importlib, sys
+from common.module import BaseModule
+for recipe in sys.argv[1:]:
+    module = importlib.import_module(f"recipes.my_{recipe}.module")
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseModule)]
+    kind = next(kind for kind in kinds if kind.__module__ == module.__name__)
+    net = kind.load_from_checkpoint(f"runs/my_{recipe}/default/checkpoints/last.ckpt").net
+    print(sum(p.numel() for p in net.parameters()))
+"""
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -102,37 +112,32 @@ def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[st
     assert cli.model.hparams.l1 == 0.5
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_copied_recipe_runs_unedited(recipe: str, work: Path, lm_args: list[str]) -> None:
-    """By path from another folder, and its checkpoint loads in a process that knows only the class."""
+def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
+    """By path from another folder, and their checkpoints load in a process that knows only the classes."""
     clone = work / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
-    shutil.copytree(clone / "recipes" / recipe, clone / "recipes/mine")
     with (clone / "common/errors.py").open("a") as file:
         file.write('print("from the clone")\n')
-    fit = [*PYTHON, str(clone / "recipes/mine/train.py"), "fit", *tiny(recipe, lm_args)]
     installed = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(fit, cwd=work, env=installed, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    assert "from the clone" in done.stdout, "common is the one beside the recipe, not the one that is installed"
-    checkpoint = work / "runs/mine/default/checkpoints/last.ckpt"
-    load = (
-        "import sys, recipes.mine.module as m\nfrom common.module import BaseModule\n"
-        "kinds = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModule)]\n"
-        "kind = [c for c in kinds if c.__module__ == m.__name__]\n"
-        f"net = kind[0].load_from_checkpoint({str(checkpoint)!r}).net\nprint(sum(p.numel() for p in net.parameters()))"
-    )
+    for recipe in RECIPES:
+        shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/my_{recipe}")
+        fit = [*PYTHON, str(clone / f"recipes/my_{recipe}/train.py"), "fit", *tiny(recipe, lm_args)]
+        done = subprocess.run(fit, cwd=work, env=installed, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
+        assert "from the clone" in done.stdout, "common is the one beside the recipe, not the one that is installed"
     loaded = subprocess.run(
-        [*PYTHON, "-c", load],
-        cwd="/",
+        [*PYTHON, "-c", LOAD, *RECIPES],
+        cwd=work,
         env={**os.environ, "PYTHONPATH": str(clone)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert loaded.returncode == 0, loaded.stderr
-    assert int(loaded.stdout.split()[-1]) > 1000
+    sizes = [int(line) for line in loaded.stdout.splitlines() if line.isdigit()]
+    assert len(sizes) == len(RECIPES)
+    assert min(sizes) > 1000
 
 
 @pytest.mark.parametrize("way", ["module", "torchrun", "ddp"])
