@@ -23,13 +23,13 @@ RESULTS = ROOT / "benchmarks/results/curriculum.json"
 NONE = {"length": "null", "batch": "null", "competence": "null"}
 Curve = list[tuple[int, float, float]]  # tokens, seconds and validation loss at each validation
 
-# What differs from the recipe's config; the steps of each make up for their smaller ones.
+# What differs from the recipe's config; further steps make up for smaller ones, so that all see about as many tokens.
 METHODS: dict[str, dict[str, str]] = {
     "no stages": {**NONE, "max_steps": "800"},
     "no stages, fewer steps": {**NONE, "max_steps": "640"},
-    "length": {**NONE, "length": "{start: 0.25, tokens: 150000}", "max_steps": "730"},
-    "batch": {**NONE, "batch": "{start: 0.25, tokens: 150000}", "max_steps": "800"},
-    "batch, for longer": {**NONE, "batch": "{start: 0.25, tokens: 400000}", "max_steps": "1190"},
+    "length": {**NONE, "length": "{start: 0.25, tokens: 150000}", "max_steps": "936"},
+    "batch": {**NONE, "batch": "{start: 0.25, tokens: 150000}", "max_steps": "1045"},
+    "batch, for longer": {**NONE, "batch": "{start: 0.25, tokens: 400000}", "max_steps": "1480"},
     "competence": {**NONE, "competence": "{start: 0.3, tokens: 300000, power: 2.0}", "max_steps": "800"},
 }
 

@@ -23,7 +23,7 @@ def run_each(script: str, runs: Sequence[list[str]], keep: Callable[[int, Any], 
         keep: takes the number of a run and its result, as soon as it has ended.
 
     Raises:
-        subprocess.CalledProcessError: a run failed; those before it have been kept.
+        subprocess.CalledProcessError: a run failed; those before it have been kept, those after it do not start.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -35,5 +35,8 @@ def run_each(script: str, runs: Sequence[list[str]], keep: Callable[[int, Any], 
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         numbers = {pool.submit(call, args): number for number, args in enumerate(runs)}
-        for future in track(as_completed(numbers), "runs", total=len(runs), disable=not runs):
-            keep(numbers[future], future.result())
+        try:
+            for future in track(as_completed(numbers), "runs", total=len(runs), disable=not runs):
+                keep(numbers[future], future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)

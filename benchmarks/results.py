@@ -154,11 +154,14 @@ def main() -> None:
         futures = {row: [pool.submit(measure, row, seed) for seed in SEEDS] for row in todo}
         for future in (future for mine in futures.values() for future in mine):
             future.add_done_callback(lambda _: progress.advance(bar))
-        for row, mine in futures.items():
-            values, seconds = zip(*(future.result() for future in mine), strict=True)
-            store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
-            STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
-            PAGE.write_text(render(store, hashes))
+        try:
+            for row, mine in futures.items():
+                values, seconds = zip(*(future.result() for future in mine), strict=True)
+                store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
+                STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
+                PAGE.write_text(render(store, hashes))
+        finally:  # after a failure no further run starts
+            pool.shutdown(cancel_futures=True)
     PAGE.write_text(render(store, hashes))
     print(f"{os.path.relpath(PAGE)} written", flush=True)
 

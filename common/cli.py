@@ -43,6 +43,9 @@ ALLOWED = (
     "recipes",
 )  # fmt: skip
 
+# The flags that say where a run is.
+WHERE = ("config", "name", "ckpt_path", "trainer.default_root_dir")
+
 # Lightning refuses these flags as long as the config lists such a callback.
 SWITCHES = {
     "enable_progress_bar": ProgressBar,
@@ -137,7 +140,10 @@ class RecipeCLI(LightningCLI):
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
-        self.moved: Path | None = None  # the earlier run of this name, when fit has moved it aside
+        # What fit has done to an earlier run of this name: where it, or its metrics, lay and lies, and its record.
+        self.aside: tuple[Path, Path] | None = None
+        self.record: dict[Path, bytes] = {}
+        self.first_step = 0
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         default = {"default_config_files": [str(self.recipe_dir / "config.yaml")], "exit_on_error": False}
         with one_line_errors(self, debug):
@@ -174,26 +180,34 @@ class RecipeCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         layers.check(self.argv)
-        self.config = parser.parse_args(self.argv)
-        self.subcommand = self.config["subcommand"]
+        self.subcommand = next((arg for arg in self.argv if arg in self.subcommands()), "")
+        where = self.argv.index(self.subcommand) + 1 if self.subcommand else 0
+        head, flags = self.argv[:where], self.argv[where:]
+        of_run = self.subcommand in ("validate", "test", "predict", "export")
+        # Flags may be for a class that only the config of the checkpoint's run names, which has to be found first.
+        if (of_run or any(flag.startswith("--ckpt_path") for flag in flags)) and not {"-h", "--help"} & set(flags):
+            flags = [f"--{flag}={value}" for flag, value in layers.flags(flags) if flag in WHERE]
+        self.config = parser.parse_args([*head, *flags])
         config = self.config[self.subcommand]
         self._set_run_dir(config)
-        if self.subcommand not in ("fit", "preflight") and not config.get("ckpt_path"):
-            config.ckpt_path = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
+        name = config.get("ckpt_path")
+        if of_run and not name:
+            name = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
             if not _get_rank():
-                print(f"{self.subcommand}: {config.ckpt_path or 'no'} checkpoint of {self.run_dir}", flush=True)
-        if config.get("ckpt_path"):
-            checkpoint = self._find_checkpoint(str(config.ckpt_path))
-            where = self.argv.index(self.subcommand) + 1
+                print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run_dir}", flush=True)
+        if not name:
+            self.config = parser.parse_args(self.argv) if of_run else self.config
+        else:
+            checkpoint = self._find_checkpoint(str(name))
             # The config of the checkpoint's run comes first, so whatever is given now wins over it.
             before = self._config_of(checkpoint)
-            layered = [*self.argv[:where], "--config", before, *self.argv[where:]]
+            layered = [*head, "--config", before]
             try:
-                self.config = parser.parse_args(layered)
-            except jsonargparse.ArgumentError as error:
-                raise InputError(
-                    f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"
-                ) from error
+                self.config = parser.parse_args([*layered, *self.argv[where:]])
+            except jsonargparse.ArgumentError:
+                with _foreign(f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"):
+                    parser.parse_args(layered)
+                raise  # the mistake is in what is given now
             config = self.config[self.subcommand]
             config.ckpt_path = str(checkpoint)
             for key, items in yaml.safe_load(before).get("trainer", {}).items():
@@ -280,28 +294,35 @@ class RecipeCLI(LightningCLI):
         """
         if self.config.fit.trainer.fast_dev_run or self.trainer.global_rank:
             return
-        resuming = self._is_of_this_run(self.config.fit.ckpt_path)
-        metrics = self.run_dir / "metrics.csv"
-        if resuming and metrics.exists():
-            step = read_checkpoint(self.config.fit.ckpt_path, mmap=True)["global_step"]
-            segment = metrics.with_name(f"metrics.until-step-{step}.csv")
-            number = 1
+        checkpoint = self.config.fit.ckpt_path
+        self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
+        if self._is_of_this_run(checkpoint):
+            kept = (self.run_dir / name for name in ("config.yaml", "hparams.yaml", "environment.json"))
+            self.record = {path: path.read_bytes() for path in kept if path.exists()}
+            metrics = self.run_dir / "metrics.csv"
+            segment, number = metrics.with_name(f"metrics.until-step-{self.first_step}.csv"), 1
             while segment.exists():
-                segment, number = metrics.with_name(f"metrics.until-step-{step}.{number}.csv"), number + 1
-            metrics.rename(segment)
-        elif not resuming and self.run_dir.exists():
+                segment, number = metrics.with_name(f"metrics.until-step-{self.first_step}.{number}.csv"), number + 1
+            if metrics.exists():
+                self.aside = metrics, metrics.rename(segment)
+        elif self.run_dir.exists():
             numbers = [
                 int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()
             ]
-            self.moved = self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}")
-            self.run_dir.rename(self.moved)
+            moved = self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}")
+            self.aside = self.run_dir, self.run_dir.rename(moved)
         self._make_folder()
 
     def _put_back(self) -> None:
-        """Undo the move when no step was made in its place."""
-        if self.moved is not None and self.trainer.global_step == 0:
-            shutil.rmtree(self.run_dir, ignore_errors=True)  # it may not even have been made
-            self.moved.rename(self.run_dir)
+        """Undo ``before_fit`` when no step was made after it."""
+        if self.trainer.global_step > self.first_step:
+            return
+        for path, content in self.record.items():
+            path.write_bytes(content)
+        if self.aside is not None:
+            before, now = self.aside
+            shutil.rmtree(before, ignore_errors=True)  # it may not even have been made
+            now.replace(before)
 
     def _make_folder(self) -> None:
         try:
@@ -376,6 +397,15 @@ class RecipeCLI(LightningCLI):
         return trainer
 
 
+@contextmanager
+def _foreign(message: str) -> Iterator[None]:
+    """What cannot be parsed here was written by something else."""
+    try:
+        yield
+    except jsonargparse.ArgumentError as error:
+        raise InputError(message) from error
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
 
@@ -396,8 +426,9 @@ def _without_repeats(items: Any, before: Any) -> Any:
 
     known = Counter(purpose(item) for item in before)
     kept: list[Any] = []
-    for item in reversed(items):  # the last ones, as many of a kind as the run had
-        if sum(purpose(other) == purpose(item) for other in kept) < max(known[purpose(item)], 1):
+    for item in reversed(items):  # of a kind that the run had the last ones, as many as it had
+        had = known[purpose(item)]
+        if not had or sum(purpose(other) == purpose(item) for other in kept) < had:
             kept.insert(0, item)
     return kept
 

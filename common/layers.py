@@ -36,7 +36,7 @@ def check(argv: list[str]) -> None:
         wrong = argv[0] if argv and not argv[0].startswith("-") else ""
         problem = f"{wrong!r} is no command" if wrong else "the command is missing"
         raise InputError(problem + (nearest(wrong, COMMANDS) or f"; give one of {', '.join(COMMANDS)}"))
-    for flag, value in _flags(argv):
+    for flag, value in flags(argv):
         seen: dict[str, str] = {}
         entries = _read(flag, value)
         for where, key, node in [Entry(f"--{flag}", flag, value), *entries]:
@@ -67,7 +67,7 @@ def locate(argv: list[str], default: Path, key: str, names: set[str], values: se
         values: and with what value, a path also by its end.
     """
     layers = [_read_file(default)]
-    for flag, given in _flags(argv):
+    for flag, given in flags(argv):
         layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_read(flag, given)])
     wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
     for entry in (entry for layer in reversed(layers) for entry in layer):
@@ -93,7 +93,7 @@ def _is(text: Any, value: str) -> bool:
     return text.endswith(value[1:]) if value[0] == "…" else text == value or value.endswith(f"/{text}")
 
 
-def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+def flags(argv: list[str]) -> Iterator[tuple[str, str]]:
     """Flags without their dashes, and what follows them."""
     for arg, after in zip(argv, [*argv[1:], ""], strict=False):
         if arg.startswith("-"):

@@ -72,6 +72,11 @@ def read_metrics(path: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
+def difference(values: list[float], expected: list[float]) -> float:
+    """The largest difference, relative to what is expected."""
+    return max(abs(value - wanted) / (abs(wanted) or 1) for value, wanted in zip(values, expected, strict=True))
+
+
 def _rank(
     rank: int,
     world: int,

@@ -381,7 +381,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, lm_args: list[str]) -> Pat
 
 @pytest.fixture
 def resumable(trained: Path, work: Path) -> Iterator[Path]:
-    """A copy of that run's checkpoints, whose folder must stay as a mistake finds it; only metrics are set aside."""
+    """A copy of that run, whose folder must stay where a mistake finds it."""
     shutil.copytree(trained / "runs", work / "runs")
     run = work / "runs/lm/default"
     yield run
@@ -441,12 +441,38 @@ def test_checkpoint_of_another_recipe(resumable: Path, lm_args: list[str], capfd
 
 
 def test_checkpoint_of_another_shape(resumable: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    wider = ["--ckpt_path", "last", f"{NET}.hidden_size", "64", "--trainer.max_steps", "6"]
+    before, wider = contents(resumable), ["--ckpt_path", "last", f"{NET}.hidden_size", "64"]
     for command in ("fit", "test"):
-        line = refused(LM, [command, *TINY, *lm_args, *(wider if command == "fit" else wider[:-2])], capfd)
+        more = ["--trainer.max_steps", "6"] if command == "fit" else []
+        line = refused(LM, [command, *TINY, *lm_args, *wider, *more], capfd)
         assert line.startswith("--ckpt_path: does not fit")
         assert "size mismatch for net.model." in line
-    assert read_checkpoint(resumable / "checkpoints/last.ckpt")["global_step"] == 4
+    assert before.items() <= contents(resumable).items()
+    main_of(LM)(["test", "--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu"])
+
+
+def test_a_refused_start_from_another_run_puts_the_earlier_one_back(
+    resumable: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The counter of steps has been restored when training turns out to be impossible."""
+    before, other = contents(resumable), Path("runs/lm/other")
+    shutil.copytree(resumable, other)
+    args = ["--ckpt_path", str(other / "checkpoints/last.ckpt"), "--name", "default", "--trainer.max_steps", "6"]
+    wrong = ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "3"]
+    line = refused(LM, ["fit", *args, *wrong], capfd)
+    assert "trainer.val_check_interval: 3 micro-batches are no multiple" in line
+    shutil.rmtree(other)
+    assert contents(resumable) == before
+
+
+def test_flags_may_be_for_a_class_of_the_run(work: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+    main_of(LM)(["fit", *TINY, *lm_args, *sgd, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"])
+    more = ["fit", "--ckpt_path", "last", "--model.optimizer.nesterov", "false", "--trainer.max_steps", "3"]
+    assert main_of(LM)(more).trainer.global_step == 3
+    line = refused(LM, [*more[:3], "--model.optimizer.fooeach", "true"], capfd)
+    assert "--model.optimizer.fooeach" in line
+    assert "foreach" in line
 
 
 def test_missing_checkpoint_names_those_found(

@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it
 import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 
-from tests.support import RECIPES, ROOT, STRATEGIES, logs, main_of, read_metrics, run_ranks
+from tests.support import RECIPES, ROOT, STRATEGIES, difference, logs, main_of, read_metrics, run_ranks
 
 PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
 CELLS = [(recipe, strategy, precision) for recipe in RECIPES for strategy in STRATEGIES for precision in PRECISIONS]
@@ -104,9 +104,11 @@ def test_cell(recipe: str, strategy: str, precision: str, work: Path, plain_args
         # DeepSpeed updates fp32 weights where all else updates those of bf16-true, and so trains otherwise.
         engine = strategy if precision == "bf16-true" and strategy.startswith("deepspeed") else None
         expected = single(recipe, engine, precision, tuple(plain_args[recipe]))
-        worst = max(abs(loss / wanted - 1) for loss, wanted in zip(losses, expected, strict=True))
         assert len(expected) == 10
+        worst = difference(losses, expected)
         assert worst < TOLERANCE[precision]
+        if engine:  # what both might get wrong shows beside the plain process
+            assert difference(losses, single(recipe, None, precision, tuple(plain_args[recipe]))) < 0.1
         outcome = {"result": "equal", "detail": f"{worst:.0e}"}
     CACHE.mkdir(exist_ok=True)
     (CACHE / f"{'-'.join(cell)}.json").write_text(json.dumps({"key": key_of(cell), **outcome}))
@@ -131,8 +133,9 @@ def render() -> str:
         "Made by `make matrix`, which trains every cell on two gloo ranks on CPU and compares ten losses with those of",
         "a single process at the same global batch and in the same precision. ✓ stands beside the largest relative",
         "difference; fp64 may differ by 1e-12, fp32 by 1e-5, bf16 by 2e-2. DeepSpeed in bf16-true keeps fp32 weights,",
-        "which a single process does not: there the single process is one of DeepSpeed. [n] is the line with which the",
-        "cell is refused before training starts; `not run` alone is a cell that is still to be run.",
+        "which a single process does not: there the single process is one of DeepSpeed, and a plain one may differ by",
+        "a tenth. [n] is the line with which the cell is refused before training starts; `not run` alone is a cell",
+        "that is still to be run.",
     ]
     for recipe in RECIPES:
         lines += [
@@ -151,11 +154,11 @@ def render() -> str:
 
 
 def on_page(cell: tuple[str, str, str]) -> str:
-    """What the page says about a cell."""
+    """What the page says about a cell; nothing if it has not got it yet."""
     recipe, strategy, precision = cell
-    section = PAGE.read_text().split(f"## {recipe}\n")[1].split("\n## ")[0]
-    row = next(line for line in section.splitlines() if line.startswith(f"| {strategy} |"))
-    return row.strip("| ").split(" | ")[PRECISIONS.index(precision) + 1]
+    section = PAGE.read_text().partition(f"## {recipe}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return next((dict(zip(rows[0], row, strict=True)).get(precision, "") for row in rows if row[0] == strategy), "")
 
 
 def test_page_names_every_cell() -> None:

@@ -112,6 +112,7 @@ def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[st
     assert cli.model.hparams.l1 == 0.5
 
 
+@pytest.mark.slow
 def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
     """By path from another folder, and their checkpoints load in a process that knows only the classes."""
     clone = work / "clone"

@@ -1,7 +1,7 @@
 """A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
 
 The matrix is all recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers} under DDP, and without workers
-under every other strategy; the suite runs a part of it that covers every pair of settings, ``make test-all`` all.
+under every other strategy; the suite runs a part of it that covers every pair of settings, ``make test-all`` the rest.
 """
 
 import functools

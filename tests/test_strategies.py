@@ -23,7 +23,19 @@ import transformers
 from common.checkpoint import read_checkpoint
 from common.strategies.fsdp import FSDP, FSDP2
 from common.strategies.sharding import Memory, is_elementwise
-from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks, strategies_of, turn
+from tests.support import (
+    RECIPES,
+    ROOT,
+    STRATEGIES,
+    TINY,
+    difference,
+    logs,
+    main_of,
+    read_metrics,
+    run_ranks,
+    strategies_of,
+    turn,
+)
 
 CELLS = [
     (recipe, strategy, world, accumulate)
@@ -67,11 +79,6 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
         return work / "runs" / recipe / name
 
     return run
-
-
-def difference(values: list[float], expected: list[float]) -> float:
-    """The largest difference, relative to what is expected."""
-    return max(abs(value - wanted) / (abs(wanted) or 1) for value, wanted in zip(values, expected, strict=True))
 
 
 def validated(path: Path) -> list[str]:
@@ -254,6 +261,11 @@ def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fi
         (pytorch_optimizer.Lamb, False),
         (pytorch_optimizer.LARS, False),
         (pytorch_optimizer.SOAP, False),
+        (partial(torch.optim.AdamW, capturable=True), True),
+        (pytorch_optimizer.ScheduleFreeAdamW, True),
+        (pytorch_optimizer.Prodigy, False),
+        (pytorch_optimizer.DAdaptAdam, False),
+        (pytorch_optimizer.DAdaptSGD, False),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
