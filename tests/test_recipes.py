@@ -15,6 +15,8 @@ from tests.support import RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_
 
 LIMITS = {"README.md": 80, "config.yaml": 60, "data.py": 110, "module.py": 115, "train.py": 25}
 PYTHON = [sys.executable, "-W", "ignore"]
+# For what is the same code under all recipes; the matrix and `make test-all` have the others.
+SOME = [name if i % 3 == 1 else pytest.param(name, marks=pytest.mark.matrix) for i, name in enumerate(RECIPES)]
 LOAD = """
 import importlib, sys
 from common.module import BaseModule
@@ -94,7 +96,7 @@ def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
     assert (work / "runs" / recipe / "default.1/checkpoints/last.ckpt").is_file(), "an earlier run is moved aside"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SOME)
 def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[str]) -> None:
     main, args = main_of(recipe), tiny(recipe, lm_args)
     decay = "--model.optimizer.weight_decay"
@@ -161,10 +163,7 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
     assert len(list((work / "runs" / recipe).iterdir())) == 1, "one run for all ranks"
 
 
-# The matrix has every recipe in every precision, against a single process in the same.
-@pytest.mark.parametrize(
-    "recipe", [name if i % 3 == 1 else pytest.param(name, marks=pytest.mark.matrix) for i, name in enumerate(RECIPES)]
-)
+@pytest.mark.parametrize("recipe", SOME)
 def test_precision_layers_train(recipe: str, work: Path, lm_args: list[str]) -> None:
     """The layers find about the same validation loss after two steps; those that need a GPU say so in a line."""
     losses = {}
@@ -181,7 +180,7 @@ def test_precision_layers_train(recipe: str, work: Path, lm_args: list[str]) -> 
     assert list(losses.values()) == pytest.approx([losses["fp32"]] * len(losses), rel=0.02)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SOME)
 def test_a_checkpoint_goes_on_in_its_own_run(
     recipe: str, work: Path, lm_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
