@@ -195,9 +195,9 @@ class RecipeCLI(LightningCLI):
             name = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
             if not _get_rank():
                 print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run_dir}", flush=True)
-        if not name:
-            self.config = parser.parse_args(self.argv) if of_run else self.config
-        else:
+        if not name and flags != self.argv[where:]:
+            self.config = parser.parse_args(self.argv)
+        elif name:
             checkpoint = self._find_checkpoint(str(name))
             # The config of the checkpoint's run comes first, so whatever is given now wins over it.
             before = self._config_of(checkpoint)

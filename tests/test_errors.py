@@ -470,6 +470,8 @@ def test_flags_may_be_for_a_class_of_the_run(work: Path, lm_args: list[str], cap
     main_of(LM)(["fit", *TINY, *lm_args, *sgd, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"])
     more = ["fit", "--ckpt_path", "last", "--model.optimizer.nesterov", "false", "--trainer.max_steps", "3"]
     assert main_of(LM)(more).trainer.global_step == 3
+    anew = ["fit", "--ckpt_path", "null", *TINY, *lm_args, *sgd, "--trainer.max_steps", "1"]
+    assert main_of(LM)(anew).trainer.global_step == 1  # flags count where no checkpoint is found either
     line = refused(LM, [*more[:3], "--model.optimizer.fooeach", "true"], capfd)
     assert "--model.optimizer.fooeach" in line
     assert "foreach" in line
