@@ -238,13 +238,16 @@ def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
 
 
 def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) -> None:
+    from common.report import save_figure
+
     path = run_folder(trainer) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.set_dpi(120)
+    pixels = save_figure(figure, path)
     key = name.replace("-", "/", 1)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(key, figure, step)
+            logger.experiment.add_image(key, pixels, step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(key, [str(path)], step)
 

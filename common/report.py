@@ -13,7 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -101,12 +101,25 @@ def _number(value: float) -> str:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Write a figure as a PNG; `savefig` would lay it out and draw it twice.
+
+    Returns:
+        The picture's pixels, red, green and blue.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels).save(path)
+    return pixels
 
 
 def _style(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "") -> None:
@@ -313,7 +326,7 @@ def write_report(run_dir: Path, title: str) -> Path:
         figure = curves(series)
         if figure is not None:
             figures.mkdir(exist_ok=True)
-            figure.savefig(figures / f"{curves.__name__}.png")
+            save_figure(figure, figures / f"{curves.__name__}.png")
     # The curves stand first; the recipe's own pictures follow by name.
     pictures = sorted(figures.glob("*.png"), key=lambda path: ("learning_" not in path.stem, path.stem))
     parts = {"Metrics": _metrics(run_dir, series), "Pictures": "".join(map(_picture, pictures))}

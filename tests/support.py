@@ -20,6 +20,7 @@ STRATEGIES = sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.ya
 # What a recipe refuses in one line: attacks differentiate by inputs, after which FSDP1 gets the next gradients wrong.
 REFUSED = {("adversarial", "fsdp")}
 TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
+PLAIN = ["--config", str(ROOT / "tests/plain.yaml")]
 
 
 def main_of(recipe: str) -> Callable[[list[str]], Any]:

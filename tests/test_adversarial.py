@@ -333,18 +333,21 @@ def test_the_adversarial_robustness_toolbox_finds_the_same(
     batch = data[list(range(len(data)))]
     pixels, target = batch.inputs["pixel_values"], batch.target
     theirs = PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    np.random.seed(1)  # ART's random starts are of this stream
     for eps, starts in ((0.05, 0), (0.1, 0), (0.15, 0), (0.15, 2)):
         options = {"norm": np.inf, "eps": eps, "eps_step": eps / 4, "max_iter": 20, "num_random_init": starts}
-        found = ProjectedGradientDescentPyTorch(theirs, batch_size=512, verbose=False, **options)
-        attacked = torch.from_numpy(found.generate(pixels.numpy(), target.numpy()))
-        with torch.no_grad():
-            expected = (net(attacked).argmax(-1) == target).float().mean().item()
         attack = PGD(eps, 20, eps / 4, restarts=max(starts, 1), random_start=starts > 0)
-        ours = under_attack(net, attack, batch.inputs, target, batch.index, 1).logits
-        accuracy = (ours.argmax(-1) == target).float().mean().item()
-        record_property("summary", f"robust accuracy at {eps}, {starts} starts: {accuracy:.4f}, ART {expected:.4f}")
-        # Random starts are drawn anew: one sample is 0.3 points.
-        assert accuracy == pytest.approx(expected, abs=0.02 if starts else 0.01)
+        accuracies = []
+        # With two random starts an accuracy scatters by 0.8 points, the difference of the means of three draws by 0.6.
+        for seed in range(3 if starts else 1):
+            found = ProjectedGradientDescentPyTorch(theirs, batch_size=512, verbose=False, **options)
+            attacked = torch.from_numpy(found.generate(pixels.numpy(), target.numpy()))
+            with torch.no_grad():
+                logits = under_attack(net, attack, batch.inputs, target, batch.index, seed).logits, net(attacked)
+            accuracies.append([(each.argmax(-1) == target).float().mean().item() for each in logits])
+        ours, expected = np.mean(accuracies, 0).tolist()
+        record_property("summary", f"robust accuracy at {eps}, {starts} starts: {ours:.4f}, ART {expected:.4f}")
+        assert ours == pytest.approx(expected, abs=0.02 if starts else 0.01)
 
 
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:

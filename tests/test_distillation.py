@@ -31,7 +31,7 @@ from common.labelled import fingerprint
 from common.nets import CausalLM, ConvNet, Pretrained
 from common.sources import Digits
 from common.text import Characters, TextWindows
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
+from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
 from tests.test_resume import digest, killed_main, write_config
 
 RECIPE = "distillation"
@@ -328,7 +328,8 @@ def losses_of(strategy: str | None, precision: str, args: list[str], work: Path)
     world, name = (2, strategy) if strategy else (1, "single")
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
     command = [
-        "fit", *LAYER, *layer, "--trainer.precision", precision, "--name", name, "--data.batch_size", str(16 // world),
+        "fit", *PLAIN, *LAYER, *layer, "--trainer.precision", precision, "--name", name,
+        "--data.batch_size", str(16 // world),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(world), "--trainer.max_steps", "20",
         "--trainer.log_every_n_steps", "1", "--trainer.check_val_every_n_epoch", "null",
         "--trainer.val_check_interval", "10", "--trainer.enable_progress_bar", "false",

@@ -120,7 +120,7 @@ def test_every_rank_ends(
     ]  # fmt: skip
     saves = work / "saves.yaml"
     saves.write_text(
-        "trainer:\n  callbacks+:\n    - class_path: common.callbacks.LastCheckpoint\n"
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: common.callbacks.LastCheckpoint\n"
         "      init_args: {every_n_train_steps: 5}\n"
     )
     began = time.monotonic()

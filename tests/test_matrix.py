@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it
 import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 
-from tests.support import RECIPES, ROOT, STRATEGIES, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import PLAIN, RECIPES, ROOT, STRATEGIES, difference, logs, main_of, read_metrics, run_ranks
 
 PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
 CELLS = [(recipe, strategy, precision) for recipe in RECIPES for strategy in STRATEGIES for precision in PRECISIONS]
@@ -71,7 +71,7 @@ def run(
     name = f"ranks{world}"
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
     command = [
-        "fit", *layer, "--config", str(ROOT / f"configs/precision/{precision}.yaml"), *args, "--name", name,
+        "fit", *layer, *PLAIN, "--config", str(ROOT / f"configs/precision/{precision}.yaml"), *args, "--name", name,
         "--data.batch_size", str(16 // world), "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
         "--trainer.max_steps", "10", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
         "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5",

@@ -25,7 +25,7 @@ from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Un
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
 from common.tasks import Task, TaskMetrics, task_loss, task_losses
-from tests.support import ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import PLAIN, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks
 from tests.test_resume import digest, killed_main, write_config
 
 TASKS: list[Task] = [
@@ -283,7 +283,7 @@ WEIGHTS = [f"optim/weight_{task}" for task in ("left", "right", "offset")]
 def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "ddp", batch: int = 16) -> dict[str, Any]:
     """Train twenty steps in epochs of five at the same global batch; losses and weights of the tasks."""
     args = [
-        "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--config",
+        "fit", *PLAIN, "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--config",
         str(ROOT / "tests/layers/multitask.yaml"), "--name", name, "--data.batch_size", str(batch // world),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(world), "--trainer.max_epochs", "4",
         "--trainer.limit_train_batches", "5", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import RECIPES, ROOT, logs, main_of, read_metrics, run_ranks
+from tests.support import PLAIN, RECIPES, ROOT, logs, main_of, read_metrics, run_ranks
 
 
 def keep_counts(recipe: str, args: list[str], path: Path) -> None:
@@ -21,7 +21,8 @@ def test_evaluation_counts_every_sample_once(recipe: str, work: Path, plain_args
     metrics, counts = {}, {}
     for world in (1, 2):
         args = [
-            "test", "--config", str(ROOT / "configs/strategy/ddp.yaml"), *plain_args[recipe], "--name", f"ranks{world}",
+            "test", *PLAIN, "--config", str(ROOT / "configs/strategy/ddp.yaml"), *plain_args[recipe],
+            "--name", f"ranks{world}",
             "--data.eval_batch_size", "7", "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
             "--trainer.enable_progress_bar", "false",
         ]  # fmt: skip

@@ -89,11 +89,11 @@ def killed_main(recipe: str, args: list[str], micro_batch: int) -> None:
 
 
 def write_config(folder: Path, saves: dict[str, Any]) -> Path:
-    """A layer with one checkpoint callback, which writes ``last.ckpt``."""
+    """A layer with one checkpoint callback, which writes ``last.ckpt``, and no metrics of which to make a report."""
     settings = {"dirpath": "checkpoints", "filename": "last", "enable_version_counter": False, **saves}
     path = folder / "resume.yaml"
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}
-    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback], "logger": False}}))
     return path
 
 

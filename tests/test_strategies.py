@@ -24,6 +24,7 @@ from common.checkpoint import read_checkpoint
 from common.strategies.fsdp import FSDP, FSDP2
 from common.strategies.sharding import Memory, is_elementwise
 from tests.support import (
+    PLAIN,
     RECIPES,
     ROOT,
     STRATEGIES,
@@ -69,7 +70,8 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
         if "zero3" in (strategy or ""):  # which does not shard what is small, by default
             layer += ["--trainer.strategy.zero_optimization", "{stage3_param_persistence_threshold: 0}"]
         command = [
-            "fit", *layer, *plain_args[recipe], "--name", name, "--data.batch_size", str(16 // world // accumulate),
+            "fit", *layer, *PLAIN, *plain_args[recipe], "--name", name,
+            "--data.batch_size", str(16 // world // accumulate),
             "--trainer.accumulate_grad_batches", str(accumulate), "--trainer.accelerator", "cpu",
             "--trainer.check_val_every_n_epoch", "null",
             "--trainer.devices", str(world), "--trainer.log_every_n_steps", "1",
