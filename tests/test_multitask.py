@@ -423,7 +423,7 @@ def test_another_list_of_tasks_does_not_fit_the_checkpoint(work: Path, capfd: py
     assert len(rows) == 8
 
 
-@pytest.mark.parametrize("method", ["uncertainty", "dwa", "famo", "pcgrad"])
+@pytest.mark.parametrize("method", ["dwa", "famo"])
 def test_a_killed_run_goes_on_to_the_bit(method: str, work: Path) -> None:
     """In the midst of an epoch, of which DynamicWeightAverage has seen two, on two ranks."""
     args = [
