@@ -79,7 +79,7 @@ def twice(cli: Any) -> dict[str, float]:
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    net, data, eps = cli.model.net.eval(), cli.datamodule.test_data, cli.model.test_attack.eps
+    net, data, eps = cli.model.net.eval(), cli.datamodule.test_data, cli.model.attacks["test"].eps
     batch = data[list(range(min(len(data), 1000)))]
     pixels, target = batch.inputs["pixel_values"], batch.target
     classes = len(cli.datamodule.class_names)
