@@ -423,7 +423,9 @@ def test_another_list_of_tasks_does_not_fit_the_checkpoint(work: Path, capfd: py
     assert len(rows) == 8
 
 
-@pytest.mark.parametrize("method", ["dwa", "famo"])
+@pytest.mark.parametrize(
+    "method", ["dwa", "famo", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("uncertainty", "pcgrad"))]
+)
 def test_a_killed_run_goes_on_to_the_bit(method: str, work: Path) -> None:
     """In the midst of an epoch, of which DynamicWeightAverage has seen two, on two ranks."""
     args = [
