@@ -1,6 +1,7 @@
 """Running recipes in tests: in this process, or on forked ranks that share its imports."""
 
 import csv
+import gc
 import importlib
 import multiprocessing
 import os
@@ -98,6 +99,7 @@ def _rank(
         )  # fmt: skip
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that another test has used did not survive the fork
     os.environ.update(env)
+    gc.freeze()  # looking through what the parent has made would copy its memory
     import torch
 
     torch.set_num_threads(1)
