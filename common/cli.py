@@ -1,6 +1,5 @@
 """One command line for every recipe: LightningCLI with a run folder, layered configs and errors in one line."""
 
-import gc
 import inspect
 import logging
 import os
@@ -354,9 +353,6 @@ class RecipeCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        if not gc.isenabled():  # common.script has turned it off
-            gc.freeze()
-            gc.enable()
         try:
             super()._run_subcommand(subcommand)
         except (InputError, MisconfigurationException):

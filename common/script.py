@@ -10,9 +10,6 @@ import importlib
 import sys
 from pathlib import Path
 
-# What imports make is there to stay; looking for garbage among it takes a seventh of the start. RecipeCLI enables it.
-gc.disable()
-
 _main = sys.modules["__main__"]
 _file = getattr(_main, "__file__", None)
 
@@ -29,3 +26,10 @@ if _file and not getattr(_main, "__package__", None) and (Path(_file).resolve().
         importlib.import_module("common").__path__ = [str(_folder / "common")]
     _main.__package__ = ".".join(_parts)
     importlib.import_module(_main.__package__)
+
+# What libraries make while they are imported stays: to look for garbage among it takes a seventh of the start, and as
+# long again whenever Python looks through all of its objects later.
+gc.disable()
+importlib.import_module("common.cli")
+gc.freeze()
+gc.enable()

@@ -40,7 +40,7 @@ def key_of(cell: tuple[str, str, str]) -> str:
     """A hash of the code and the configs that decide what a cell does."""
     recipe, strategy, precision = cell
     layers = [ROOT / f"configs/{layer}.yaml" for layer in (f"strategy/{strategy}", f"precision/{precision}")]
-    tests = [Path(__file__), ROOT / "tests/support.py", ROOT / "tests/conftest.py"]
+    tests = [Path(__file__), *(ROOT / "tests" / name for name in ("support.py", "conftest.py", "plain.yaml"))]
     folders = [ROOT / "common", ROOT / "recipes" / recipe, ROOT / "tests/layers"]
     files = [*(path for folder in folders for path in folder.rglob("*.*")), *layers, *tests]
     sha = hashlib.sha256()

@@ -1,7 +1,7 @@
 """A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
 
 The matrix is all recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers} under DDP, and without workers
-under every other strategy; the suite runs a part of it that covers every pair of settings, ``make test-all`` the rest.
+under every other strategy; the suite runs a part of it with every value of each setting, ``make test-all`` the rest.
 """
 
 import functools
@@ -40,7 +40,7 @@ CELLS = [
     *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),
 ]
 CELLS = [cell for cell in CELLS if (cell[0], cell[-1]) not in REFUSED]
-# Two values of each setting meet the others' at least once.
+# Under DDP any two values of stop, ranks and workers meet; every recipe and every other strategy is there once.
 FAST = {
     ("lm", 1, "mid_epoch", 0, "ddp"), ("classification", 2, "mid_epoch", 2, "ddp"),
     ("lm", 2, "step_on_last_batch", 2, "ddp"), ("classification", 1, "step_on_last_batch", 0, "ddp"),

@@ -104,7 +104,7 @@ def test_losses_equal_one_process(
     reference: Callable[[str], Path],
     record_property: Callable[[str, Any], None],
 ) -> None:
-    """Losses, norms of the gradients, which are clipped, and the weights in the end."""
+    """Losses, norms of the gradients, which are clipped, and validation in the middle and in the end."""
     validate = ("--trainer.val_check_interval", str(10 * accumulate))
     folder = fit(recipe, strategy, world, *TWENTY, *validate, name="run", accumulate=accumulate)
     runs = [path / "metrics.csv" for path in (folder, reference(recipe))]
@@ -117,7 +117,9 @@ def test_losses_equal_one_process(
     norms, expected = (read_metrics(path, "optim/grad_norm") for path in runs)
     assert sum(norm > 0.5 for norm in expected) > 5
     assert difference(norms, expected) < 1e-4
-    for name in validated(runs[1]):
+    names = validated(runs[1])
+    assert "val/loss" in names
+    for name in names:
         values, expected = (read_metrics(path, name) for path in runs)
         assert difference(values, expected) < 1e-5, name
 

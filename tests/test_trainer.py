@@ -38,7 +38,6 @@ NETS = {
 
 def live_bytes() -> int:
     """Bytes of all tensors of this process, each storage once."""
-    gc.unfreeze()  # what was there when the run started
     gc.collect()
     found: dict[int, int] = {}
     for item in gc.get_objects():
