@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install lm classification test check test-all matrix results lock clean
@@ -58,4 +58,5 @@ $(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml
 	@echo "Installing into $(VENV), one to two minutes ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --editable ".$(EXTRA)"
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, unlike pip; templates do not compile
 	@touch $(VENV)/.installed $@

@@ -29,6 +29,14 @@ def main_of(recipe: str) -> Callable[[list[str]], Any]:
     return importlib.import_module(f"recipes.{recipe}.train").main
 
 
+def main_without_report(recipe: str, args: list[str]) -> None:
+    """Run a recipe in a forked process for its numbers: drawing its pictures would take longer than its training."""
+    import common.report
+
+    common.report.write_report = lambda folder, title: folder / "report.html"
+    main_of(recipe)(args)
+
+
 def text_args(recipe: str, lm_args: list[str]) -> list[str]:
     """What makes a recipe small that reads a corpus, with all of its stages in some steps; nothing for the others."""
     starts = {"length": 0.25, "batch": 0.25, "competence": 0.2}

@@ -73,7 +73,7 @@ def run_in(folder: Path, recipe: str, args: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
-    """A plain ``python recipes/<task>/train.py`` runs in a fork, which has imported everything; the rest as typed."""
+    """``python recipes/<task>/train.py`` runs in forks of this process, one per rank; the rest as typed."""
     lines = commands(page)
     assert len(lines) > 3
     environment = {**os.environ, "PYTHONPATH": str(clone), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
@@ -82,16 +82,20 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
         small = line
         if " fit" in line:
             small += " --config configs/tiny.yaml"
+            if "/lm/" in line:
+                small += " --model.sample_tokens 16"
             if "/lm/" in line and "--data." not in line:
                 small += " --data.path tinyshakespeare.txt"
             if "/distillation/" in line:
                 small += " --model.teacher_training ../../tests/layers/teacher/short.yaml"
             if "/distillation/lm" in line:
                 small += " --data.source.init_args.path tinyshakespeare.txt"
-        plain = re.match(r"python recipes/(\w+)/train\.py (.*)", small)
-        if plain and plain[1] in RECIPES and "--trainer.devices" not in small:
-            codes = run_ranks(run_in, clone, plain[1], shlex.split(plain[2]), world=1, folder=tmp_path)
-            assert codes == [0], f"{small}\n{logs(tmp_path)}"
+        plain = re.fullmatch(r"(WANDB_MODE=offline )?python recipes/(\w+)/train\.py (.*)", small)
+        if plain and plain[2] in RECIPES:
+            world = 2 if "--trainer.devices 2" in small else 1
+            args = shlex.split(plain[3])
+            codes = run_ranks(run_in, clone, plain[2], args, world=world, folder=tmp_path, WANDB_MODE="offline")
+            assert codes == [0] * world, f"{small}\n{logs(tmp_path)}"
             continue
         done = subprocess.run(
             ["bash", "-c", small], cwd=clone, env=environment, capture_output=True, text=True, check=False

@@ -14,7 +14,7 @@ import torch
 
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
-from common.faults import lost_rank
+from common.faults import StopOnSigterm, lost_rank
 from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
@@ -55,6 +55,7 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
         start(self, batch, batch_idx)
 
     os.setpgrp()
+    StopOnSigterm.seconds = 1.0
     BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
     main_of(recipe)(args)
 
@@ -140,6 +141,9 @@ def test_every_rank_ends(
         elif code == 1:
             assert "ArithmeticError: a bug in one rank" in text.splitlines()[-1]
     last = read_checkpoint(work / "runs" / recipe / "default/checkpoints/last.ckpt")
-    assert last["global_step"] > 8 if "sigterm" in fault else last["global_step"] == 5
+    if "sigterm" not in fault:  # from a checkpoint like this one other tests go on
+        assert last["global_step"] == 5
+        return
+    assert last["global_step"] > 8
     resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(last["global_step"] + 2)]
     assert run_ranks(main_of(recipe), resumed, folder=work / "resumed") == [0, 0], logs(work / "resumed")

@@ -32,6 +32,7 @@ from tests.support import (
     difference,
     logs,
     main_of,
+    main_without_report,
     read_metrics,
     run_ranks,
     strategies_of,
@@ -78,7 +79,8 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
             "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
         ]  # fmt: skip
         folder = work / f"logs-{name}"
-        assert run_ranks(main_of(recipe), command, world=world, folder=folder) == [0] * world, logs(folder)
+        codes = run_ranks(main_without_report, recipe, command, world=world, folder=folder)
+        assert codes == [0] * world, logs(folder)
         return work / "runs" / recipe / name
 
     return run
