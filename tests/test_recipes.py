@@ -166,20 +166,20 @@ def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
     assert min(sizes) > 1000
 
 
-@pytest.mark.parametrize("way", ["module", "torchrun", "ddp"])
+@pytest.mark.parametrize("way", ["module", "torchrun", "ddp", "fsdp2"])
 def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
-    """As a module, under torchrun, and by path with the ranks that DDP launches itself."""
+    """As a module, under torchrun, and by path with the ranks that a strategy launches itself."""
     recipe = "classification" if way == "ddp" else "lm"
     script = str(ROOT / f"recipes/{recipe}/train.py")
     args = ["fit", *tiny(recipe, lm_args), "--trainer.devices", "1" if way == "module" else "2"]
     commands = {
         "module": [*PYTHON, "-m", f"recipes.{recipe}.train", *args],
         "torchrun": [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args],
-        "ddp": [*PYTHON, script, *args, "--config", str(ROOT / "configs/strategy/ddp.yaml")],
     }
+    launched = [*PYTHON, script, *args, "--config", str(ROOT / f"configs/strategy/{way}.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        commands[way], cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=200
+        commands.get(way, launched), cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (work / "runs" / recipe / "default/checkpoints/last.ckpt").is_file()
