@@ -160,7 +160,7 @@ def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Fig
             captions = ["\n".join(lines) for lines in zip(*(lines for lines, _ in read_off), strict=True)]
             right = [all(good) for good in zip(*(good for _, good in read_off), strict=True)]
             media["samples"] = report.captioned_images(
-                images, captions, right, "target → prediction, red: a wrong class"
+                images, captions, right, "target → prediction, orange: a wrong class"
             )
         if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
             size, found = trainer.datamodule.batch_size, []
