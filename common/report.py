@@ -486,7 +486,7 @@ def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
 def captioned_images(
     images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
 ) -> "Figure":
-    """Images in rows of six with a caption each, in red where something is wrong.
+    """Images in rows of six with a caption each, in orange where something is wrong.
 
     Args:
         images: grey or RGB, in [0, 1].
