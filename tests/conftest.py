@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: threads of several would fight
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it, and share the prepared corpora
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="recipes-cache-")
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.report
 from tests.support import RECIPES, ROOT, text_args
 
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
@@ -40,6 +42,15 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at numbers, here and in forks: drawing a run's report takes longer than a small training.
+
+    Reports are drawn in tests of the recipes and of the loggers, and by every command of the docs.
+    """
+    monkeypatch.setattr(common.report, "write_report", lambda folder, title: folder / "report.html")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """Running recipes in tests: in this process, or on forked ranks that share its imports."""
 
+import contextlib
 import csv
+import functools
 import gc
 import importlib
+import io
 import multiprocessing
 import os
 import socket
@@ -27,14 +30,6 @@ PLAIN = ["--config", str(ROOT / "tests/plain.yaml")]
 def main_of(recipe: str) -> Callable[[list[str]], Any]:
     """The recipe's ``main(args)``."""
     return importlib.import_module(f"recipes.{recipe}.train").main
-
-
-def main_without_report(recipe: str, args: list[str]) -> None:
-    """Run a recipe in a forked process for its numbers: drawing its pictures would take longer than its training."""
-    import common.report
-
-    common.report.write_report = lambda folder, title: folder / "report.html"
-    main_of(recipe)(args)
 
 
 def text_args(recipe: str, lm_args: list[str]) -> list[str]:
@@ -122,6 +117,16 @@ def _rank(
         torch.distributed.destroy_process_group()
 
 
+@functools.cache
+def _prepare_forks() -> None:
+    """Do once what every fork would do: read the signatures of what configs name, import all of DeepSpeed."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # compiles, which imports half of torch
+
+    for recipe in RECIPES:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main_of(recipe)(["fit", "--print_config"])
+
+
 def run_ranks(
     function: Callable[..., Any], *args: Any, world: int = 2, folder: Path, timeout: float = 120, **env: str
 ) -> list[int]:
@@ -131,6 +136,7 @@ def run_ranks(
     ``folder/rank<r>.log``. Ranks still alive after ``timeout`` seconds, or 10 after another was killed, are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _prepare_forks()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

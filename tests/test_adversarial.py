@@ -31,6 +31,8 @@ from common.cli import RecipeCLI
 from common.nets import ConvNet, PretrainedEncoder
 from tests.support import ROOT, TINY, logs, main_of, run_ranks, write_encoder
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 ATTACK, EVAL = "--model.attack", "--model.eval_attack"
 TEXT = ROOT / "recipes/adversarial/text.yaml"
 

@@ -18,6 +18,8 @@ from common.text import CACHE, Characters, Windows
 from recipes.curriculum.data import CurriculumData
 from tests.support import Rank, logs, main_of, read_metrics, run_ranks, text_args
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def test_pacing_is_that_of_platanios() -> None:
     linear, root = Pacing(0.1, 1000), Pacing(0.1, 1000, power=2.0)

@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import numpy as np
 import pytest
 import torch
@@ -31,8 +28,10 @@ from common.labelled import fingerprint
 from common.nets import CausalLM, ConvNet, Pretrained
 from common.sources import Digits
 from common.text import Characters, TextWindows
-from tests.support import PLAIN, ROOT, TINY, logs, main_of, main_without_report, read_metrics, run_ranks, write_encoder
+from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
 from tests.test_resume import digest, killed_main, write_config
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 RECIPE = "distillation"
 LAYER = ["--config", str(ROOT / "tests/layers/distillation.yaml")]
@@ -335,14 +334,13 @@ def losses_of(strategy: str | None, precision: str, args: list[str], work: Path)
         "--trainer.val_check_interval", "10", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", *args,
     ]  # fmt: skip
-    codes = run_ranks(main_without_report, RECIPE, command, world=world, folder=work / name)
+    codes = run_ranks(main_of(RECIPE), command, world=world, folder=work / name)
     assert codes == [0] * world, logs(work / name)
     return read_metrics(work / f"runs/distillation/{name}/metrics.csv", "train/loss")
 
 
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [pytest.param("32-true", 1e-5, marks=pytest.mark.matrix), ("bf16-mixed", 2e-2)]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 2e-2)])
 def test_strategies_agree(precision: str, tolerance: float, work: Path, record_property: Any) -> None:
     """Under each the teacher is whole, and computes in the precision of the run."""
     main_of(RECIPE)(["fit", *SMALL, "--name", "first"])  # the teacher, before ranks wait for it
@@ -355,7 +353,7 @@ def test_strategies_agree(precision: str, tolerance: float, work: Path, record_p
         assert worst < tolerance, strategy
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "deepspeed_zero2"])
 def test_killed_run_goes_on_to_the_bit(strategy: str, work: Path) -> None:
     """With augmentation and dropout, whose numbers decide what the teacher is asked."""
     main_of(RECIPE)(["fit", *SMALL, "--name", "first"])

@@ -22,6 +22,8 @@ from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
 from tests.support import ROOT, TINY, main_of
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 LM, CLASSES = "lm", "classification"
 OPTIMIZER, SCHEDULE, NET = "--model.optimizer", "--model.lr_scheduler", "--model.config.init_args"
 CALLBACK = "trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks."

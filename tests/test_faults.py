@@ -6,9 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 import torch
 
@@ -16,6 +13,8 @@ from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
 from common.faults import StopOnSigterm, lost_rank
 from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 # What happens to each rank before micro-batch 9, and how each of the two ends.
 FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {

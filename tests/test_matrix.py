@@ -9,13 +9,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 
 from tests.support import (
@@ -25,10 +21,12 @@ from tests.support import (
     STRATEGIES,
     difference,
     logs,
-    main_without_report,
+    main_of,
     read_metrics,
     run_ranks,
 )
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
 CELLS = [(recipe, strategy, precision) for recipe in RECIPES for strategy in STRATEGIES for precision in PRECISIONS]
@@ -89,7 +87,7 @@ def run(
         "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
     ]  # fmt: skip
-    codes = run_ranks(main_without_report, recipe, command, world=world, folder=work / name)
+    codes = run_ranks(main_of(recipe), command, world=world, folder=work / name)
     if codes == [2] * world:
         return [], (work / name / "rank0.log").read_text().strip().splitlines()[-1]
     assert codes == [0] * world, logs(work / name)

@@ -2,14 +2,10 @@
 
 import logging
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +21,10 @@ from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Un
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
 from common.tasks import Task, TaskMetrics, task_loss, task_losses
-from tests.support import PLAIN, ROOT, STRATEGIES, TINY, logs, main_of, main_without_report, read_metrics, run_ranks
+from tests.support import PLAIN, ROOT, STRATEGIES, TINY, logs, main_of, read_metrics, run_ranks
 from tests.test_resume import digest, killed_main, write_config
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 TASKS: list[Task] = [
     {"name": "left", "kind": "classification", "width": 10},
@@ -289,7 +287,7 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
         "--trainer.limit_train_batches", "5", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *flags,
     ]  # fmt: skip
-    codes = run_ranks(main_without_report, "multitask", args, world=world, folder=work / name)
+    codes = run_ranks(main_of("multitask"), args, world=world, folder=work / name)
     assert codes == [0] * world, logs(work / name)
     path = work / "runs/multitask" / name / "metrics.csv"
     return {key: read_metrics(path, key) for key in ("train/loss", "val/loss", *WEIGHTS)}

@@ -34,6 +34,8 @@ from common.optim import (
 from common.tabular_nets import FTTransformer, TabM
 from tests.support import ROOT, main_of, read_metrics
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SMALL = [
     "--model.net.widths", "[4]", "--data.batch_size", "8", "--trainer.limit_val_batches", "1",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",

@@ -4,7 +4,6 @@ The recipes and the layers in ``configs/strategy`` are discovered: a new one is 
 """
 
 import csv
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +11,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 import pytorch_optimizer
 import torch
@@ -32,12 +28,13 @@ from tests.support import (
     difference,
     logs,
     main_of,
-    main_without_report,
     read_metrics,
     run_ranks,
     strategies_of,
     turn,
 )
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 CELLS = [
     (recipe, strategy, world, accumulate)
@@ -79,7 +76,7 @@ def fit(work: Path, plain_args: dict[str, list[str]]) -> Fit:
             "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
         ]  # fmt: skip
         folder = work / f"logs-{name}"
-        codes = run_ranks(main_without_report, recipe, command, world=world, folder=folder)
+        codes = run_ranks(main_of(recipe), command, world=world, folder=folder)
         assert codes == [0] * world, logs(folder)
         return work / "runs" / recipe / name
 

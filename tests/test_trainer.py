@@ -2,13 +2,9 @@
 
 import gc
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for it when it is imported
-
-import deepspeed  # noqa: F401  # here, so that forked ranks need not
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint import read_checkpoint
 from tests.support import ROOT, STRATEGIES, TINY, logs, main_of, run_ranks
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 SIZE = "--model.config.init_args"
 NETS = {
