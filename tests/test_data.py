@@ -18,6 +18,7 @@ from common.data import (
     TrainSampler,
     batches_per_epoch,
     move_position,
+    seed_draws,
     step_seed,
     total_steps,
 )
@@ -90,6 +91,14 @@ def test_seeds_do_not_collide_as_sums_do() -> None:
     assert len(set(seeds.values())) == len(seeds)
     assert step_seed(1) != step_seed(1, 0) != step_seed(1, 0, 0)
     assert step_seed(2**32 - 1, 3) == step_seed(2**32 - 1, 3) != step_seed(2**32 - 1, 2)
+
+
+def test_draws_are_those_of_torchs_seed() -> None:
+    for seed in (0, step_seed(3, 1)):
+        torch.manual_seed(seed)
+        expected = torch.rand(5)
+        seed_draws(seed, torch.device("cpu"))
+        assert torch.equal(torch.rand(5), expected)
 
 
 def test_too_few_samples_are_refused() -> None:
