@@ -255,7 +255,10 @@ SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
         ("--data.path missing.txt", "missing.txt"),
     ],
 )
-def test_mistakes_cost_a_line(flags: str, line: str, fit: Fit, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_cost_a_line(
+    flags: str, line: str, fit: Fit, work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, write in FILES.items():
         write(work / name)
     with pytest.raises(SystemExit) as stop:

@@ -293,11 +293,10 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
     return {key: read_metrics(path, key) for key in ("train/loss", "val/loss", *WEIGHTS)}
 
 
-# Every method under DDP, and each that shards once; what else there is runs with the matrix.
-SAME = [(method, "ddp") for method in METHODS]
-SAME += [("uncertainty", "fsdp2"), ("famo", "fsdp"), ("dwa", "deepspeed_zero2"), ("uncertainty", "deepspeed_zero3")]
-SHARDING = [name for name in STRATEGIES if name != "ddp"]
-REST = [(m, s) for m in ("uncertainty", "dwa", "famo") for s in SHARDING if (m, s) not in SAME]
+# Each method once, those that shards carry under them; what else there is runs with the matrix.
+SAME = [("uncertainty", "deepspeed_zero3"), ("dwa", "deepspeed_zero2"), ("famo", "fsdp"), ("pcgrad", "ddp")]
+SAME += [("upgrad", "ddp")]
+REST = [(m, s) for m in ("uncertainty", "dwa", "famo") for s in STRATEGIES if (m, s) not in SAME]
 
 
 @pytest.mark.parametrize(

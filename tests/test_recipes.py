@@ -168,7 +168,7 @@ def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
     assert min(sizes) > 1000
 
 
-@pytest.mark.parametrize("way", ["module", "ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["module", "ddp", pytest.param("fsdp2", marks=pytest.mark.matrix)])
 def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
     """As a module, and by path with the ranks that a strategy launches itself; a command of the docs has torchrun."""
     recipe = "classification" if way == "ddp" else "lm"

@@ -213,13 +213,16 @@ def test_shares_of_two_ranks(strategy: FSDP | FSDP2, expected: tuple[int, int, i
     assert strategy.memory_per_rank(Memory(400, 400, 800), 100, 2) == expected
 
 
+@pytest.mark.parametrize(
+    "strategies", [["ddp", "fsdp2", "deepspeed_zero3"], pytest.param(STRATEGIES, marks=pytest.mark.matrix)], ids=len
+)
 def test_texts_and_metrics_do_not_depend_on_the_strategy(
-    work: Path, plain_args: dict[str, list[str]], fit: Fit
+    strategies: list[str], work: Path, plain_args: dict[str, list[str]], fit: Fit
 ) -> None:
     """Three prompts on two ranks, one of which has a padded row; ``validate`` counts the same windows."""
     fit("lm", None, 1, "--trainer.max_steps", "4", "--model.temperature", "0", name="run")
     run, found = work / "runs/lm/run", {}
-    for strategy in (None, *STRATEGIES):
+    for strategy in (None, *strategies):
         layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
         world = 2 if strategy else 1
         given = ["--name", "run", "--ckpt_path", "last", *layer, "--trainer.devices", str(world)]

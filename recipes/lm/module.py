@@ -80,7 +80,8 @@ class LMModule(BaseModule):
         while self.trainer.strategy.reduce_boolean_decision(len(ids) < end, all=False):
             seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
             options["max_new_tokens"] = max(min(end - len(ids), self.context - seen.shape[1]), 1)
-            with gathered(net):
+            # Each token is a length of its own, for which compiled blocks would be compiled once more.
+            with gathered(net), torch.compiler.set_stance("force_eager"):
                 new: Any = net.generate(seen.to(self.device), **options)  # type: ignore[operator]
             ids += new[0, seen.shape[1] :].tolist() if len(ids) < end else []
             end = len(ids) if ids[-1] == self.eos_id else end
