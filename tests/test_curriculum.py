@@ -226,35 +226,35 @@ OTHER = "--data.difficulty common.curriculum.ReferenceLoss --data.difficulty.nam
 SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        ("--data.length.start 0", "start must be above 0 and at most 1, got 0"),
-        ("--data.length.start 1.5", "start must be above 0 and at most 1, got 1.5"),
-        ("--data.batch.tokens 0", "tokens must be at least 1, got 0"),
-        ("--data.competence.power 0", "power must be above 0, got 0"),
-        ("--data.competence.power x", "data.competence.power"),
-        ("--data.length.starts 0.5", "did you mean 'start'?"),
-        ("--data.length 3", "data.length"),
-        ("--data.difficulty null", "needs data.difficulty; take common.curriculum.Rarity"),
-        ("--data.difficulty Rarety", "did you mean 'Rarity'?"),
-        ("--data.context 0", "data.context: must be at least 1, got 0"),
-        ("--data.context 100000", "too few for a window"),
-        ("--data.batch_size 4000", "data.batch_size: 4000 x 1 ranks"),
-        ("--data.batch_size 6", "data.batch_size: 6 is no multiple of 4, into which data.batch.start 0.25 divides it"),
-        ("--data.context 600", "data.context: 600 exceeds max_position_embeddings 512 of model.config"),
-        ("--model.config transformers.ViTConfig", "ViTConfig makes no language model"),
-        ("--model.self_paced.start 2 --model.self_paced.tokens 3", "start must be above 0 and at most 1, got 2"),
-        ("--model.self_paced.start 0.5", "tokens"),
-        (f"{SCORES} short.txt", "short.txt: 2 scores for 1687 training windows"),
-        (f"{SCORES} words.txt", "words.txt: cannot be read as numbers"),
-        (f"{SCORES} nan.npy", "nan.npy: has scores that are not finite"),
-        (f"{SCORES} pickle.npy", "pickle.npy: cannot be read as numbers"),
-        (f"{SCORES} missing.txt", "missing.txt: cannot be read as numbers"),
-        (f"{OTHER} no/such", "neither a folder with a language model"),
-        ("--data.path missing.txt", "missing.txt"),
-    ],
-)
+MISTAKES = [
+    ("--data.length.start 0", "start must be above 0 and at most 1, got 0"),
+    ("--data.length.start 1.5", "start must be above 0 and at most 1, got 1.5"),
+    ("--data.batch.tokens 0", "tokens must be at least 1, got 0"),
+    ("--data.competence.power 0", "power must be above 0, got 0"),
+    ("--data.competence.power x", "data.competence.power"),
+    ("--data.length.starts 0.5", "did you mean 'start'?"),
+    ("--data.length 3", "data.length"),
+    ("--data.difficulty null", "needs data.difficulty; take common.curriculum.Rarity"),
+    ("--data.difficulty Rarety", "did you mean 'Rarity'?"),
+    ("--data.context 0", "data.context: must be at least 1, got 0"),
+    ("--data.context 100000", "too few for a window"),
+    ("--data.batch_size 4000", "data.batch_size: 4000 x 1 ranks"),
+    ("--data.batch_size 6", "data.batch_size: 6 is no multiple of 4, into which data.batch.start 0.25 divides it"),
+    ("--data.context 600", "data.context: 600 exceeds max_position_embeddings 512 of model.config"),
+    ("--model.config transformers.ViTConfig", "ViTConfig makes no language model"),
+    ("--model.self_paced.start 2 --model.self_paced.tokens 3", "start must be above 0 and at most 1, got 2"),
+    ("--model.self_paced.start 0.5", "tokens"),
+    (f"{SCORES} short.txt", "short.txt: 2 scores for 1687 training windows"),
+    (f"{SCORES} words.txt", "words.txt: cannot be read as numbers"),
+    (f"{SCORES} nan.npy", "nan.npy: has scores that are not finite"),
+    (f"{SCORES} pickle.npy", "pickle.npy: cannot be read as numbers"),
+    (f"{SCORES} missing.txt", "missing.txt: cannot be read as numbers"),
+    (f"{OTHER} no/such", "neither a folder with a language model"),
+    ("--data.path missing.txt", "missing.txt"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), MISTAKES)
 def test_mistakes_cost_a_line(
     flags: str, line: str, fit: Fit, work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -462,7 +462,7 @@ SOURCE = "--data.source common.text.TextWindows --data.source.tokenizer common.t
 PAIR = "--model.teacher_training null --model.features"
 PRETRAINED = f"--model.teacher_training null {TEACHER} common.nets.Pretrained {TEACHER}.name"
 # fmt: off
-WRONG = [
+MISTAKES = [
     ("--model.alpha 1.5", "--model.alpha", "must be in [0, 1], got 1.5"),
     ("--model.alpha much", "--model.alpha", "expected float, got 'much'"),
     ("--model.loss.temperature 0", "--model.loss.temperature", "must be above 0, got 0.0"),
@@ -499,7 +499,7 @@ WRONG = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("flags", "where", "problem"), WRONG, ids=[case[0][-60:] for case in WRONG])
+@pytest.mark.parametrize(("flags", "where", "problem"), MISTAKES, ids=[case[0][-60:] for case in MISTAKES])
 def test_mistakes_cost_a_line(
     flags: str, where: str, problem: str, work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

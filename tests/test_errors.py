@@ -1,6 +1,7 @@
 """Mistakes in configs, flags, data and checkpoints: each ends in one line with place and remedy, and loses nothing."""
 
 import gzip
+import importlib.util
 import logging
 import os
 import random
@@ -20,7 +21,7 @@ import yaml
 
 from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
-from tests.support import ROOT, TINY, main_of
+from tests.support import RECIPES, ROOT, TINY, main_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -650,3 +651,12 @@ def test_typos_get_the_right_suggestion(
             wrong.append((key, line))
     record_property("summary", f"typos: {count - len(wrong)} of {count} got the right suggestion")
     assert len(wrong) <= 0.05 * count, wrong
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_given_mistakes(recipe: str) -> None:
+    """Those of the first recipes are here, those of another in the file of its own tests."""
+    mistakes = [case for case in (*CASES, *WRONG_NUMBERS, *WRONG_DATA, *WRONG_RUNS) if case.values[0] == recipe]
+    if importlib.util.find_spec(f"tests.test_{recipe}"):
+        mistakes += importlib.import_module(f"tests.test_{recipe}").MISTAKES
+    assert len(mistakes) >= 15
