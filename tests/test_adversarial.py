@@ -314,7 +314,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("robust")
         patch.chdir(folder)
         args = [
-            "--model.net.widths", "[16, 32]", f"{ATTACK}.steps", "1", "--trainer.max_epochs", "8",
+            "--model.net.widths", "[16, 32]", f"{ATTACK}.steps", "1", "--trainer.max_epochs", "5",
             "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
         ]  # fmt: skip
         main_of("adversarial")(["fit", *args])
@@ -354,7 +354,7 @@ def test_the_adversarial_robustness_toolbox_finds_the_same(
 
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:
     natural = ["--model.objective", "common.attacks.Natural", ATTACK, "null"]
-    args = ["--model.net.widths", "[16, 32]", "--trainer.max_epochs", "8", "--trainer.accelerator", "cpu", *natural]
+    args = ["--model.net.widths", "[16, 32]", "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", *natural]
     main_of("adversarial")(["fit", *args, "--trainer.enable_progress_bar", "false"])
     plain = main_of("adversarial")(["test"]).trainer.callback_metrics
     found = robust[0].trainer.callback_metrics

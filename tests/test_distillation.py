@@ -354,7 +354,8 @@ def test_strategies_agree(precision: str, tolerance: float, work: Path, record_p
         assert worst < tolerance, strategy
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "deepspeed_zero2"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2"])
 def test_killed_run_goes_on_to_the_bit(strategy: str, work: Path) -> None:
     """With augmentation and dropout, whose numbers decide what the teacher is asked."""
     main_of(RECIPE)(["fit", *SMALL, "--name", "first"])

@@ -414,7 +414,7 @@ def test_activation_checkpointing_changes_no_loss(work: Path, lm_args: list[str]
 @pytest.mark.filterwarnings("ignore")  # what dynamo warns of while it traces is not ours
 def test_compiled_blocks_compute_the_same(work: Path, lm_args: list[str]) -> None:
     for name, flag in (("plain", "false"), ("compiled", "true")):
-        main_of("lm")(["fit", *lm_args, *TINY, "--name", name, "--model.compile", flag])
+        main_of("lm")(["fit", *lm_args, *TINY, "--data.eval_batch_size", "4", "--name", name, "--model.compile", flag])
     plain, compiled = (
         read_checkpoint(work / f"runs/lm/{name}/checkpoints/last.ckpt") for name in ("plain", "compiled")
     )

@@ -242,7 +242,7 @@ def test_texts_and_metrics_do_not_depend_on_the_strategy(
 MUON = ["--model.optimizer", "common.optim.MuonAdamW"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "fsdp2"])
 def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fit: Fit) -> None:
     args = (*MUON, "--model.l1", "1.0e-4", "--trainer.max_steps", "20", "--trainer.limit_val_batches", "0")
     runs = [fit("lm", None, 1, *args, name="single"), fit("lm", strategy, 2, *args, name="ranks")]
