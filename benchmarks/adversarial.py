@@ -26,10 +26,11 @@ from recipes.adversarial.train import main
 
 RESULTS = ROOT / "benchmarks/results/adversarial.json"
 
+# Each in the mode that makes it the more robust on Fashion-MNIST.
 METHODS = {
     "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
-    "FGSM-RS": ["--model.attack.steps", "1"],
-    "PGD-7": ["--model.attack.steps", "7"],
+    "FGSM-RS": ["--model.attack.steps", "1", "--model.objective.attack_mode", "train"],
+    "PGD-7": ["--model.attack.steps", "7", "--model.objective.attack_mode", "eval"],
     "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
 }
 # A smaller net, so that all four are done in some minutes on a CPU.

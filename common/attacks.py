@@ -23,9 +23,11 @@ from common.data import step_seed
 from common.errors import InputError
 from common.losses import cross_entropy, precise
 from common.module import evaluating
+from common.strategies.sharding import batch_norms
 
 Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches on end, to the logits of each sample
 Norm = Literal["linf", "l2"]
+Mode = Literal["eval", "train"]
 Loss = Callable[[Tensor], Tensor]  # inputs of a batch to one loss per sample
 
 
@@ -374,10 +376,25 @@ def under_attack(
         return UnderAttack(clean, points, output)
 
 
+@contextmanager
+def keeping_no_statistics(net: nn.Module) -> Iterator[None]:
+    """Let batch norm of a net in training use statistics of its batch without adding them to the running ones."""
+    layers: list[Any] = batch_norms(net)
+    kept = [layer.track_running_stats for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, kept, strict=True):
+            layer.track_running_stats = value
+
+
 class Objective:
     """What is minimized in training."""
 
     needs_attack = True
+    attack_mode: Mode = "eval"
 
     def check(self, attack: Attack | None) -> None:
         """See whether it can train with an attack.
@@ -401,13 +418,13 @@ class Objective:
 
         While it is attacked the net is in evaluation mode, as in TRADES and as Pang et al. 2021 advise
         (https://arxiv.org/abs/2010.00467): batch norm neither uses nor keeps statistics of unfinished attacks, and
-        dropout is off.
+        dropout is off; see ``attack_mode`` of :class:`Adversarial` for another.
         """
         start, mask = attackable(net, inputs)
 
         def perturb(loss: Loss) -> Tensor:
             assert attack is not None, "see check"
-            with evaluating(net):
+            with evaluating(net) if self.attack_mode == "eval" else keeping_no_statistics(net):
                 return attack(loss, start, index, seed, mask)
 
         return self.loss(partial(logits_at, net, inputs), start, target, perturb)
@@ -449,12 +466,15 @@ class Adversarial(Objective):
     Args:
         clean_weight: share of clean inputs in the loss; with 0.5 both count the same, as is usual for texts (Goodfellow
             et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
+        attack_mode: mode of the net while it is attacked. With ``train``, as in Wong et al. 2020, batch norm takes the
+            statistics of the batch under attack, which it does not keep, and dropout is on. Where weights change fast,
+            running statistics lag behind them, and a single step is misled.
     """
 
-    def __init__(self, clean_weight: float = 0.0):
+    def __init__(self, clean_weight: float = 0.0, attack_mode: Mode = "eval"):
         if not 0 <= clean_weight < 1:
             raise InputError(f"model.objective.clean_weight must be in [0, 1), got {clean_weight}")
-        self.clean_weight = clean_weight
+        self.clean_weight, self.attack_mode = clean_weight, attack_mode
 
     @override
     def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """One command line for every recipe: LightningCLI with a run folder, layered configs and errors in one line."""
 
+import copy
 import inspect
 import logging
 import os
@@ -25,6 +26,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
+from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
 from common import layers
@@ -198,7 +200,7 @@ class RecipeCLI(LightningCLI):
         self._set_run_dir(config)
         name = config.get("ckpt_path")
         if of_run and not name:
-            name = "best" if (self.run_dir / "checkpoints/best.ckpt").exists() else None
+            name = "best" if any(self.run_dir.glob("checkpoints/*.ckpt")) else None
             if not _get_rank():
                 print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run_dir}", flush=True)
         if not name and flags != self.argv[where:]:
@@ -249,6 +251,7 @@ class RecipeCLI(LightningCLI):
             found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
             runs = sorted(p.parent.parent.name for p in self.run_dir.parent.glob(f"*/checkpoints/{name}.ckpt"))
             hint = f"give --name {runs[-1]}" if runs else "run fit first or give --name"
+            hint = f"give --ckpt_path {found.split(', ')[-1]}" if found != "none" else hint
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
@@ -285,6 +288,8 @@ class RecipeCLI(LightningCLI):
         keep = ("seed_everything", "name", "trainer", "model", "data")
         resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in keep}
+        # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
+        self.config_dump = copy.deepcopy(self.resolved)
         self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
         config.trainer.default_root_dir = str(self.run_dir)
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
@@ -397,6 +402,10 @@ class RecipeCLI(LightningCLI):
             raise InputError(_trainer_mistake(str(error))) from error
         # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        started = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else trainer.world_size
+        if started != trainer.world_size:  # each process would train a net of its own
+            problem = f"torchrun has started {started} processes, and this config trains with {trainer.world_size}"
+            raise InputError(f"trainer.strategy: {problem}; add --config configs/strategy/ddp.yaml")
         if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
             problem = "needs a GPU, and Lightning would run another on a CPU"
             raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")

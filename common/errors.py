@@ -23,7 +23,7 @@ def closest(wrong: str, known: Iterable[str]) -> str | None:
     """The known name closest to a mistyped or shortened one, whatever its case; None if none is near."""
     names = {name.casefold(): name for name in sorted(known, reverse=True)}  # AdamW rather than its module adamw
     wrong = wrong.casefold()
-    matches = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(wrong, names, n=1)
     matches += [name for name in names if wrong and name.startswith(wrong)]
     return names[matches[0]] if matches else None
 

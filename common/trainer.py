@@ -121,7 +121,9 @@ class RecipeTrainer(L.Trainer):
         """
         from safetensors.torch import save_model
         from transformers import PreTrainedModel, PreTrainedTokenizerFast
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # it stands on stderr
         if ckpt_path is None:
             raise InputError("--ckpt_path: there is no best checkpoint; run fit first, or give last or a file")
         self._attach(model, datamodule)

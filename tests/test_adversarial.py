@@ -1,5 +1,6 @@
 """Attacks stay in their ball and agree with formulas and with another library; the recipe trains against them."""
 
+import copy
 import csv
 import logging
 import shlex
@@ -235,6 +236,18 @@ def test_objectives_equal_their_formulas(objective: Any, batch: Any) -> None:
     assert all(torch.allclose(a, b, rtol=1e-8) for a, b in zip(*grads, strict=True))
 
 
+def test_a_net_attacked_in_training_mode(net: nn.Module, batch: Any) -> None:
+    """Batch norm uses the statistics of what is under attack, and keeps only those of what is trained on."""
+    pixels, target, index = batch
+    tried, plain, thrown_away = (copy.deepcopy(net).train() for _ in range(3))
+    attack, inputs = PGD(0.1, 3), {"pixel_values": pixels}
+    loss = Adversarial(attack_mode="train")(tried, attack, inputs, target, index, 11)
+    worst = attack(cross_entropy_to(target, thrown_away), pixels, index, 11)
+    assert torch.equal(loss, F.cross_entropy(plain(worst), target))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in tried.state_dict().items())
+    assert not torch.equal(loss, Adversarial()(tried, attack, inputs, target, index, 11))
+
+
 def objective_mix(weight: float, clean: Tensor, robust: Tensor, target: Tensor) -> Tensor:
     return weight * F.cross_entropy(clean, target) + (1 - weight) * F.cross_entropy(robust, target)
 
@@ -441,6 +454,7 @@ MISTAKES = [
      "must be true for TRADES"),
     ("--model.objective common.attacks.Trades", "--model.objective: ", "did you mean 'TRADES'?"),
     ("--model.objective common.attacks.PGD", "--model.objective: ", "common.attacks.PGD is no Objective"),
+    ("--model.objective.attack_mode test", "--model.objective.attack_mode: ", "'test'"),
     ("--model.objective.clean_weight 1", "--model.objective.clean_weight: ", "must be in [0, 1), got 1.0"),
     (f"{ATTACK} common.attacks.TRADES", f"{ATTACK}: ", "common.attacks.TRADES is no Attack"),
     (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give common.attacks.PGD"),

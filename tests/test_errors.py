@@ -433,6 +433,27 @@ def test_damaged_checkpoint(
     assert before.items() <= contents(resumable).items()
 
 
+def test_where_there_is_no_best_checkpoint_the_last_is_named(
+    resumable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A net without training would be tested otherwise."""
+    (resumable / "checkpoints/best.ckpt").unlink(missing_ok=True)
+    for command in ("test", "export"):
+        line = refused(LM, [command, "--trainer.accelerator", "cpu"], capfd)
+        assert line.endswith("best.ckpt does not exist (found: last); give --ckpt_path last")
+
+
+def test_torchrun_needs_a_strategy(
+    work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its processes would each train a net of their own otherwise."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    line = refused(LM, ["fit", *TINY, *lm_args, "--trainer.accelerator", "cpu"], capfd)
+    assert line.startswith("trainer.strategy: torchrun has started 2 processes, and this config trains with 1; add ")
+    assert not Path("runs").exists()
+
+
 def test_checkpoint_of_another_recipe(resumable: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     before, checkpoint = contents(resumable), resumable / "checkpoints/last.ckpt"
     for path in (checkpoint, shutil.copy(checkpoint, "alone.ckpt")):

@@ -116,11 +116,15 @@ def test_preflight_tells_what_a_run_holds(
     assert found["activations"] > 0
 
 
-def test_export_of_a_language_model_loads_elsewhere(work: Path, lm_args: list[str]) -> None:
-    """Logits and tokens of what transformers loads are those of the run."""
+def test_export_of_a_language_model_loads_elsewhere(
+    work: Path, lm_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logits and tokens of what transformers loads are those of the run; nothing goes to stderr."""
     main = main_of("lm")
     main(["fit", *lm_args, *TINY])
+    capsys.readouterr()
     cli = main(["export"])
+    assert not capsys.readouterr().err
     net = AutoModelForCausalLM.from_pretrained(work / "runs/lm/default/export").eval()
     tokenizer = AutoTokenizer.from_pretrained(work / "runs/lm/default/export")
     ids = cli.datamodule.tokenizer.encode("the import system").ids
