@@ -294,7 +294,7 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
 
 
 # Each method once, those that shards carry under them; what else there is runs with the matrix.
-SAME = [("uncertainty", "deepspeed_zero3"), ("dwa", "deepspeed_zero2"), ("famo", "fsdp"), ("pcgrad", "ddp")]
+SAME = [("uncertainty", "deepspeed_zero2"), ("dwa", "fsdp2"), ("famo", "fsdp"), ("pcgrad", "ddp")]
 SAME += [("upgrad", "ddp")]
 REST = [(m, s) for m in ("uncertainty", "dwa", "famo") for s in STRATEGIES if (m, s) not in SAME]
 
