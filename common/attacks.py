@@ -243,14 +243,13 @@ def random_in_ball(
     The ball has the dimensions that the mask leaves, so that padding changes nothing.
     """
     size = shape.numel()
-    noise = uniform_noise(seed, index, size + 1)  # one more, for the radius
-    free = torch.ones_like(noise[:, :size]).view(-1, *shape)
-    free = free if mask is None else free * mask
-    cube = (2 * noise[:, :size] - 1).view(-1, *shape)
+    noise = uniform_noise(seed, index, size).view(-1, *shape)
+    free = torch.ones_like(noise) if mask is None else torch.ones_like(noise) * mask
+    cube = 2 * noise - 1
     if norm == "linf":
         return cube * free
     normal = torch.erfinv(cube) * free
-    radius = noise[:, size] ** (1 / free.flatten(1).sum(1))
+    radius = uniform_noise(step_seed(seed, 1), index, 1)[:, 0] ** (1 / free.flatten(1).sum(1))
     return normal / _length(normal).clamp_min(1e-12) * _per_sample(radius, normal)
 
 
@@ -467,8 +466,9 @@ class Adversarial(Objective):
         clean_weight: share of clean inputs in the loss; with 0.5 both count the same, as is usual for texts (Goodfellow
             et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
         attack_mode: mode of the net while it is attacked. With ``train``, as in Wong et al. 2020, batch norm takes the
-            statistics of the batch under attack, which it does not keep, and dropout is on. Where weights change fast,
-            running statistics lag behind them, and a single step is misled.
+            statistics of the batch under attack, which it does not keep, and dropout is on, so that a sample's attack
+            depends on the others of its batch. Where weights change fast, running statistics lag behind them, and a
+            single step is misled.
     """
 
     def __init__(self, clean_weight: float = 0.0, attack_mode: Mode = "eval"):

@@ -20,6 +20,7 @@ import jsonargparse._typehints as _typehints
 import lightning as L
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
@@ -248,10 +249,12 @@ class RecipeCLI(LightningCLI):
             return Path(name).resolve()
         path = self.run_dir / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
-            found = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+            others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stem not in ("last", "best"))
+            found = ", ".join(p.stem for p in others) or "none"
             runs = sorted(p.parent.parent.name for p in self.run_dir.parent.glob(f"*/checkpoints/{name}.ckpt"))
             hint = f"give --name {runs[-1]}" if runs else "run fit first or give --name"
-            hint = f"give --ckpt_path {found.split(', ')[-1]}" if found != "none" else hint
+            if others:
+                hint = f"give --ckpt_path {others[0].stem if others[0].stem in ('last', 'best') else others[0]}"
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
@@ -402,10 +405,16 @@ class RecipeCLI(LightningCLI):
             raise InputError(_trainer_mistake(str(error))) from error
         # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        started = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else trainer.world_size
-        if started != trainer.world_size:  # each process would train a net of its own
-            problem = f"torchrun has started {started} processes, and this config trains with {trainer.world_size}"
-            raise InputError(f"trainer.strategy: {problem}; add --config configs/strategy/ddp.yaml")
+        world = trainer.num_devices * trainer.num_nodes
+        started = world
+        if is_torchelastic_launched():
+            started = int(os.environ["WORLD_SIZE"])
+        elif SLURMEnvironment.detect():  # in a batch script too, where srun has not started anything
+            started = int(os.environ.get("SLURM_STEP_NUM_TASKS", world))
+        if started != world:  # each process might train a net of its own
+            problem = f"{started} processes were started, and this config trains with {world}"
+            fix = "give --config configs/strategy/ddp.yaml, --trainer.devices and --trainer.num_nodes"
+            raise InputError(f"trainer.devices: {problem}; {fix}")
         if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
             problem = "needs a GPU, and Lightning would run another on a CPU"
             raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")

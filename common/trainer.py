@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,22 +92,25 @@ class RecipeTrainer(L.Trainer):
 
     def _activations(self, model: BaseModule, batch: Any) -> int | None:
         known = {p.untyped_storage()._cdata for p in model.parameters()}
-        saved: dict[int, Tensor] = {}
+        saved: list[weakref.ref[Tensor]] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in known:
-                saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
+            kept = tensor.detach()
+            saved.append(weakref.ref(kept))
+            return kept
 
         try:
             with (
                 self.precision_plugin.forward_context(),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
-                model.shared_step(batch, "train")
+                loss, _ = model.shared_step(batch, "train")
         except (RuntimeError, NotImplementedError):  # an operation that has no shapes without data
             return None
-        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        # While there is a loss, what its backward needs is alive; what a search for inputs has saved is not.
+        alive = [tensor.untyped_storage() for each in saved if (tensor := each()) is not None]
+        del loss
+        return sum({storage._cdata: storage.nbytes() for storage in alive if storage._cdata not in known}.values())
 
     def export(self, model: BaseModule, datamodule: BaseDataModule, ckpt_path: str | None = None) -> None:
         """Write a checkpoint's net to ``export/`` in the run's folder: safetensors, as ``from_pretrained`` reads it.

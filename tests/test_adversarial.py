@@ -178,7 +178,7 @@ def test_random_starts_are_uniform_and_belong_to_their_sample(norm: Any, shape: 
         assert torch.allclose(directions.T @ directions / len(index), torch.eye(size) / size, atol=0.01)
     assert np.abs(np.corrcoef(points.T.numpy()) - np.eye(size)).max() < 0.04
     assert abs(np.corrcoef(points[:-1].flatten().numpy(), points[1:].flatten().numpy())[0, 1]) < 0.02
-    assert torch.equal(random_in_ball(norm, 7, index[50:60], torch.Size(shape)).flatten(1), points[50:60])
+    assert torch.allclose(random_in_ball(norm, 7, index[50:60], torch.Size(shape)).flatten(1), points[50:60], rtol=1e-6)
     assert not torch.equal(random_in_ball(norm, 8, index[:1], torch.Size(shape)).flatten(1), points[:1])
 
 
@@ -189,6 +189,8 @@ def test_padding_changes_no_random_start() -> None:
     assert (points[:, 2:] == 0).all()
     lengths = points.flatten(1).norm(dim=1) ** 6  # uniform, in the six dimensions that are left
     assert stats.kstest(lengths.numpy(), "uniform").pvalue > 1e-3
+    shorter = random_in_ball("l2", 7, index, torch.Size((5, 3)), mask[:, :5])
+    assert torch.allclose(points[:, :5], shorter, rtol=1e-5)
 
 
 def test_what_is_wrong_without_attack_is_not_robust(net: nn.Module, batch: Any) -> None:
@@ -427,6 +429,11 @@ def test_pictures(batch: Any) -> None:
     assert figure.axes[8].get_ylabel() == "change\n× 5"
     curve = report.robustness_curve([0.0, 0.1, 0.2], [1.0, 0.5, 0.0], 0.1).axes[0]
     assert np.asarray(curve.get_lines()[0].get_xydata()).tolist() == [[0, 1], [0.1, 0.5], [0.2, 0]]
+
+
+def test_preflight_counts_no_graph_that_an_attack_has_dropped(work: Path) -> None:
+    one, seven = (main_of("adversarial")(["preflight", *TINY, f"{ATTACK}.steps", k]).trainer.found for k in "17")
+    assert one.activations == seven.activations > 1000
 
 
 # Mistakes

@@ -438,19 +438,28 @@ def test_where_there_is_no_best_checkpoint_the_last_is_named(
 ) -> None:
     """A net without training would be tested otherwise."""
     (resumable / "checkpoints/best.ckpt").unlink(missing_ok=True)
+    shutil.copy(resumable / "checkpoints/last.ckpt", resumable / "checkpoints/an-earlier.ckpt")
     for command in ("test", "export"):
         line = refused(LM, [command, "--trainer.accelerator", "cpu"], capfd)
-        assert line.endswith("best.ckpt does not exist (found: last); give --ckpt_path last")
+        assert line.endswith("best.ckpt does not exist (found: last, an-earlier); give --ckpt_path last")
 
 
-def test_torchrun_needs_a_strategy(
-    work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Its processes would each train a net of their own otherwise."""
-    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+SRUN = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NAME": "train"}
+SRUN |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+@pytest.mark.parametrize("layer", ["--trainer.strategy=auto", f"--config={ROOT / 'configs/strategy/ddp.yaml'}"])
+def test_launchers_need_a_strategy_and_devices(
+    launcher: dict[str, str], layer: str, work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Their processes would each train a net of their own otherwise, or end in a traceback."""
+    for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    line = refused(LM, ["fit", *TINY, *lm_args, "--trainer.accelerator", "cpu"], capfd)
-    assert line.startswith("trainer.strategy: torchrun has started 2 processes, and this config trains with 1; add ")
+    line = refused(LM, ["fit", layer, *TINY, *lm_args, "--trainer.accelerator", "cpu"], capfd)
+    assert line.startswith("trainer.devices: 2 processes were started, and this config trains with 1; give ")
     assert not Path("runs").exists()
 
 
