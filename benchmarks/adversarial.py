@@ -26,7 +26,7 @@ from recipes.adversarial.train import main
 
 RESULTS = ROOT / "benchmarks/results/adversarial.json"
 
-# Each in the mode that makes it the more robust on Fashion-MNIST.
+# With one step the net is attacked in training mode, with several in evaluation mode, which made each the more robust.
 METHODS = {
     "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
     "FGSM-RS": ["--model.attack.steps", "1", "--model.objective.attack_mode", "train"],
