@@ -313,8 +313,9 @@ def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, wor
 
 def test_ranks_compare_with_baselines_what_they_log(houses: Path, work: Path) -> None:
     main(["fit", *SMALL, *TABLE])
-    args = ["test", "--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "7"]
-    assert run_ranks(main, args, folder=work) == [0, 0], logs(work)
+    layer = ["--config", str(ROOT / "configs/strategy/ddp.yaml"), "--trainer.accelerator", "cpu"]
+    args = ["test", *layer, "--trainer.limit_test_batches", "1.0", "--data.eval_batch_size", "7"]
+    assert run_ranks(main, [*args, "--trainer.devices", "2"], folder=work) == [0, 0], logs(work)
     run = work / "runs/regression/default"
     (rmse,) = re.findall(r"this net +(\S+)", (run / "texts/test-baselines.txt").read_text())
     assert read_metrics(run / "test/metrics.csv", "test/rmse")[-1] == pytest.approx(float(rmse), rel=1e-3)
