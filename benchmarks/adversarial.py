@@ -26,7 +26,7 @@ from recipes.adversarial.train import main
 
 RESULTS = ROOT / "benchmarks/results/adversarial.json"
 
-# With one step the net is attacked in training mode, with several in evaluation mode, which made each the more robust.
+# The net is attacked with one step in training mode (Wong et al. 2020), with several in evaluation mode.
 METHODS = {
     "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
     "FGSM-RS": ["--model.attack.steps", "1", "--model.objective.attack_mode", "train"],

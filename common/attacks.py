@@ -249,7 +249,8 @@ def random_in_ball(
     if norm == "linf":
         return cube * free
     normal = torch.erfinv(cube) * free
-    radius = uniform_noise(step_seed(seed, 1), index, 1)[:, 0] ** (1 / free.flatten(1).sum(1))
+    # One column of two: on contiguous numbers torch's power may round a sample otherwise in a batch of another size.
+    radius = uniform_noise(step_seed(seed, 1), index, 2)[:, 0] ** (1 / free.flatten(1).sum(1))
     return normal / _length(normal).clamp_min(1e-12) * _per_sample(radius, normal)
 
 
@@ -467,8 +468,7 @@ class Adversarial(Objective):
             et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
         attack_mode: mode of the net while it is attacked. With ``train``, as in Wong et al. 2020, batch norm takes the
             statistics of the batch under attack, which it does not keep, and dropout is on, so that a sample's attack
-            depends on the others of its batch. Where weights change fast, running statistics lag behind them, and a
-            single step is misled.
+            depends on the others of its batch.
     """
 
     def __init__(self, clean_weight: float = 0.0, attack_mode: Mode = "eval"):
