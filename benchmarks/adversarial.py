@@ -1,8 +1,8 @@
 """What robustness costs: ``python benchmarks/adversarial.py digits``, ``fashion_mnist`` or ``fashion_mnist_longer``.
 
-Trains the adversarial recipe naturally, with FGSM-RS, with PGD-7 and with TRADES, tests them, and prints a table. As
-many runs as there are cores go on at a time; one that stands in ``benchmarks/results/adversarial.json`` is not run
-again. Times are of the processor, on one thread, so that other work on the machine does not count.
+Trains the adversarial recipe naturally, with FGSM-RS, PGD-7, Free (4 replays) and TRADES, tests them, and prints a
+table. As many runs as there are cores go on at a time; one that stands in ``benchmarks/results/adversarial.json`` is
+not run again. Times are of the processor, on one thread, so that other work on the machine does not count.
 """
 
 import argparse
@@ -31,6 +31,7 @@ METHODS = {
     "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
     "FGSM-RS": ["--model.attack.steps", "1", "--model.objective.attack_mode", "train"],
     "PGD-7": ["--model.attack.steps", "7", "--model.objective.attack_mode", "eval"],
+    "Free": ["--model.objective", "common.attacks.Free", "--model.objective.replays", "4", "--model.attack.steps", "1"],
     "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
 }
 # A smaller net, so that all four are done in some minutes on a CPU.

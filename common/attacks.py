@@ -177,26 +177,55 @@ class PGD(Attack):
             yield self._ascend(loss, inputs, index, step_seed(seed, restart), mask)
 
     def _ascend(self, loss: Loss, inputs: Tensor, index: Tensor, seed: int, mask: Tensor | None) -> Tensor:
-        # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it. In 16 bits
-        # small steps would be rounded away.
+        # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it.
         with torch.inference_mode(False), torch.enable_grad():
-            clean = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
-            point = clean
-            if self.random_start:
-                start = random_in_ball(self.norm, seed, index, clean.shape[1:], mask).to(clean.dtype)
-                point = self._project(clean + self.eps * start, clean)
+            clean = _copy(inputs)
+            point = self.start(clean, index, seed, mask)
             for _ in range(self.steps):
                 point = point.detach().requires_grad_()
                 # A sum, so that a sample's gradient does not depend on how many others there are.
                 total = loss(point.to(inputs.dtype)).sum()
                 found = torch.autograd.grad(total, point, allow_unused=True) if total.requires_grad else (None,)
-                if (gradient := found[0]) is None:
-                    problem = "attacks follow gradients, and this net passes none to its inputs"
-                    raise InputError(f"model.net.freeze must be false: {problem}")
-                gradient = gradient if mask is None else gradient * mask
-                step = gradient.sign() if self.norm == "linf" else gradient / _length(gradient).clamp_min(1e-12)
-                point = self._project(point.detach() + self.step_size * step, clean)
+                point = self.step(point.detach(), found[0], clean, mask)
             return point.detach().to(inputs.dtype)
+
+    def start(
+        self,
+        clean: Float[Tensor, "batch *shape"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+        mask: Bool[Tensor, "batch *_"] | None = None,
+    ) -> Float[Tensor, "batch *shape"]:
+        """The point that the first step is taken from; arguments as in :meth:`search`."""
+        if not self.random_start:
+            return clean
+        start = random_in_ball(self.norm, seed, index, clean.shape[1:], mask).to(clean.dtype)
+        return self._project(clean + self.eps * start, clean)
+
+    def step(
+        self,
+        point: Float[Tensor, "batch *shape"],
+        gradient: Float[Tensor, "batch *shape"] | None,
+        clean: Float[Tensor, "batch *shape"],
+        mask: Bool[Tensor, "batch *_"] | None = None,
+    ) -> Float[Tensor, "batch *shape"]:
+        """One step of ascent, and back into the ball.
+
+        Args:
+            point: where it stands.
+            gradient: of the loss there, in any scale; None if the net has passed none.
+            clean: middle of the ball.
+            mask: as in :meth:`search`.
+
+        Raises:
+            InputError: there is no gradient.
+        """
+        if gradient is None:
+            problem = "attacks follow gradients, and this net passes none to its inputs"
+            raise InputError(f"model.net.freeze must be false: {problem}")
+        gradient = gradient if mask is None else gradient * mask
+        direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient).clamp_min(1e-12)
+        return self._project(point + self.step_size * direction, clean)
 
     def _project(self, point: Tensor, clean: Tensor) -> Tensor:
         if self.norm == "linf":
@@ -206,6 +235,11 @@ class PGD(Attack):
             point = clean + delta * (self.eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
         # Clean inputs lie in the range, so this moves every element towards them and does not leave the ball.
         return point if self.clamp is None else point.clamp(*self.clamp)
+
+
+def _copy(inputs: Tensor) -> Tensor:
+    """A copy in at least fp32: in 16 bits small steps would be rounded away."""
+    return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -391,10 +425,17 @@ def keeping_no_statistics(net: nn.Module) -> Iterator[None]:
 
 
 class Objective:
-    """What is minimized in training."""
+    """What is minimized in training.
+
+    Attributes:
+        needs_attack: whether there is nothing to minimize without one.
+        attack_mode: mode of the net while it is attacked.
+        replays: optimizer steps that are taken with each batch, one after the other.
+    """
 
     needs_attack = True
     attack_mode: Mode = "eval"
+    replays = 1
 
     def check(self, attack: Attack | None) -> None:
         """See whether it can train with an attack.
@@ -404,6 +445,16 @@ class Objective:
         """
         if self.needs_attack and attack is None:
             raise InputError(f"model.attack: {type(self).__name__} needs one; give common.attacks.PGD")
+
+    def check_accumulation(self, batches: int) -> None:
+        """See whether it can train with the gradients of so many batches added up.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if self.replays > 1 and batches > 1:
+            problem = "replays each batch, an optimizer step each time"
+            raise InputError(f"trainer.accumulate_grad_batches must be 1: {type(self).__name__} {problem}")
 
     def __call__(
         self,
@@ -521,6 +572,57 @@ class TRADES(Objective):
         clean, attacked = logits(torch.cat([inputs, perturb(divergence)])).chunk(2)
         robust = _divergence(precise(clean).log_softmax(-1), precise(attacked).log_softmax(-1)).mean()
         return cross_entropy(clean, target) + self.beta * robust
+
+
+class Free(Objective):
+    """Free adversarial training: each batch is replayed, and one backward pass moves both the weights and the inputs.
+
+    Shafahi et al. 2019, algorithm 1, https://arxiv.org/abs/1904.12843. A replay costs as much as a step without attack:
+    divide ``trainer.max_epochs`` by ``replays``. ``model.attack`` has one step, which each replay takes. In the paper a
+    batch goes on from the perturbation of the one before; here every batch begins where the attack does, at random,
+    which serves as well (Wong et al. 2020, section 4) and leaves no perturbation for checkpoints to keep. Schedules and
+    ``trainer.max_steps`` count batches.
+
+    Args:
+        replays: optimizer steps with each batch; 8 in the paper for CIFAR-10.
+    """
+
+    def __init__(self, replays: int = 8):
+        if replays < 2:
+            raise InputError(f"model.objective.replays must be at least 2, got {replays}; Natural needs none")
+        self.replays = replays
+        self._seed: int | None = None  # of the batch that is replayed
+        self._delta = torch.empty(0)  # its perturbation, with the gradient of the replay before
+
+    @override
+    def check(self, attack: Attack | None) -> None:
+        super().check(attack)
+        if not isinstance(attack, PGD):
+            raise InputError("model.attack must be common.attacks.PGD for Free, which takes its steps one by one")
+        for name in ("steps", "restarts"):
+            if getattr(attack, name) != 1:
+                raise InputError(f"model.attack.{name} must be 1 for Free: each replay takes a step of one search")
+
+    @override
+    def __call__(
+        self,
+        net: nn.Module,
+        attack: Attack | None,
+        inputs: Mapping[str, Tensor],
+        target: Int64[Tensor, " batch"],
+        index: Int64[Tensor, " batch"],
+        seed: int,
+    ) -> Float[Tensor, ""]:
+        """Mean loss of a batch, as in :class:`Objective`; another call with the same seed is a replay."""
+        assert isinstance(attack, PGD), "see check"
+        start, mask = attackable(net, inputs)
+        clean = _copy(start)
+        if seed != self._seed:
+            self._seed, point = seed, attack.start(clean, index, seed, mask)
+        else:
+            point = attack.step(clean + self._delta.detach(), self._delta.grad, clean, mask)
+        self._delta = (point - clean).requires_grad_()
+        return cross_entropy(logits_at(net, inputs, (clean + self._delta).to(start.dtype)), target)
 
 
 def _divergence(

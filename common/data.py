@@ -246,6 +246,13 @@ class BaseDataModule(L.LightningDataModule):
         return self._eval_loader(self.predict_data)
 
 
+def read_batch(trainer: L.Trainer, stage: str, first: int, count: int) -> Any:
+    """Some samples of a stage as a batch, where the net is and in its precision; fewer where the data ends."""
+    data = getattr(trainer.datamodule, f"{stage}_data")  # type: ignore[attr-defined]
+    batch = trainer.strategy.batch_to_device(data[list(range(first, min(first + count, len(data))))])
+    return trainer.precision_plugin.convert_input(batch)
+
+
 def total_steps(trainer: L.Trainer) -> int:
     """Optimizer steps of the whole run, from its own settings; -1 if it has no end.
 

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from common.checkpoint import read_checkpoint
+from common.data import read_batch
 from common.errors import InputError, nearest
 from common.labelled import LabelledBatch
 from common.losses import precise
@@ -286,9 +287,8 @@ def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure
     from common.report import model_comparison, soft_targets
 
     trainer, teacher = module.trainer, module.teacher
-    samples, names = getattr(trainer.datamodule, f"{stage}_data"), trainer.datamodule.class_names
-    batch = samples[list(range(min(trainer.datamodule.eval_batch_size, len(samples))))]
-    batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+    names = trainer.datamodule.class_names
+    batch = read_batch(trainer, stage, 0, trainer.datamodule.eval_batch_size)
     with evaluating(module.net):
         asks = {"teacher": lambda: teacher(batch.inputs)[0], "student": lambda: module(batch)}
         sizes = {"teacher": teacher.num_params, "student": module.num_params}

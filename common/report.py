@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from common.attacks import UnderAttack
+
 Series = dict[str, tuple[list[int], list[float]]]  # metric name -> (optimizer steps, values)
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito: colour-blind safe
@@ -511,10 +513,8 @@ def captioned_images(
 
 def adversarial_examples(
     clean: Float[Tensor, "samples channels height width"],
-    attacked: Float[Tensor, "samples channels height width"],
     target: Int[Tensor, "samples"],
-    before: Int[Tensor, "samples"],
-    after: Int[Tensor, "samples"],
+    found: "UnderAttack",
     names: Sequence[str],
     columns: int = 8,
 ) -> "Figure":
@@ -525,21 +525,20 @@ def adversarial_examples(
 
     Args:
         clean: images.
-        attacked: the same, changed.
         target: class of each image.
-        before: prediction for each clean image.
-        after: prediction for each attacked image.
+        found: what an attack has found for them.
         names: the classes' names, in order.
         columns: images shown at most.
     """
+    before, after = found.clean.argmax(-1), found.logits.argmax(-1)
     turned = (before == target) & (after != target)
     chosen = turned.int().argsort(descending=True, stable=True)[:columns].tolist()
-    images, found = (x[chosen].float().cpu().permute(0, 2, 3, 1).numpy() for x in (clean, attacked))
-    change = found - images
+    images, attacked = (x[chosen].float().cpu().permute(0, 2, 3, 1).numpy() for x in (clean, found.points))
+    change = attacked - images
     largest = float(abs(change).max())
     low, high = float(images.min()), float(images.max())
     rows = [(images - low) / max(high - low, 1e-12), change / max(2 * largest, 1e-12) + 0.5]
-    rows.append(((found - low) / max(high - low, 1e-12)).clip(0, 1))
+    rows.append(((attacked - low) / max(high - low, 1e-12)).clip(0, 1))
     labels = ["clean", f"change\n× {0.5 * (high - low) / max(largest, 1e-12):.2g}", "attacked"]
     figure = _figure(1.05 * len(chosen) + 0.8, 4.1)
     panels = figure.subplots(3, len(chosen), squeeze=False)

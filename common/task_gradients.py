@@ -14,7 +14,7 @@ from torchjd import Stateful
 from torchjd.aggregation import Aggregator, WeightedAggregator
 from torchjd.linalg import DualConeProjector
 
-from common.data import global_seed, step_seed
+from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
 from common.losses import precise
 from common.module import evaluating
@@ -144,15 +144,9 @@ def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Fig
 
     trainer, tasks, net = module.trainer, module.tasks, module.net
     names = [task["name"] for task in tasks]
-    data = getattr(trainer.datamodule, f"{stage}_data")
-
-    def read(first: int, count: int) -> Any:
-        batch = data[list(range(first, min(first + count, len(data))))]
-        return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-
     media: dict[str, Any] = {}
     with evaluating(net):
-        batch = read(0, 12)
+        batch = read_batch(trainer, stage, 0, 12)
         with torch.no_grad():
             outputs, _ = net(**batch.inputs)
         if (images := batch.inputs.get("pixel_values")) is not None:
@@ -164,11 +158,12 @@ def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Fig
             )
         if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
             size, found = trainer.datamodule.batch_size, []
+            end = min(conflict_batches * size, len(getattr(trainer.datamodule, f"{stage}_data")))
             params = [p for p in net.body.parameters() if p.requires_grad]
             # Evaluation has switched gradients off.
             with torch.inference_mode(False), torch.enable_grad():
-                for first in range(0, min(conflict_batches * size, len(data)), size):
-                    batch = read(first, size)
+                for first in range(0, end, size):
+                    batch = read_batch(trainer, stage, first, size)
                     losses = task_losses(tasks, net(**batch.inputs)[0], batch.target)
                     found.append(cosines(task_gradients(losses, params, torch.ones_like(losses))))
             media["angles"] = report.gradient_angles(torch.stack(found), names)

@@ -21,7 +21,9 @@ from common.attacks import (
     PGD,
     TRADES,
     Adversarial,
+    Free,
     Natural,
+    UnderAttack,
     attackable,
     cross_entropy_to,
     logits_at,
@@ -30,7 +32,7 @@ from common.attacks import (
 )
 from common.cli import RecipeCLI
 from common.nets import ConvNet, PretrainedEncoder
-from tests.support import ROOT, TINY, logs, main_of, run_ranks, write_encoder
+from tests.support import PLAIN, ROOT, TINY, logs, main_of, run_ranks, write_encoder
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -250,6 +252,76 @@ def test_a_net_attacked_in_training_mode(net: nn.Module, batch: Any) -> None:
     assert not torch.equal(loss, Adversarial()(tried, attack, inputs, target, index, 11))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_free_training_equals_its_algorithm(norm: Any, batch: Any) -> None:
+    """Two batches of four replays: Shafahi et al. 2019, algorithm 1, with each batch's own random start."""
+    pixels, target, index = (part.double() if part.is_floating_point() else part for part in batch)
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
+    wanted = copy.deepcopy(net)
+    net.forward = lambda pixel_values: nn.Sequential.forward(net, pixel_values)  # type: ignore[method-assign]
+    attack, objective = PGD(0.2, 1, norm=norm), Free(4)
+    ours, theirs = (torch.optim.SGD(each.parameters(), 0.5) for each in (net, wanted))
+    for seed in (5, 6):
+        delta = 0.2 * random_in_ball(norm, seed, index, pixels.shape[1:]).double()
+        delta = (pixels + delta).clamp(0, 1) - pixels
+        for _ in range(4):
+            loss = objective(net, attack, {"pixel_values": pixels}, target, index, seed)
+            ours.zero_grad()
+            loss.backward()
+            ours.step()
+            point = (pixels + delta).requires_grad_()
+            expected = F.cross_entropy(wanted(point), target)
+            theirs.zero_grad()
+            expected.backward()
+            theirs.step()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+            grad: Any = point.grad
+            if norm == "linf":
+                delta = (delta + 0.25 * grad.sign()).clamp(-0.2, 0.2)
+            else:
+                delta = delta + 0.25 * F.normalize(grad.flatten(1)).view_as(grad)
+                delta = delta * (0.2 / delta.flatten(1).norm(dim=1)).clamp_max(1)[:, None, None, None]
+            delta = (pixels + delta).clamp(0, 1) - pixels
+    for p, q in zip(net.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])
+def test_free_training_on_ranks(strategy: str, work: Path, plain_args: dict[str, list[str]]) -> None:
+    """Losses equal one process's, each batch is four optimizer steps, and a resumed run ends with the same bits."""
+    from common.checkpoint import read_checkpoint
+    from tests.support import difference, read_metrics
+
+    def fit(name: str, world: int, *args: str) -> Path:
+        given = [
+            "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *PLAIN, *plain_args["adversarial"],
+            "--name", name, "--model.objective", "common.attacks.Free", "--model.objective.replays", "4",
+            f"{ATTACK}.steps", "1", "--data.batch_size", str(16 // world), "--trainer.devices", str(world),
+            "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches",
+            "0", "--trainer.log_every_n_steps", "1", "--model.lr_scheduler", "common.optim.Constant", *args,
+        ]  # fmt: skip
+        codes = run_ranks(main_of("adversarial"), given, world=world, folder=work / name)
+        assert codes == [0] * world, logs(work / name)
+        return work / "runs/adversarial" / name
+
+    one, two = (fit(str(world), world, "--trainer.max_steps", "6") for world in (1, 2))
+    losses, expected = (read_metrics(path / "metrics.csv", "train/loss") for path in (two, one))
+    assert len(expected) == 6
+    assert difference(losses, expected) < 1e-5
+    fit("again", 2, "--trainer.max_steps", "3")
+    again = fit("again", 2, "--trainer.max_steps", "6", "--ckpt_path", "last")
+    found, wanted = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (again, two))
+    states = wanted["optimizer_states"][0]["state"]
+    assert wanted["global_step"] == 6
+    assert {int(state["step"]) for state in states.values()} == {24}
+    for number, state in states.items():
+        for key, value in state.items():
+            assert torch.equal(found["optimizer_states"][0]["state"][number][key], value), (number, key)
+    for name, value in wanted["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+
+
 def objective_mix(weight: float, clean: Tensor, robust: Tensor, target: Tensor) -> Tensor:
     return weight * F.cross_entropy(clean, target) + (1 - weight) * F.cross_entropy(robust, target)
 
@@ -421,7 +493,8 @@ def test_pictures(batch: Any) -> None:
     wrong = target.clone()
     wrong[[5, 7]] = (wrong[[5, 7]] + 1) % 10
     names = [f"class number {n} of ten" for n in range(10)]
-    figure = report.adversarial_examples(pixels, attacked, target, target, wrong, names)
+    found = UnderAttack(F.one_hot(target, 10).float(), attacked, F.one_hot(wrong, 10).float())
+    figure = report.adversarial_examples(pixels, target, found, names)
     assert len(figure.axes) == 24
     assert [axes.get_title() for axes in figure.axes[:2]] == ["class numbe…"] * 2
     colors = [axes.xaxis.label.get_color() for axes in figure.axes[16:]]
@@ -462,6 +535,13 @@ MISTAKES = [
     ("--model.objective common.attacks.Trades", "--model.objective: ", "did you mean 'TRADES'?"),
     ("--model.objective common.attacks.PGD", "--model.objective: ", "common.attacks.PGD is no Objective"),
     ("--model.objective.attack_mode test", "--model.objective.attack_mode: ", "'test'"),
+    ("--model.objective common.attacks.Free --model.objective.replays 1", "--model.objective.replays: ",
+     "must be at least 2, got 1"),
+    (f"--model.objective common.attacks.Free {ATTACK}.steps 2", f"{ATTACK}.steps: ", "must be 1 for Free"),
+    (f"--model.objective common.attacks.Free {ATTACK}.steps 1 {ATTACK}.restarts 2", f"{ATTACK}.restarts: ",
+     "must be 1 for Free"),
+    (f"--model.objective common.attacks.Free {ATTACK}.steps 1 --trainer.accumulate_grad_batches 2",
+     "--trainer.accumulate_grad_batches: ", "must be 1: Free replays each batch"),
     ("--model.objective.clean_weight 1", "--model.objective.clean_weight: ", "must be in [0, 1), got 1.0"),
     (f"{ATTACK} common.attacks.TRADES", f"{ATTACK}: ", "common.attacks.TRADES is no Attack"),
     (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give common.attacks.PGD"),

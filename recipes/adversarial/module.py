@@ -8,7 +8,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from common.attacks import Attack, Objective, UnderAttack, input_embeddings, under_attack
-from common.data import global_seed, step_seed
+from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
@@ -30,8 +30,7 @@ class AdversarialModule(BaseModule):
         eval_attack: measures robustness in validation, ``predict`` and pictures.
         test_attack: measures it in ``test``; None for ``eval_attack``.
         attack: finds what is trained on; None for an objective without.
-        augmentation: kornia augmentations of the images, applied on the device in training, before the attack; pixels
-            stay in their range.
+        augmentation: kornia augmentations of the images in training, before the attack; pixels stay in their range.
         kwargs: of :class:`common.module.BaseModule`.
     """
 
@@ -73,6 +72,12 @@ class AdversarialModule(BaseModule):
         return under_attack(self.net, attack, batch.inputs, target, batch.index, step_seed(global_seed()))
 
     @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.objective.check_accumulation(self.trainer.accumulate_grad_batches)
+        for _ in range(self.objective.replays):  # each calls training_step with the batch again
+            super().optimizer_step(*args, **kwargs)
+
+    @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
             inputs, seed = dict(batch.inputs), step_seed(global_seed(), self.trainer.global_step)
@@ -90,18 +95,14 @@ class AdversarialModule(BaseModule):
     def media(self, stage: str) -> dict[str, Any]:
         from common.report import adversarial_examples, robustness_curve
 
-        data, attack = getattr(self.trainer.datamodule, f"{stage}_data"), self.attacks["val"]  # type: ignore[attr-defined]
-        batch = self.trainer.strategy.batch_to_device(data[list(range(min(SHOWN, len(data))))])
-        batch = self.trainer.precision_plugin.convert_input(batch)
+        batch, attack = read_batch(self.trainer, stage, 0, SHOWN), self.attacks["val"]
         radii = [part * attack.eps for part in RADII]
         found = [self.under(attack.at(eps), batch, batch.target) for eps in radii]
         right = [(each.logits.argmax(-1) == batch.target).float().mean().item() for each in found]
         figures = {"robustness": robustness_curve(radii, right, attack.eps)}
         if self.input_range:
-            clean, points, logits = found[RADII.index(1.0)]
-            numbers = batch.target, clean.argmax(-1), logits.argmax(-1)
-            images = adversarial_examples(batch.inputs["pixel_values"], points, *numbers, self.class_names)
-            figures["adversarial_examples"] = images
+            shown = batch.inputs["pixel_values"], batch.target, found[RADII.index(1.0)]
+            figures["adversarial_examples"] = adversarial_examples(*shown, self.class_names)
         return figures
 
     @override
