@@ -34,7 +34,7 @@ METHODS = {
     "Free": ["--model.objective", "common.attacks.Free", "--model.objective.replays", "4", "--model.attack.steps", "1"],
     "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
 }
-# A smaller net, so that all four are done in some minutes on a CPU.
+# A smaller net, so that all are done in some minutes on a CPU.
 SMALL = ["--model.net.widths", "[8, 16]"]
 FASHION = ["--config", str(ROOT / "recipes/adversarial/fashion_mnist.yaml"), *SMALL]
 DATA = {"digits": [], "fashion_mnist": FASHION, "fashion_mnist_longer": [*FASHION, "--trainer.max_epochs", "4"]}

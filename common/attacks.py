@@ -1,7 +1,8 @@
 """Attacks on a net's inputs, or on its embeddings, and the objectives that train a net to withstand them.
 
 An attack searches near an input for the point of the highest loss. It differentiates with respect to that point alone:
-no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce.
+no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce. Free adversarial
+training alone takes the gradients of inputs and of parameters from one backward pass.
 """
 
 import copy
@@ -213,7 +214,7 @@ class PGD(Attack):
 
         Args:
             point: where it stands.
-            gradient: of the loss there, in any scale; None if the net has passed none.
+            gradient: of the loss there, of any scale well above 1e-12; None if the net has passed none.
             clean: middle of the ball.
             mask: as in :meth:`search`.
 
@@ -446,13 +447,16 @@ class Objective:
         if self.needs_attack and attack is None:
             raise InputError(f"model.attack: {type(self).__name__} needs one; give common.attacks.PGD")
 
-    def check_accumulation(self, batches: int) -> None:
-        """See whether it can train with the gradients of so many batches added up.
+    def begin(self, accumulated: int) -> None:
+        """Make ready for a batch, before its optimizer steps.
+
+        Args:
+            accumulated: batches whose gradients are added up for a step.
 
         Raises:
-            InputError: it cannot.
+            InputError: they are several, and each batch is replayed.
         """
-        if self.replays > 1 and batches > 1:
+        if self.replays > 1 and accumulated > 1:
             problem = "replays each batch, an optimizer step each time"
             raise InputError(f"trainer.accumulate_grad_batches must be 1: {type(self).__name__} {problem}")
 
@@ -469,7 +473,7 @@ class Objective:
 
         While it is attacked the net is in evaluation mode, as in TRADES and as Pang et al. 2021 advise
         (https://arxiv.org/abs/2010.00467): batch norm neither uses nor keeps statistics of unfinished attacks, and
-        dropout is off; see ``attack_mode`` of :class:`Adversarial` for another.
+        dropout is off; see ``attack_mode`` of :class:`Adversarial` for another, and :class:`Free`.
         """
         start, mask = attackable(net, inputs)
 
@@ -577,21 +581,24 @@ class TRADES(Objective):
 class Free(Objective):
     """Free adversarial training: each batch is replayed, and one backward pass moves both the weights and the inputs.
 
-    Shafahi et al. 2019, algorithm 1, https://arxiv.org/abs/1904.12843. A replay costs as much as a step without attack:
-    divide ``trainer.max_epochs`` by ``replays``. ``model.attack`` has one step, which each replay takes. In the paper a
-    batch goes on from the perturbation of the one before; here every batch begins where the attack does, at random,
-    which serves as well (Wong et al. 2020, section 4) and leaves no perturbation for checkpoints to keep. Schedules and
-    ``trainer.max_steps`` count batches.
+    Shafahi et al. 2019, algorithm 1, https://arxiv.org/abs/1904.12843. Each replay is an optimizer step and costs as
+    much as one without attack: for the same cost divide ``trainer.max_epochs`` by ``replays``. Replays after the first
+    take the one step of ``model.attack`` (1.25 eps if it does not say; eps in the paper), by the gradient of the replay
+    before, which comes from the net in training. In the paper a batch goes on from the perturbation of the one before;
+    here every batch begins where the attack does, at random, which serves as well (Wong et al. 2020, section 4) and
+    leaves no perturbation for checkpoints to keep. Schedules and ``trainer.max_steps`` count batches.
 
     Args:
         replays: optimizer steps with each batch; 8 in the paper for CIFAR-10.
     """
 
+    attack_mode = "train"
+
     def __init__(self, replays: int = 8):
         if replays < 2:
-            raise InputError(f"model.objective.replays must be at least 2, got {replays}; Natural needs none")
+            raise InputError(f"model.objective.replays must be at least 2, got {replays}")
         self.replays = replays
-        self._seed: int | None = None  # of the batch that is replayed
+        self._clean: Tensor | None = None  # the batch that is replayed, None before its first step
         self._delta = torch.empty(0)  # its perturbation, with the gradient of the replay before
 
     @override
@@ -604,6 +611,11 @@ class Free(Objective):
                 raise InputError(f"model.attack.{name} must be 1 for Free: each replay takes a step of one search")
 
     @override
+    def begin(self, accumulated: int) -> None:
+        super().begin(accumulated)
+        self._clean = None
+
+    @override
     def __call__(
         self,
         net: nn.Module,
@@ -613,16 +625,19 @@ class Free(Objective):
         index: Int64[Tensor, " batch"],
         seed: int,
     ) -> Float[Tensor, ""]:
-        """Mean loss of a batch, as in :class:`Objective`; another call with the same seed is a replay."""
+        """Mean loss of a batch, as in :class:`Objective`; further calls are its replays, until :meth:`begin`."""
         assert isinstance(attack, PGD), "see check"
         start, mask = attackable(net, inputs)
-        clean = _copy(start)
-        if seed != self._seed:
-            self._seed, point = seed, attack.start(clean, index, seed, mask)
-        else:
-            point = attack.step(clean + self._delta.detach(), self._delta.grad, clean, mask)
-        self._delta = (point - clean).requires_grad_()
-        return cross_entropy(logits_at(net, inputs, (clean + self._delta).to(start.dtype)), target)
+        if self._clean is None:
+            self._clean = _copy(start)
+            point = attack.start(self._clean, index, seed, mask)
+        else:  # of these very inputs: they may have been augmented otherwise this time
+            gradient = self._delta.grad
+            if gradient is not None:  # where fp16 has overflowed, the weights do not move either
+                gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+            point = attack.step(self._clean + self._delta.detach(), gradient, self._clean, mask)
+        self._delta = (point - self._clean).requires_grad_()
+        return cross_entropy(logits_at(net, inputs, (self._clean + self._delta).to(start.dtype)), target)
 
 
 def _divergence(

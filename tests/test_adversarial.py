@@ -3,6 +3,7 @@
 import copy
 import csv
 import logging
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -263,10 +264,12 @@ def test_free_training_equals_its_algorithm(norm: Any, batch: Any) -> None:
     attack, objective = PGD(0.2, 1, norm=norm), Free(4)
     ours, theirs = (torch.optim.SGD(each.parameters(), 0.5) for each in (net, wanted))
     for seed in (5, 6):
+        objective.begin(1)
         delta = 0.2 * random_in_ball(norm, seed, index, pixels.shape[1:]).double()
         delta = (pixels + delta).clamp(0, 1) - pixels
-        for _ in range(4):
-            loss = objective(net, attack, {"pixel_values": pixels}, target, index, seed)
+        for replay in range(4):
+            given = pixels if replay == 0 else pixels.flip(-1)  # an augmentation drawn anew, which replays do not see
+            loss = objective(net, attack, {"pixel_values": given}, target, index, seed)
             ours.zero_grad()
             loss.backward()
             ours.step()
@@ -285,6 +288,18 @@ def test_free_training_equals_its_algorithm(norm: Any, batch: Any) -> None:
             delta = (pixels + delta).clamp(0, 1) - pixels
     for p, q in zip(net.parameters(), wanted.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_free_training_outlives_an_overflow_of_fp16(net: nn.Module, batch: Any) -> None:
+    pixels, target, index = batch
+    attack, objective = PGD(0.5, 1, norm="l2"), Free(3)
+    objective.begin(1)
+    for value in (math.inf, math.nan, 1.0):
+        loss = objective(copy.deepcopy(net), attack, {"pixel_values": pixels}, target, index, 11)
+        assert loss.isfinite()
+        loss.backward()
+        assert objective._delta.grad is not None
+        objective._delta.grad[:, 0, 0, 0] = value
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])
@@ -374,6 +389,14 @@ def test_fast_gradient_method_on_embeddings(encoder: Path) -> None:
     start = under_attack(net, PGD(0.5, 3, norm="l2", clamp=None), inputs, target, torch.arange(6), 0).points
     assert not start.masked_select(mask == 0).any()
     assert (start.flatten(1).norm(dim=1) <= 0.5 + 1e-6).all()
+    free, one = Free(3), PGD(0.5, 1, norm="l2", clamp=None)
+    free.begin(1)
+    for _ in range(3):
+        free(net, one, inputs, target, torch.arange(6), 0).backward()
+        assert not free._delta.masked_select(mask == 0).any()
+        assert (free._delta.flatten(1).norm(dim=1) <= 0.5 + 1e-6).all()
+        assert free._delta.grad is not None
+        assert free._delta.grad.any()
     layer = net.body.get_input_embeddings()
     assert not layer._forward_hooks
     assert attackable(net, inputs)[0].shape == embedded.shape
@@ -542,6 +565,7 @@ MISTAKES = [
      "must be 1 for Free"),
     (f"--model.objective common.attacks.Free {ATTACK}.steps 1 --trainer.accumulate_grad_batches 2",
      "--trainer.accumulate_grad_batches: ", "must be 1: Free replays each batch"),
+    (f"--model.objective common.attacks.Free {ATTACK} null", f"{ATTACK}: ", "Free needs one"),
     ("--model.objective.clean_weight 1", "--model.objective.clean_weight: ", "must be in [0, 1), got 1.0"),
     (f"{ATTACK} common.attacks.TRADES", f"{ATTACK}: ", "common.attacks.TRADES is no Attack"),
     (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give common.attacks.PGD"),

@@ -73,7 +73,7 @@ class AdversarialModule(BaseModule):
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.objective.check_accumulation(self.trainer.accumulate_grad_batches)
+        self.objective.begin(self.trainer.accumulate_grad_batches)
         for _ in range(self.objective.replays):  # each calls training_step with the batch again
             super().optimizer_step(*args, **kwargs)
 
