@@ -585,8 +585,8 @@ class Free(Objective):
     much as one without attack: for the same cost divide ``trainer.max_epochs`` by ``replays``. Replays after the first
     take the one step of ``model.attack`` (1.25 eps if it does not say; eps in the paper), by the gradient of the replay
     before, which comes from the net in training. In the paper a batch goes on from the perturbation of the one before;
-    here every batch begins where the attack does, at random, which serves as well (Wong et al. 2020, section 4) and
-    leaves no perturbation for checkpoints to keep. Schedules and ``trainer.max_steps`` count batches.
+    here every batch begins where the attack does, at random, which leaves no perturbation for checkpoints to keep; for
+    FGSM that start does no worse (Wong et al. 2020, table 1). Schedules and ``trainer.max_steps`` count batches.
 
     Args:
         replays: optimizer steps with each batch; 8 in the paper for CIFAR-10.
@@ -633,8 +633,8 @@ class Free(Objective):
             point = attack.start(self._clean, index, seed, mask)
         else:  # of these very inputs: they may have been augmented otherwise this time
             gradient = self._delta.grad
-            if gradient is not None:  # where fp16 has overflowed, the weights do not move either
-                gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+            if gradient is not None:  # where fp16 has overflowed: nan has no direction, infinity keeps its sign
+                gradient = gradient.nan_to_num(0.0)
             point = attack.step(self._clean + self._delta.detach(), gradient, self._clean, mask)
         self._delta = (point - self._clean).requires_grad_()
         return cross_entropy(logits_at(net, inputs, (self._clean + self._delta).to(start.dtype)), target)

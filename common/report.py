@@ -539,7 +539,8 @@ def adversarial_examples(
     low, high = float(images.min()), float(images.max())
     rows = [(images - low) / max(high - low, 1e-12), change / max(2 * largest, 1e-12) + 0.5]
     rows.append(((attacked - low) / max(high - low, 1e-12)).clip(0, 1))
-    labels = ["clean", f"change\n× {0.5 * (high - low) / max(largest, 1e-12):.2g}", "attacked"]
+    scale = f"change\n× {0.5 * (high - low) / largest:.2g}" if largest else "no change"
+    labels = ["clean", scale, "attacked"]
     figure = _figure(1.05 * len(chosen) + 0.8, 4.1)
     panels = figure.subplots(3, len(chosen), squeeze=False)
     for number, (row, label) in enumerate(zip(rows, labels, strict=True)):

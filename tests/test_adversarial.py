@@ -302,6 +302,18 @@ def test_free_training_outlives_an_overflow_of_fp16(net: nn.Module, batch: Any) 
         objective._delta.grad[:, 0, 0, 0] = value
 
 
+@pytest.mark.parametrize(("value", "moves"), [(math.inf, 0.25), (-math.inf, -0.25), (math.nan, 0.0)])
+def test_an_overflow_keeps_its_sign(value: float, moves: float, net: nn.Module, batch: Any) -> None:
+    pixels, target, index = torch.full_like(batch[0], 0.5), *batch[1:]
+    attack, objective = PGD(0.25, 1, step_size=0.25, random_start=False), Free(2)
+    objective.begin(1)
+    objective(net, attack, {"pixel_values": pixels}, target, index, 11).backward()
+    assert objective._delta.grad is not None
+    objective._delta.grad[:, 0, 0, 0] = value
+    objective(net, attack, {"pixel_values": pixels}, target, index, 11)
+    assert (objective._delta[:, 0, 0, 0] == moves).all()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])
 def test_free_training_on_ranks(strategy: str, work: Path, plain_args: dict[str, list[str]]) -> None:
     """Losses equal one process's, each batch is four optimizer steps, and a resumed run ends with the same bits."""
@@ -517,6 +529,8 @@ def test_pictures(batch: Any) -> None:
     wrong[[5, 7]] = (wrong[[5, 7]] + 1) % 10
     names = [f"class number {n} of ten" for n in range(10)]
     found = UnderAttack(F.one_hot(target, 10).float(), attacked, F.one_hot(wrong, 10).float())
+    still = report.adversarial_examples(pixels, target, found._replace(points=pixels), names)
+    assert "no change" in [axes.get_ylabel() for axes in still.axes]
     figure = report.adversarial_examples(pixels, target, found, names)
     assert len(figure.axes) == 24
     assert [axes.get_title() for axes in figure.axes[:2]] == ["class numbe…"] * 2
