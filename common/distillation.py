@@ -189,25 +189,27 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-class Teacher:
+class FrozenNet:
     """A net that is only asked: in evaluation mode, without gradients, whole on each rank.
 
     It is no ``nn.Module``, so that a module can hold it without its weights being trained, sharded or saved. They stay
-    in fp32, or fp64 if the run computes in it; where it computes in 16 bits so does the teacher, under every strategy.
+    in fp32, or fp64 if the run computes in it; where it computes in 16 bits so does this net, under every strategy.
 
     Args:
         net: the net.
         checkpoint: of any recipe here, with its weights; None for those that it has.
+        trainer: says where the net is moved to, and in what precision it computes.
         layers: names of the modules whose outputs :meth:`__call__` returns too.
-        trainer: says where the teacher is moved to, and in what precision it computes.
 
     Raises:
         InputError: the checkpoint is missing or of another net, or there is no such layer.
     """
 
-    def __init__(self, net: nn.Module, checkpoint: str | None, layers: Sequence[str], trainer: L.Trainer):
+    key = checkpoint_key = hint = ""  # of messages: where net and checkpoint stand in a config, and what else to give
+
+    def __init__(self, net: nn.Module, checkpoint: str | None, trainer: L.Trainer, layers: Sequence[str] = ()):
         if checkpoint is not None:
-            _load(net, checkpoint)
+            self._load(net, checkpoint)
         precision, device = str(trainer.precision), trainer.strategy.root_device
         self.dtype = torch.float64 if precision.startswith("64") else torch.float32
         self.half = HALF.get(precision.split("-")[0])
@@ -223,22 +225,31 @@ class Teacher:
             logits = logits_of(self.net(**inputs))
         return logits, self.features.take()
 
+    def _load(self, net: nn.Module, path: str) -> None:
+        try:
+            saved = read_checkpoint(path, hint=self.hint)["state_dict"]
+        except InputError as error:
+            raise InputError(f"{self.checkpoint_key} {error}") from error
+        state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
+        if not state.keys() & net.state_dict().keys():
+            state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            problem = f"does not fit {self.key} {type(net).__name__}: {str(error).splitlines()[1].strip()}"
+            raise InputError(f"{self.checkpoint_key} {problem}") from error
 
-def _load(net: nn.Module, path: str) -> None:
-    try:
-        saved = read_checkpoint(path, hint="name another, or null to train one")["state_dict"]
-    except InputError as error:
-        raise InputError(f"model.teacher_checkpoint {error}") from error
-    state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
-    if not state.keys() & net.state_dict().keys():
-        state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(
-            f"model.teacher_checkpoint does not fit model.teacher {type(net).__name__}: {reason}"
-        ) from error
+
+class Teacher(FrozenNet):
+    """Whose logits, and inner layers, the student learns from."""
+
+    key, checkpoint_key, hint = "model.teacher", "model.teacher_checkpoint", "name another, or null to train one"
+
+
+class StudentAlone(FrozenNet):
+    """The student as it is without a teacher, to compare with."""
+
+    key, checkpoint_key, hint = "model.net", "model.alone_checkpoint", "name another, or null for no comparison"
 
 
 def flat_target(batch: LabelledBatch) -> Int64[Tensor, " items"]:
@@ -248,15 +259,16 @@ def flat_target(batch: LabelledBatch) -> Int64[Tensor, " items"]:
 
 
 class Scores(nn.ModuleDict):
-    """Accuracy of a student and, if it has a teacher, the teacher's, and how often both say the same.
+    """Accuracy of a student and of what it is compared with, and how often its teacher says the same.
 
     Args:
         num_classes: number of classes.
-        teacher: whether there is one.
+        teacher: whether it has a teacher.
+        alone: whether the same student without a teacher stands beside.
     """
 
-    def __init__(self, num_classes: int, teacher: bool):
-        names = ["accuracy", *(["teacher_accuracy", "agreement"] if teacher else [])]
+    def __init__(self, num_classes: int, teacher: bool, alone: bool = False):
+        names = ["accuracy", *["teacher_accuracy", "agreement"] * teacher, *["alone_accuracy"] * alone]
         settings: dict[str, Any] = {"average": "micro", "ignore_index": -100, "validate_args": False}
         super().__init__({name: MulticlassAccuracy(num_classes, **settings) for name in names})
 
@@ -264,20 +276,26 @@ class Scores(nn.ModuleDict):
         self,
         logits: Float[Tensor, "items classes"],
         teacher: Float[Tensor, "*items classes"] | None,
+        alone: Float[Tensor, "*items classes"] | None,
         target: Int64[Tensor, " items"],
     ) -> None:
-        """Count the items of a batch whose target is not -100."""
+        """Count the items of a batch whose target is not -100: logits of the student, and of those beside it."""
         preds, metrics = logits.argmax(-1), dict[str, Any](self)
         metrics["accuracy"].update(preds, target)
         if teacher is not None:
             theirs = teacher.argmax(-1).flatten()
             metrics["teacher_accuracy"].update(theirs, target)
             metrics["agreement"].update(preds, theirs.masked_fill(target == -100, -100))
+        if alone is not None:
+            metrics["alone_accuracy"].update(alone.argmax(-1).flatten(), target)
 
 
 @torch.no_grad()
 def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure | str]":
     """What teacher and student take and give, as a picture and a table, and their softened probabilities.
+
+    Where there is the student alone, it stands between them, and the table says how much of its gap to the teacher is
+    closed.
 
     Args:
         module: the recipe's module, after an evaluation; its first batch measures the speed.
@@ -286,20 +304,23 @@ def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure
     """
     from common.report import model_comparison, soft_targets
 
-    trainer, teacher = module.trainer, module.teacher
+    trainer, teacher, alone = module.trainer, module.teacher, module.alone
     names = trainer.datamodule.class_names
     batch = read_batch(trainer, stage, 0, trainer.datamodule.eval_batch_size)
     with evaluating(module.net):
         asks = {"teacher": lambda: teacher(batch.inputs)[0], "student": lambda: module(batch)}
-        sizes = {"teacher": teacher.num_params, "student": module.num_params}
+        rows = [("teacher", teacher.num_params, asks["teacher"], "teacher_accuracy")]
+        if alone:
+            rows.append(("student alone", alone.num_params, lambda: alone(batch.inputs)[0], "alone_accuracy"))
+        rows.append(("student", module.num_params, asks["student"], "accuracy"))
         facts = {
             name: {
-                "parameters": float(sizes[name]),
-                "size in fp32 (MB)": sizes[name] * 4e-6,
+                "parameters": float(size),
+                "size in fp32 (MB)": size * 4e-6,
                 "samples / s": _speed(ask, batch.target),
-                "accuracy": trainer.callback_metrics[f"{stage}/{key}"].item(),
+                "accuracy": trainer.callback_metrics[f"{stage}/{metric}"].item(),
             }
-            for (name, ask), key in zip(asks.items(), ("teacher_accuracy", "accuracy"), strict=True)
+            for name, size, ask, metric in rows
         }
         temperature, target = module.loss.temperature, flat_target(batch)
         soft = {name: (precise(ask().flatten(0, -2)) / temperature).softmax(-1) for name, ask in asks.items()}
@@ -312,7 +333,17 @@ def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure
         f"probability at temperature {temperature:g}",
         batch.inputs["pixel_values"][places] if "pixel_values" in batch.inputs else None,
     )
-    return {"models": model_comparison(facts), "models_table": _table(facts), "soft_targets": figure}
+    table = _table(facts)
+    if alone:
+        table += f"\n\n{gap_closed(*(each['accuracy'] for each in facts.values()))}"
+    return {"models": model_comparison(facts), "models_table": table, "soft_targets": figure}
+
+
+def gap_closed(teacher: float, alone: float, distilled: float) -> str:
+    """What share of the gap in accuracy between teacher and student alone distillation has closed, in words."""
+    if teacher <= alone:
+        return "no gap to close: the student alone is as good as the teacher"
+    return f"gap between teacher and student alone: {(distilled - alone) / (teacher - alone):.0%} closed"
 
 
 def _speed(ask: Callable[[], Tensor], target: Tensor, passes: int = 5) -> float:

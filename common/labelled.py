@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int64
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.errors import InputError
@@ -21,6 +21,19 @@ class LabelledBatch(NamedTuple):
     target: Int64[Tensor, "batch *positions"]
     index: Int64[Tensor, " batch"]
     mask: Bool[Tensor, " batch"]
+
+
+def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatch:
+    """The batch with its images augmented; the batch itself if there is no augmentation.
+
+    Raises:
+        InputError: it has no images.
+    """
+    if not len(augmentation):
+        return batch
+    if "pixel_values" not in batch.inputs:
+        raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
+    return batch._replace(inputs={**batch.inputs, "pixel_values": augmentation(batch.inputs["pixel_values"])})
 
 
 class LabelledDataset(Dataset[LabelledBatch]):

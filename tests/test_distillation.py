@@ -22,7 +22,15 @@ from transformers import LlamaConfig
 
 from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
-from common.distillation import AttentionTransfer, Features, LogitError, SimilarityPreserving, SoftTargets
+from common.distillation import (
+    AttentionTransfer,
+    Features,
+    LogitError,
+    SimilarityPreserving,
+    SoftTargets,
+    compare_models,
+    gap_closed,
+)
 from common.errors import InputError
 from common.labelled import fingerprint
 from common.nets import CausalLM, ConvNet, Pretrained
@@ -199,6 +207,10 @@ def fit(*args: str, name: str = "default") -> Any:
     return main_of(RECIPE)(["fit", *SMALL, "--name", name, *args])
 
 
+def loss_rows(name: str) -> list[float]:
+    return read_metrics(Path("runs/distillation", name, "metrics.csv"), "train/loss")
+
+
 def kept() -> dict[str, int]:
     """The teachers in the cache, and when their checkpoint was written."""
     folder = Path(os.environ["XDG_CACHE_HOME"], "lightning-recipes/teachers")
@@ -283,6 +295,28 @@ def test_teacher_is_in_no_checkpoint_optimizer_or_parameters(work: Path) -> None
     for name, value in cli.model.teacher.net.state_dict().items():
         assert torch.equal(value, source[f"net.{name}"]), "training has not touched it, its batch norms included"
     assert not any(p.requires_grad or p.grad is not None for p in cli.model.teacher.net.parameters())
+
+
+def test_student_alone_stands_beside(work: Path) -> None:
+    """It is only asked, and changes no loss. Its accuracy is that of its own run, and gives the share closed."""
+    alone = fit("--model.teacher", "null", "--trainer.max_steps", "4", name="alone")
+    checkpoint = str(Path("runs/distillation/alone/checkpoints/last.ckpt").resolve())
+    fit(name="plain")
+    cli = fit("--model.alone_checkpoint", checkpoint)
+    assert loss_rows("plain") == loss_rows("default")
+    found = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+    assert found["val/alone_accuracy"] == alone.trainer.callback_metrics["val/accuracy"].item()
+    assert not [name for name in cli.model.state_dict() if not name.startswith("net.")]
+    parts = compare_models(cli.model, "val")
+    _, teacher, beside, student, _, closed = str(parts["models_table"]).splitlines()
+    assert [line[:13].strip() for line in (teacher, beside, student)] == ["teacher", "student alone", "student"]
+    assert closed == gap_closed(*(found[f"val/{name}"] for name in ("teacher_accuracy", "alone_accuracy", "accuracy")))
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(0.9, 0.5, 0.7) == "gap between teacher and student alone: 50% closed"
+    assert gap_closed(0.9, 0.5, 0.4) == "gap between teacher and student alone: -25% closed"
+    assert gap_closed(0.5, 0.5, 0.7).startswith("no gap")
 
 
 def test_own_teacher(work: Path) -> None:
@@ -476,6 +510,9 @@ MISTAKES = [
     ("--model.teacher_checkpoint text.ckpt", "--model.teacher_checkpoint", "cut short, damaged or no checkpoint"),
     ("--model.teacher_checkpoint other.ckpt", "--model.teacher_checkpoint", "does not fit model.teacher"),
     ("--model.teacher_checkpoint classes.ckpt", "--model.teacher_checkpoint", "size mismatch for 17.weight"),
+    ("--model.teacher null --model.alone_checkpoint a.ckpt", "--model.alone_checkpoint", "model.teacher is null"),
+    ("--model.alone_checkpoint some.ckpt", "--model.alone_checkpoint", "some.ckpt: no such checkpoint"),
+    ("--model.alone_checkpoint classes.ckpt", "--model.alone_checkpoint", "does not fit model.net"),
     ("--model.teacher_training teachr.yaml", "--model.teacher_training", "did you mean 'teacher.yaml'?"),
     (f"{PRETRAINED} nowhere/at-all", TEACHER, "neither"),
     (f"{PRETRAINED} vit", TEACHER, "has 7 classes"),

@@ -11,6 +11,7 @@ from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
+from common.labelled import augmented
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 
@@ -75,11 +76,7 @@ class ClassificationModule(BaseModule):
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
-            if len(self.augmentation):
-                if "pixel_values" not in batch.inputs:
-                    raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
-                pixels = self.augmentation(batch.inputs["pixel_values"])
-                batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
+            batch = augmented(batch, self.augmentation)
             loss = cross_entropy(self(batch), batch.target, self.class_weight, self.label_smoothing)
             return loss, batch.mask.sum()
         logits, target = self(batch)[batch.mask], batch.target[batch.mask]

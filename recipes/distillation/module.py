@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from common import distillation
-from common.distillation import AttentionTransfer, FeatureLoss, Features, LogitLoss, SoftTargets, Teacher
+from common.distillation import AttentionTransfer, FeatureLoss, Features, LogitLoss, SoftTargets, StudentAlone, Teacher
 from common.errors import InputError
+from common.labelled import augmented
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 
@@ -24,8 +25,8 @@ class DistillationModule(BaseModule):
         num_classes: comes from the data.
         teacher: the teacher, in the same way; None trains the net alone, and all else about teachers is unused.
         teacher_checkpoint: a checkpoint of any recipe with the teacher's weights.
-        teacher_training: a config in this folder, by which the teacher is trained first if it has no checkpoint; None
-            for the weights that its class gives it, such as ``common.nets.Pretrained``.
+        teacher_training: a config in this folder that trains it first if it has no checkpoint; None if pretrained.
+        alone_checkpoint: of a run of the same student without a teacher, which evaluation and the report compare with.
         loss: what compares the logits, by class path: ``common.distillation.SoftTargets`` or ``LogitError``.
         alpha: its weight; the cross-entropy with the labels has the rest.
         features: pairs of layers, the student's and the teacher's, by their modules' names.
@@ -42,6 +43,7 @@ class DistillationModule(BaseModule):
         teacher: Callable[[int], nn.Module] | None = None,
         teacher_checkpoint: str | None = None,
         teacher_training: str | None = None,
+        alone_checkpoint: str | None = None,
         loss: LogitLoss | None = None,
         alpha: float = 0.9,
         features: list[tuple[str | int, str | int]] | None = None,
@@ -55,23 +57,28 @@ class DistillationModule(BaseModule):
             raise InputError(f"model.alpha must be in [0, 1], got {alpha}")
         if not 0 <= feature_weight < float("inf"):
             raise InputError(f"model.feature_weight must be a number from 0 on, got {feature_weight}")
-        if teacher_checkpoint and teacher is None:
-            raise InputError("model.teacher_checkpoint is given, but model.teacher is null; name the net that it is of")
+        for key, path in (("teacher", teacher_checkpoint), ("alone", alone_checkpoint)):
+            if path and teacher is None:
+                raise InputError(f"model.{key}_checkpoint is given, but model.teacher is null; name the teacher's net")
         self.make_net, self.make_teacher, self.num_classes = net, teacher, num_classes
-        self.teacher_checkpoint, self.teacher_training = teacher_checkpoint, teacher_training
+        self.teacher_checkpoint, self.alone_checkpoint = teacher_checkpoint, alone_checkpoint
+        self.teacher_training = teacher_training
         self.loss, self.alpha = loss or SoftTargets(), alpha
         self.pairs = [(str(ours), str(theirs)) for ours, theirs in features or [] if teacher]
         self.feature_loss, self.feature_weight = feature_loss or AttentionTransfer(), feature_weight
         self.augmentation = nn.Sequential(*augmentation or [])
-        self.teacher: Teacher | None = None  # no submodule: not trained, sharded or saved
-        scores = {stage: distillation.Scores(num_classes, teacher is not None) for stage in ("val", "test")}
-        self.scores: Any = nn.ModuleDict(scores)
+        self.teacher: Teacher | None = None  # no submodules: not trained, sharded or saved
+        self.alone: StudentAlone | None = None
+        asked = teacher is not None, alone_checkpoint is not None
+        self.scores: Any = nn.ModuleDict({stage: distillation.Scores(num_classes, *asked) for stage in ("val", "test")})
 
     @override
     def setup(self, stage: str) -> None:
         if self.make_teacher is not None and stage != "predict":
             net, layers = self.make_teacher(self.num_classes), [theirs for _, theirs in self.pairs]
-            self.teacher = Teacher(net, self.teacher_checkpoint, layers, self.trainer)
+            self.teacher = Teacher(net, self.teacher_checkpoint, self.trainer, layers)
+            if self.alone_checkpoint:
+                self.alone = StudentAlone(self.make_net(self.num_classes), self.alone_checkpoint, self.trainer)
 
     @override
     def build_net(self) -> nn.Module:
@@ -85,16 +92,12 @@ class DistillationModule(BaseModule):
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        if stage == "train" and len(self.augmentation):
-            if "pixel_values" not in batch.inputs:
-                raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
-            pixels = self.augmentation(batch.inputs["pixel_values"])
-            batch = batch._replace(inputs={**batch.inputs, "pixel_values": pixels})
+        batch = augmented(batch, self.augmentation) if stage == "train" else batch
         logits, target = self(batch).flatten(0, -2), distillation.flat_target(batch)
         theirs, layers = self.teacher(batch.inputs) if self.teacher else (None, [])
         loss = cross_entropy(logits, target)
         if stage != "train":
-            self.scores[stage].record(logits, theirs, target)
+            self.scores[stage].record(logits, theirs, self.alone and self.alone(batch.inputs)[0], target)
             self.log_dict({f"{stage}/{name}": metric for name, metric in self.scores[stage].items()})
         elif theirs is not None:
             loss = (1 - self.alpha) * loss + self.alpha * self.loss(logits, theirs, target != -100)
