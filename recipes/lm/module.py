@@ -48,8 +48,9 @@ class LMModule(BaseModule):
         check_context(config, context)
         self.config, self.vocab_size, self.eos_id = config, vocab_size, eos_id
         self.bytes_per_token, self.context = bytes_per_token, context
-        if min(sample_tokens, temperature) < 0:
-            raise InputError(f"model.sample_tokens {sample_tokens} or model.temperature {temperature} is negative")
+        for name, value in (("sample_tokens", sample_tokens), ("temperature", temperature)):
+            if value < 0:
+                raise InputError(f"model.{name} {value} is negative; it must be 0 or more")
         self.sample_tokens, self.temperature = sample_tokens, temperature
 
     @override
