@@ -12,7 +12,7 @@ import torch
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
 from common.faults import StopOnSigterm, lost_rank
-from tests.support import RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
+from tests.support import INEXACT, RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -120,7 +120,7 @@ def test_every_rank_ends(
         "      init_args: {every_n_train_steps: 5}\n"
     )
     began = time.monotonic()
-    args += ["--config", str(saves)]
+    args += ["--config", str(saves), *INEXACT.get(strategy, [])]
     codes = run_ranks(faulty_main, recipe, args, faults, folder=work / "faulty")
     seconds = time.monotonic() - began
     assert codes == expected, logs(work / "faulty")

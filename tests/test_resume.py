@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import RECIPES, REFUSED, ROOT, STRATEGIES, logs, main_of, run_ranks, text_args, turn
+from tests.support import EXACT, RECIPES, REFUSED, ROOT, logs, main_of, run_ranks, text_args, turn
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Both epochs have 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
@@ -31,7 +31,7 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
         7,
     ),
 }
-OTHERS = [name for name in STRATEGIES if name != "ddp"]
+OTHERS = [name for name in EXACT if name != "ddp"]
 CELLS = [
     *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
     *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),

@@ -1,0 +1,120 @@
+"""Data parallel with other ways to average gradients: hooks of DDP, on CPUs too, where Lightning leaves hooks out."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.constants import default_pg_timeout
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from common.errors import InputError
+from common.strategies.sharding import Memory
+
+
+def ring_all_reduce(values: Tensor) -> Tensor:
+    """Add up a flat tensor over all ranks, in place, each rank talking to its two neighbours alone.
+
+    In N - 1 rounds each rank adds one of N chunks to what its neighbour has of it, and then owns the sum of one; in
+    N - 1 more the sums go round (Patarasuk & Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002, figure 2). A rank
+    sends 2 (N - 1) / N times the size of the tensor, however many ranks there are.
+
+    Args:
+        values: one-dimensional and contiguous, of the same size on each rank.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    chunks = list(values.tensor_split(size))
+    to, source = (rank + 1) % size, (rank - 1) % size
+    for gathering in (False, True):
+        for step in range(size - 1):
+            mine = chunks[(rank - step + gathering) % size]
+            theirs = chunks[(rank - step - 1 + gathering) % size]
+            received = torch.empty_like(theirs)
+            pair = [dist.P2POp(dist.isend, mine, to), dist.P2POp(dist.irecv, received, source)]
+            for work in dist.batch_isend_irecv(pair):
+                work.wait()
+            if gathering:
+                theirs.copy_(received)
+            else:
+                theirs.add_(received)
+    return values
+
+
+def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    done = Future()
+    done.set_result(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
+    return done
+
+
+class RingAllReduce(DDPStrategy):
+    """DDP whose ring is written out, see :func:`ring_all_reduce`.
+
+    NCCL's and gloo's all-reduce are rings as well where that is the fastest, and go on during backward, for which this
+    one waits: take it to read it, to change it, or to count what goes over the wire.
+
+    Args:
+        timeout: after which a rank that waits for another gives up.
+    """
+
+    def __init__(self, timeout: timedelta = default_pg_timeout):
+        super().__init__(gradient_as_bucket_view=True, timeout=timeout)
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(None, _ring_hook)
+
+
+class PowerSGD(DDPStrategy):
+    """DDP that sends low-rank approximations of gradients (Vogels et al. 2019, https://arxiv.org/abs/1905.13727).
+
+    A matrix of n x m becomes two of n x r and r x m, in one power iteration from those of the step before; vectors are
+    sent whole. What the approximation leaves out is added to the next gradient of the same rank (error feedback), which
+    is kept in memory, 4 bytes per parameter, and not in checkpoints: a resumed run starts with ``start_step`` steps of
+    plain DDP and without that rest, and so goes on near the run that it was, not to the bit.
+
+    Args:
+        rank: r; more is closer to the gradient and more to send.
+        start_step: steps of plain DDP before, as gradients change fast at first; at least 2.
+        min_compression: matrices which it would make smaller by less than this factor are sent whole.
+        timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 4,
+        start_step: int = 100,
+        min_compression: float = 2.0,
+        timeout: timedelta = default_pg_timeout,
+    ):
+        super().__init__(gradient_as_bucket_view=True, timeout=timeout)
+        self.rank, self.start_step, self.min_compression = rank, start_step, min_compression
+
+    @override
+    def setup_environment(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"trainer.strategy.rank: must be at least 1, got {self.rank}")
+        if self.start_step < 2:
+            raise InputError(f"trainer.strategy.start_step: must be at least 2, got {self.start_step}")
+        if not self.min_compression >= 1:
+            raise InputError(f"trainer.strategy.min_compression: must be at least 1, got {self.min_compression}")
+        super().setup_environment()
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What a rank holds: with the gradients what the approximation has left out of them."""
+        return whole._replace(gradients=2 * whole.gradients)
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        self.state = PowerSGDState(
+            None, self.rank, self.start_step, self.min_compression, compression_stats_logging_frequency=2**62
+        )
+        self.model.register_comm_hook(self.state, powerSGD_hook)
