@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from common.data import global_seed, step_seed
+from common.data import data_ranks, global_seed, step_seed
 from common.errors import InputError, nearest
 from common.module import BaseModule
 
@@ -81,7 +81,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         rate = self._items / (now - self._since)
         metrics = {
-            f"perf/{pl_module.unit}_per_s": rate * trainer.world_size,
+            f"perf/{pl_module.unit}_per_s": rate * data_ranks(trainer)[0],
             "perf/step_ms": (now - self._since) / steps * 1e3,
         }
         if pl_module.device.type == "cuda":
@@ -388,6 +388,7 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, list(predictions))
+            everyone = everyone[:: trainer.world_size // data_ranks(trainer)[0]]  # one of each group
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from rich.progress import track
 from torch import Tensor
 
-from common.data import Positions, TrainSampler, batches_per_epoch, global_seed, step_seed
+from common.data import Positions, TrainSampler, batches_per_epoch, data_ranks, global_seed, step_seed
 from common.errors import InputError
 from common.losses import precise
 from common.nets import check_context
@@ -119,7 +119,7 @@ class CurriculumSampler(TrainSampler):
         self.data = data
 
     def __iter__(self) -> Iterator[Positions]:
-        trainer, seed, world = self.trainer, global_seed(), self.trainer.world_size
+        trainer, seed, (world, rank) = self.trainer, global_seed(), data_ranks(self.trainer)
         per_epoch, accumulate = batches_per_epoch(self.num_batches, trainer), trainer.accumulate_grad_batches
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         epoch, start = divmod(progress.total.processed, per_epoch)
@@ -132,10 +132,10 @@ class CurriculumSampler(TrainSampler):
                 seen += accumulate * world * lesson.batch_size * lesson.length
             inside, size = step % accumulate, lesson.batch_size * world
             first = (step - inside) * self.global_batch + inside * size
-            mine = order[first + trainer.global_rank : first + size : world]
+            mine = order[first + rank : first + size : world]
             allowed = max(math.ceil(lesson.competence * self.num_samples), 1)
             indices = self.by_difficulty[mine * allowed // self.num_samples].tolist()
-            yield Positions(indices, len(indices), step_seed(seed, epoch, step, trainer.global_rank))
+            yield Positions(indices, len(indices), step_seed(seed, epoch, step, rank))
 
 
 class Difficulty:

@@ -46,6 +46,12 @@ def step_seed(*parts: int) -> int:
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
+    """How many ranks read samples of their own, and which of them this is; ranks that share samples count as one."""
+    together = getattr(trainer.strategy, "ranks_per_batch", 1)
+    return trainer.world_size // together, trainer.global_rank // together
+
+
 def seed_draws(seed: int, device: torch.device | None = None) -> None:
     """``torch.manual_seed`` for the host and, if given, one device.
 
@@ -89,12 +95,13 @@ class TrainSampler(Sampler[Positions]):
 
     def __init__(self, num_samples: int, batch_size: int, trainer: L.Trainer):
         self.num_samples, self.batch_size, self.trainer = num_samples, batch_size, trainer
-        self.global_batch = batch_size * trainer.world_size
+        world, _ = data_ranks(trainer)
+        self.global_batch = batch_size * world
         accumulate = trainer.accumulate_grad_batches
         self.num_batches = num_samples // (self.global_batch * accumulate) * accumulate
         if not self.num_batches:
             raise InputError(
-                f"data.batch_size {batch_size} x {trainer.world_size} ranks x {accumulate} accumulated = "
+                f"data.batch_size {batch_size} x {world} ranks x {accumulate} accumulated = "
                 f"{self.global_batch * accumulate} > {num_samples} training samples; lower it"
             )
 
@@ -108,10 +115,11 @@ class TrainSampler(Sampler[Positions]):
         epoch, start = divmod(progress.total.processed, per_epoch)
         generator = torch.Generator().manual_seed(step_seed(seed, epoch))
         order = torch.randperm(self.num_samples, generator=generator)
+        world, rank = data_ranks(trainer)
         for step in range(start, per_epoch):
             first = step * self.global_batch
-            mine = order[first + trainer.global_rank : first + self.global_batch : trainer.world_size]
-            yield Positions(mine.tolist(), self.batch_size, step_seed(seed, epoch, step, trainer.global_rank))
+            mine = order[first + rank : first + self.global_batch : world]
+            yield Positions(mine.tolist(), self.batch_size, step_seed(seed, epoch, step, rank))
 
 
 def geometry(trainer: L.Trainer) -> dict[str, int]:
@@ -152,10 +160,10 @@ class EvalSampler(Sampler[Positions]):
         self.num_samples, self.batch_size, self.trainer = num_samples, batch_size, trainer
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.batch_size * self.trainer.world_size))
+        return -(-self.num_samples // (self.batch_size * data_ranks(self.trainer)[0]))
 
     def __iter__(self) -> Iterator[Positions]:
-        world, rank = self.trainer.world_size, self.trainer.global_rank
+        world, rank = data_ranks(self.trainer)
         per_rank = -(-self.num_samples // world)
         for first in range(0, per_rank, self.batch_size):
             wanted = [rank + world * k for k in range(first, min(first + self.batch_size, per_rank))]

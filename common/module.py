@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from common.data import geometry, global_seed, move_position, seed_draws, step_seed, total_steps
+from common.data import data_ranks, geometry, global_seed, move_position, seed_draws, step_seed, total_steps
 from common.errors import InputError, nearest
 from common.losses import precise
 from common.optim import Schedule, param_groups, scale_lr
@@ -221,7 +221,8 @@ class BaseModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and augmentation become a function of (seed, rank, micro-step): a resumed run draws the same numbers.
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        seed_draws(step_seed(global_seed(), self.global_rank, step), self.device)
+        _, rank = data_ranks(self.trainer)
+        seed_draws(step_seed(global_seed(), rank, step), self.device)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from common.checkpoint import read_checkpoint
-from common.data import BaseDataModule, geometry, total_steps
+from common.data import BaseDataModule, data_ranks, geometry, total_steps
 from common.errors import InputError
 from common.module import BaseModule
 from common.strategies.sharding import Memory
@@ -80,13 +80,14 @@ class RecipeTrainer(L.Trainer):
             ranks=self.world_size,
             memory=memory,
             activations=activations,
-            items=model.num_items(batch) * self.world_size * self.accumulate_grad_batches,
+            items=model.num_items(batch) * data_ranks(self)[0] * self.accumulate_grad_batches,
             steps=total_steps(self),
         )
         _print(self.found, model.unit)
 
     def _attach(self, model: BaseModule, datamodule: BaseDataModule) -> None:
         model.trainer = datamodule.trainer = self
+        self.strategy.connect(model)
         self._data_connector.attach_datamodule(model, datamodule)
         getattr(self.strategy, "set_world_ranks", lambda: None)()
 

@@ -24,8 +24,11 @@ STRATEGIES = sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.ya
 # Those that train near a single process, not as it does, and what makes short runs show it.
 INEXACT = {"ddp_powersgd": ["--trainer.strategy.start_step", "2"]}
 EXACT = [name for name in STRATEGIES if name not in INEXACT]
-# What a recipe refuses in one line: attacks differentiate by inputs, after which FSDP1 gets the next gradients wrong.
-REFUSED = {("adversarial", "fsdp")}
+# Those whose ranks share samples: how many of them do.
+TOGETHER = {"tensor_parallel": 2}
+# What a recipe refuses in one line: attacks differentiate by inputs, after which FSDP1 gets the next gradients wrong;
+# of the nets in these tests only the language models say how they can be sliced.
+REFUSED = {("adversarial", "fsdp"), *((r, "tensor_parallel") for r in RECIPES if r not in ("lm", "curriculum"))}
 TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
 PLAIN = ["--config", str(ROOT / "tests/plain.yaml")]
 
@@ -44,6 +47,8 @@ def text_args(recipe: str, lm_args: list[str]) -> list[str]:
 
 class Rank(L.Trainer):
     """The settings and counters of one rank at some point of a run, without the run."""
+
+    strategy: Any = None
 
     def __init__(
         self, world: int = 1, rank: int = 0, accumulate: int = 1, limit: float | None = 1.0, processed: int = 0
@@ -66,6 +71,16 @@ class Rank(L.Trainer):
 def strategies_of(recipe: str) -> list[str]:
     """The strategies that carry a recipe."""
     return [name for name in STRATEGIES if (recipe, name) not in REFUSED]
+
+
+def runs_on(strategy: str, world: int) -> bool:
+    """Whether a strategy works on so many ranks."""
+    return world % TOGETHER.get(strategy, 1) == 0
+
+
+def per_rank(total: int, world: int, strategy: str | None) -> int:
+    """The batch size with which all ranks together read so many samples."""
+    return total * TOGETHER.get(strategy or "", 1) // world
 
 
 def turn(strategy: str, number: int) -> str:

@@ -23,6 +23,7 @@ from tests.support import (
     difference,
     logs,
     main_of,
+    per_rank,
     read_metrics,
     run_ranks,
 )
@@ -84,7 +85,8 @@ def run(
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml")] if strategy else []
     command = [
         "fit", *layer, *PLAIN, "--config", str(ROOT / f"configs/precision/{precision}.yaml"), *args, "--name", name,
-        "--data.batch_size", str(16 // world), "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
+        "--data.batch_size", str(per_rank(16, world, strategy)), "--trainer.accelerator", "cpu",
+        "--trainer.devices", str(world),
         "--trainer.max_steps", "10", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
         "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",

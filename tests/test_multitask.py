@@ -21,7 +21,7 @@ from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Un
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
 from common.tasks import Task, TaskMetrics, task_loss, task_losses
-from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, strategies_of
 from tests.test_resume import digest, killed_main, write_config
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -296,7 +296,12 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
 # Each method once, those that shards carry under them; what else there is runs with the matrix.
 SAME = [("uncertainty", "deepspeed_zero2"), ("dwa", "fsdp2"), ("famo", "fsdp"), ("pcgrad", "ddp")]
 SAME += [("upgrad", "ddp")]
-REST = [(m, s) for m in ("uncertainty", "dwa", "famo") for s in EXACT if (m, s) not in SAME]
+REST = [
+    (m, s)
+    for m in ("uncertainty", "dwa", "famo")
+    for s in strategies_of("multitask")
+    if s in EXACT and (m, s) not in SAME
+]
 
 
 @pytest.mark.parametrize(

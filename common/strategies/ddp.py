@@ -44,7 +44,7 @@ def ring_all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:
+def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
     done = Future()
     done.set_result(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
     return done
@@ -91,7 +91,7 @@ class PowerSGD(DDPStrategy):
         self,
         rank: int = 4,
         start_step: int = 100,
-        min_compression: float = 2.0,
+        min_compression: int = 2,
         timeout: timedelta = default_pg_timeout,
     ):
         super().__init__(gradient_as_bucket_view=True, timeout=timeout)
@@ -103,7 +103,7 @@ class PowerSGD(DDPStrategy):
             raise InputError(f"trainer.strategy.rank: must be at least 1, got {self.rank}")
         if self.start_step < 2:
             raise InputError(f"trainer.strategy.start_step: must be at least 2, got {self.start_step}")
-        if not self.min_compression >= 1:
+        if self.min_compression < 1:
             raise InputError(f"trainer.strategy.min_compression: must be at least 1, got {self.min_compression}")
         super().setup_environment()
 

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -41,6 +41,7 @@ from common.strategies.sharding import (
     refuse_matrix_optimizer,
     share_buffers,
 )
+from common.strategies.tensor_parallel import check_sizes, plan_of, share_like, slice_layers
 
 
 class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
@@ -177,36 +178,55 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
 class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
     """Torch's ``fully_shard`` (FSDP2): each parameter is sharded for itself, along its first axis.
 
-    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share.
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. With ``tensor_parallel`` ranks
+    form groups that share the computation of each sample (:mod:`common.strategies.tensor_parallel`), and it shards what
+    a rank keeps over the groups: two dimensions of parallelism.
 
     Args:
         reshard_after_forward: free a block's gathered weights between forward and backward: less memory for gathering
             them again, as ZeRO-3; otherwise they stay until backward has used them, as ZeRO-2.
         cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
+        tensor_parallel: ranks that compute the same samples, each a slice of the layers; neighbours, so that they are
+            on one node if they fit.
         timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        InputError: ranks or layers cannot be divided so, or the net does not say which layers can be.
     """
 
     def __init__(
         self,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        tensor_parallel: int = 1,
         timeout: timedelta = default_pg_timeout,
     ):
         # What lies on the host is gathered there, for norms and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.ranks_per_batch = tensor_parallel
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded."""
-        weights = whole.weights // ranks if self.reshard_after_forward else whole.weights
-        return Memory(weights, whole.gradients // ranks, whole.optimizer // ranks)
+        left = 1.0
+        if self.ranks_per_batch > 1:
+            net: Any = self.lightning_module.net  # type: ignore[union-attr]
+            sliced = sum(p.numel() for name in plan_of(net) for p in net.get_submodule(name).parameters())
+            left -= sliced / sum(p.numel() for p in net.parameters()) * (1 - 1 / self.ranks_per_batch)
+        share = left * self.ranks_per_batch / ranks
+        weights = whole.weights * (share if self.reshard_after_forward else left)
+        return Memory(int(weights), int(whole.gradients * share), int(whole.optimizer * share))
 
     @override
     def setup_environment(self) -> None:
         if self._layer_sync:
             raise InputError("trainer.sync_batchnorm: FSDP2 does without; take false, or configs/strategy/ddp.yaml")
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        ranks, together = self.num_nodes * self.num_processes, self.ranks_per_batch
+        if together < 1 or ranks % together:
+            problem = f"{together} is no divisor of {ranks} ranks"
+            raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take another, or --trainer.devices")
+        self._data_parallel_size, self._tensor_parallel_size = ranks // together, together
         super().setup_environment()
 
     @override
@@ -221,6 +241,10 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         }
         net: Any = self.lightning_module.net
         share_buffers(net)
+        if self.ranks_per_batch > 1:
+            plan = plan_of(net)
+            check_sizes(net, plan, self.ranks_per_batch)
+            slice_layers(net, plan, self.device_mesh["tensor_parallel"])
         for module in batch_norms(net) if bf16 else ():  # their statistics stay in fp32, and with them their weights
             fully_shard(module, **{**settings, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
         for module in [*blocks(net), net]:
@@ -274,7 +298,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
 def _share_like(parameter: Tensor, value: Any) -> Any:
     """A whole tensor of an optimizer's state, sharded as its parameter if it has the same shape."""
     if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return share_like(parameter, value)
     return value
 
 

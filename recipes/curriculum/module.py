@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from common.callbacks import run_folder
 from common.curriculum import Lesson, Pacing
+from common.data import data_ranks
 from common.losses import cross_entropy, precise, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
@@ -60,7 +61,7 @@ class CurriculumModule(BaseModule):
         loss = super().training_step(batch, batch_idx)
         if not self.trainer.fit_loop._should_accumulate():  # the step is complete
             self.lesson = self.data.lesson(self.data.tokens_seen)
-            micro_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            micro_batches = data_ranks(self.trainer)[0] * self.trainer.accumulate_grad_batches
             self.data.tokens_seen += batch.input_ids.numel() * micro_batches
         return loss
 
