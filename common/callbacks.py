@@ -79,9 +79,9 @@ class Throughput(Callback):
         if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
-        rate = self._items / (now - self._since)
+        rate = self._items / (now - self._since) * data_ranks(trainer)[0]
         metrics = {
-            f"perf/{pl_module.unit}_per_s": rate * data_ranks(trainer)[0],
+            f"perf/{pl_module.unit}_per_s": rate,
             "perf/step_ms": (now - self._since) / steps * 1e3,
         }
         if pl_module.device.type == "cuda":
@@ -92,7 +92,7 @@ class Throughput(Callback):
             unit = 1 if platform.system() == "Darwin" else 1024
             metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         if self._peak and (flops := pl_module.flops_per_item()):
-            metrics["perf/mfu"] = rate * flops / self._peak
+            metrics["perf/mfu"] = rate * flops / (self._peak * trainer.world_size)
         pl_module.log_dict(metrics)
         self._items, self._steps, self._since = 0, trainer.global_step, now
 
