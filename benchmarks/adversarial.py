@@ -34,9 +34,10 @@ METHODS = {
     "Free": ["--model.objective", "common.attacks.Free", "--model.objective.replays", "4", "--model.attack.steps", "1"],
     "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
 }
-# A smaller net, so that all are done in some minutes on a CPU.
-SMALL = ["--model.net.widths", "[8, 16]"]
+# A smaller net, so that all are done in some minutes on a CPU. The preset's own radius is for its one step.
+SMALL = ["--model.net.widths", "[8, 16]", "--model.attack.eps", "0.1"]
 FASHION = ["--config", str(ROOT / "recipes/adversarial/fashion_mnist.yaml"), *SMALL]
+LARGER = {("fashion_mnist", "FGSM-RS"): ["--model.attack.eps", "0.12"]}
 DATA = {"digits": [], "fashion_mnist": FASHION, "fashion_mnist_longer": [*FASHION, "--trainer.max_epochs", "4"]}
 
 
@@ -56,7 +57,7 @@ def measure(data: str, method: str, seed: int, folder: Path) -> dict[str, Any]:
     BaseModule.on_train_batch_start, BaseModule.on_train_batch_end = timed_start, timed_end  # type: ignore[method-assign]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     name = ["--name", f"{data}-{method}-{seed}", "--trainer.default_root_dir", str(folder)]
-    given = [*DATA[data], *METHODS[method], *name, *quiet]
+    given = [*DATA[data], *METHODS[method], *LARGER.get((data, method), []), *name, *quiet]
     with contextlib.redirect_stdout(io.StringIO()):
         main(["fit", *given, "--seed_everything", str(seed)])
         # The most robust checkpoint, but of natural training, which makes nets less robust as it goes on, the last.

@@ -633,8 +633,8 @@ class Free(Objective):
             point = attack.start(self._clean, index, seed, mask)
         else:  # of these very inputs: they may have been augmented otherwise this time
             gradient = self._delta.grad
-            if gradient is not None:  # where fp16 has overflowed: nan has no direction, infinity keeps its sign
-                gradient = gradient.nan_to_num(0.0)
+            if gradient is not None:  # where fp16 has overflowed: nan has no direction, infinity a sign and a square
+                gradient = gradient.nan_to_num(0.0, 1e15, -1e15)
             point = attack.step(self._clean + self._delta.detach(), gradient, self._clean, mask)
         self._delta = (point - self._clean).requires_grad_()
         return cross_entropy(logits_at(net, inputs, (self._clean + self._delta).to(start.dtype)), target)

@@ -49,7 +49,19 @@ def step_seed(*parts: int) -> int:
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
     """How many ranks read samples of their own, and which of them this is; ranks that share samples count as one."""
     together = getattr(trainer.strategy, "ranks_per_batch", 1)
-    return trainer.world_size // together, trainer.global_rank // together
+    return groups(trainer.world_size, together), trainer.global_rank // together
+
+
+def groups(ranks: int, together: int) -> int:
+    """How many groups ranks form if so many of them share each sample.
+
+    Raises:
+        InputError: the ranks cannot be divided so.
+    """
+    if together < 1 or ranks % together:
+        problem = f"{together} is no divisor of {ranks} ranks"
+        raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take another, or --trainer.devices")
+    return ranks // together
 
 
 def seed_draws(seed: int, device: torch.device | None = None) -> None:
@@ -85,7 +97,8 @@ class TrainSampler(Sampler[Positions]):
 
     The position is read off the trainer's own counters: nothing is saved. Sample order does not depend on the number
     of ranks: rank r takes every world-th sample of each global batch. An epoch holds whole effective batches
-    (batch size x ranks x accumulation) only, so that every optimizer step averages the same number of samples.
+    (batch size x ranks x accumulation) only, so that every optimizer step averages the same number of samples. Ranks
+    that share samples, as in tensor parallelism, count as one.
 
     Args:
         num_samples: size of the data set.

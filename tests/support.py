@@ -17,15 +17,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
-STRATEGIES = sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.yaml"))
+STRATEGY_LAYERS = sorted((ROOT / "configs/strategy").glob("*.yaml"))
+STRATEGIES = [path.stem for path in STRATEGY_LAYERS]
 # Those that train near a single process, not as it does, and what makes short runs show it.
 INEXACT = {"ddp_powersgd": ["--trainer.strategy.start_step", "2"]}
 EXACT = [name for name in STRATEGIES if name not in INEXACT]
 # Those whose ranks share samples: how many of them do.
-TOGETHER = {"tensor_parallel": 2}
+SETTINGS = {path.stem: yaml.safe_load(path.read_text())["trainer"]["strategy"] for path in STRATEGY_LAYERS}
+TOGETHER = {
+    name: number
+    for name, settings in SETTINGS.items()
+    if (number := settings.get("init_args", {}).get("tensor_parallel", 1)) > 1
+}
 # What a recipe refuses in one line: attacks differentiate by inputs, after which FSDP1 gets the next gradients wrong;
 # of the nets in these tests only the language models say how they can be sliced.
 REFUSED = {("adversarial", "fsdp"), *((r, "tensor_parallel") for r in RECIPES if r not in ("lm", "curriculum"))}

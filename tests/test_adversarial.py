@@ -302,16 +302,18 @@ def test_free_training_outlives_an_overflow_of_fp16(net: nn.Module, batch: Any) 
         objective._delta.grad[:, 0, 0, 0] = value
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(("value", "moves"), [(math.inf, 0.25), (-math.inf, -0.25), (math.nan, 0.0)])
-def test_an_overflow_keeps_its_sign(value: float, moves: float, net: nn.Module, batch: Any) -> None:
+def test_an_overflow_keeps_its_sign(value: float, moves: float, norm: Any, net: nn.Module, batch: Any) -> None:
     pixels, target, index = torch.full_like(batch[0], 0.5), *batch[1:]
-    attack, objective = PGD(0.25, 1, step_size=0.25, random_start=False), Free(2)
+    attack, objective = PGD(0.25, 1, step_size=0.25, norm=norm, random_start=False), Free(2)
     objective.begin(1)
     objective(net, attack, {"pixel_values": pixels}, target, index, 11).backward()
     assert objective._delta.grad is not None
     objective._delta.grad[:, 0, 0, 0] = value
     objective(net, attack, {"pixel_values": pixels}, target, index, 11)
     assert (objective._delta[:, 0, 0, 0] == moves).all()
+    assert math.isnan(value) is bool(objective._delta[:, 0, 1:].any()) or norm == "linf", "l2 goes the overflow's way"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])

@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
+from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets import causal_lm
 from common.strategies.ddp import PowerSGD, ring_all_reduce
 from common.strategies.sharding import Memory
-from common.strategies.tensor_parallel import check_sizes, plan_of, share_like, slice_layers
+from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
 from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -80,7 +84,7 @@ def noted_main(args: list[str], path: Path) -> None:
     path.with_suffix(f".{cli.trainer.global_rank}").write_text(json.dumps(found))
 
 
-def test_power_sgd_sends_less_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: object) -> None:
+def test_power_sgd_sends_less_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
     """On CPUs too, where Lightning leaves hooks of DDP out."""
     plain = fit(work, lm_args, "plain", "ddp")
     near = fit(work, lm_args, "near", "ddp_powersgd", "--trainer.strategy.start_step", "10")
@@ -95,7 +99,7 @@ def test_power_sgd_sends_less_and_ends_near_ddp(work: Path, lm_args: list[str], 
     assert rate > 1.5
     losses = {path.name: read_metrics(path / "metrics.csv", "val/loss")[-1] for path in (plain, near)}
     first = statistics.mean(read_metrics(plain / "metrics.csv", "train/loss")[:3])
-    record_property(  # type: ignore[operator]
+    record_property(
         "summary", f"PowerSGD: 1/{rate:.1f} of the bytes, val/loss {losses['near']:.3f}, DDP {losses['plain']:.3f}"
     )
     steps = [read_metrics(path / "metrics.csv", "train/loss") for path in (plain, near)]
@@ -114,6 +118,39 @@ def test_power_sgd_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> 
     assert len(losses) == 10
     assert difference(losses[:1], expected[30:31]) < 1e-5, "weights, optimizer and data are those of the whole run"
     assert difference(losses, expected[30:]) < 0.05
+
+
+def zero_gradient(path: Path) -> None:
+    """One step of PowerSGD of rank 1 where a matrix has no gradient at first."""
+    dist.init_process_group("gloo")
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    strategy = PowerSGD(1, 2)
+    strategy.model = DistributedDataParallel(net)
+    strategy._register_ddp_hooks()
+    for step in range(4):
+        strategy.model(torch.zeros(2, 16) if step < 3 else torch.ones(2, 16)).sum().backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None), step
+
+
+def test_power_sgd_survives_a_gradient_of_zero(work: Path) -> None:
+    assert run_ranks(zero_gradient, work, folder=work) == [0, 0], logs(work)
+
+
+def test_power_sgd_does_not_scale_gradients() -> None:
+    strategy = PowerSGD()
+    strategy._precision_plugin = SimpleNamespace(precision="16-mixed")  # type: ignore[assignment]  # which needs a GPU
+    with pytest.raises(InputError, match=r"trainer.precision: 16-mixed .*; take bf16-mixed"):
+        strategy.setup_environment()
+
+
+@pytest.mark.parametrize("strategy", ["ring_allreduce", "ddp_powersgd"])
+def test_what_averages_gradients_itself_takes_plain_ddp(
+    strategy: str, work: Path, plain_args: dict[str, list[str]]
+) -> None:
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
+    args = ["fit", *layer, *plain_args["multitask"], "--model.aggregator", "torchjd.aggregation.Mean"]
+    assert run_ranks(main_of("multitask"), [*args, "--trainer.devices", "2"], folder=work) == [2, 2], logs(work)
+    assert "model.aggregator: averages gradients by itself" in (work / "rank0.log").read_text().splitlines()[-1]
 
 
 def test_memory_of_power_sgd() -> None:
@@ -145,24 +182,26 @@ class Own(nn.Module):
     def __init__(self, plan: dict[str, str] | None = None):
         super().__init__()
         self._tp_plan = plan or self.PLAN
-        blocks = [nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(2)]
+        blocks = [nn.ModuleDict({"up": nn.Linear(6, 8), "act": nn.ReLU(), "down": nn.Linear(8, 6)}) for _ in range(2)]
         self.layers, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(6), nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = x + layer["down"](layer["up"](x).relu())  # type: ignore[index]
+            x = x + layer["down"](layer["act"](layer["up"](x)))  # type: ignore[index]
         return self.head(self.norm(x))
 
 
 def sliced_and_whole(path: Path) -> None:
-    """Outputs and gradients of a sliced net and of the same one whole."""
+    """Outputs and gradients of a sliced net and of the same one whole; a parameter between slices is refused."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(1)
     whole, x = Own(), torch.randn(3, 6)
-    sliced = copy.deepcopy(whole)
-    slice_layers(sliced, plan_of(sliced), mesh)
+    sliced, seen = copy.deepcopy(whole), []
+    sliced.head.register_forward_hook(lambda _, __, output: seen.append(output))
+    slice_layers(sliced, plan_of(sliced, 2), mesh)
     outputs = [net(x) for net in (sliced, whole)]
+    assert type(seen[0]) is torch.Tensor, "hooks from before see what the net sees"
     assert torch.allclose(*outputs, atol=1e-6)
     for output in outputs:
         output.square().sum().backward()
@@ -173,6 +212,16 @@ def sliced_and_whole(path: Path) -> None:
         assert torch.equal(share_like(p, q.detach()).to_local(), p.to_local()), name
     sizes = {name: p.to_local().numel() / p.numel() for name, p in sliced.named_parameters()}  # type: ignore[union-attr]
     path.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(sizes))
+    between = Own()
+    between.layers[0]["act"] = nn.PReLU()  # type: ignore[index]
+    slice_layers(between, plan_of(between, 2), mesh)
+    with pytest.raises(
+        InputError, match=r"layers.0.act \(PReLU\) has parameters, is not in the plan, and gets a slice"
+    ):
+        between(x)
+    norms = nn.Sequential(Own(), nn.BatchNorm1d(4))
+    with pytest.raises(InputError, match=r"1 \(BatchNorm1d\) has parameters that cannot be kept whole"):
+        slice_layers(norms, plan_of(norms, 2), mesh)
 
 
 def test_sliced_layers_compute_what_whole_ones_do(work: Path) -> None:
@@ -184,47 +233,67 @@ def test_sliced_layers_compute_what_whole_ones_do(work: Path) -> None:
         assert {size for name, size in sizes.items() if name not in whole} == {0.5}
 
 
-def test_plans_of_nets(lm_args: list[str]) -> None:
-    net = causal_lm(LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True), 9)
-    plan = plan_of(net)
+def test_plans_of_nets() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    net = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=True), 10)
+    plan = plan_of(net, 2)
     assert len(plan) == 2 * 7, "the head shares its weight with the embedding, which is whole"
     assert plan["model.layers.1.mlp.down_proj"] == "rowwise"
-    assert plan_of(nn.Sequential(net))["0.model.layers.0.self_attn.q_proj"] == "colwise"
-    check_sizes(net, plan, 2)
-    with pytest.raises(InputError, match="num_attention_heads: 2 is no multiple of tensor_parallel 4"):
-        check_sizes(net, plan, 4)
-    with pytest.raises(InputError, match="Linear has no plan"):
-        plan_of(nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"wants norm \(LayerNorm\) colwise, which is not supported"):
-        plan_of(Own({"norm": "colwise"}))
-    with pytest.raises(InputError, match=r"head has a weight of \[4, 6\], whose axis 0 is no multiple of 3"):
-        check_sizes(Own(), {"head": "colwise"}, 3)
+    assert plan_of(nn.Sequential(net), 2)["0.model.layers.0.self_attn.q_proj"] == "colwise"
+    untied = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=False), 10)
+    assert plan_of(untied, 2)["lm_head"] == "colwise_gather_output"
 
 
-def test_two_dimensions(work: Path, lm_args: list[str], record_property: object) -> None:
-    """Four ranks, in two groups of two: losses, norms and validation of one process, and a run to go on from."""
-    runs = []
+@pytest.mark.parametrize(
+    ("make", "ranks", "line"),
+    [
+        (lambda: nn.Linear(2, 2), 2, "Linear has no plan"),
+        (lambda: Own({"norm": "colwise"}), 2, r"wants norm \(LayerNorm\) colwise, which is not supported"),
+        (lambda: Own({"head": "packed"}), 2, r"wants head \(Linear\) packed, which is not supported"),
+        (lambda: Own({"head": "colwise"}), 3, "head has 4 features, no multiple of 3"),
+        (lambda: Own({"layers.*.dwn": "rowwise"}), 2, "dwn names no layer; did you mean 'layers.*.down'?"),
+        (
+            lambda: nn.Sequential(causal_lm(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2), 9)),
+            4,
+            "num_attention_heads of LlamaConfig is 2, no multiple of 4",
+        ),
+    ],
+)
+def test_plans_that_do_not_fit(make: Callable[[], nn.Module], ranks: int, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        plan_of(make(), ranks)
+
+
+def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) -> None:
+    """Four ranks, two groups of two, stopped and gone on with: all that one process has computed, uneven shares too."""
+    net = "--model.config.init_args"
+    found: dict[str, dict[str, list[float]]] = {}
     for name, world in (("one", 1), ("four", 4)):
         layer = ["--config", str(ROOT / "configs/strategy/tensor_parallel.yaml")] if world > 1 else []
         args = [
             "fit", *layer, *lm_args, "--name", name, "--data.batch_size", str(8 if world == 1 else 4),
+            f"{net}.intermediate_size", "66", f"{net}.num_attention_heads", "4", f"{net}.num_key_value_heads", "2",
             "--trainer.accelerator", "cpu", "--trainer.devices", str(world), "--trainer.log_every_n_steps", "1",
             "--trainer.val_check_interval", "5", "--trainer.check_val_every_n_epoch", "null",
             "--model.lr_scheduler", "common.optim.Constant", "--trainer.enable_progress_bar", "false",
         ]  # fmt: skip
-        assert (
-            run_ranks(main_of("lm"), [*args, "--trainer.max_steps", "10"], world=world, folder=work) == [0] * world
-        ), logs(work)
-        table = work / "runs/lm" / name / "metrics.csv"
-        runs.append({key: read_metrics(table, key) for key in ("train/loss", "optim/grad_norm", "val/loss")})
-        if world > 1:
-            again = [*args, "--trainer.max_steps", "12", "--ckpt_path", "last"]
-            assert run_ranks(main_of("lm"), again, world=world, folder=work) == [0] * world, logs(work)
-    one, four = runs
-    assert len(one["train/loss"]) == 10
-    worst = {key: difference(four[key], one[key]) for key in one}
-    record_property("summary", f"2 x 2 ranks: {worst['train/loss']:.1e}")  # type: ignore[operator]
-    assert max(worst.values()) < 1e-5
+        values = found[name] = {"train/loss": [], "optim/grad_norm": [], "val/loss": []}
+        for more in (["--trainer.max_steps", "10"], ["--trainer.max_steps", "20", "--ckpt_path", "last"]):
+            assert run_ranks(main_of("lm"), [*args, *more], world=world, folder=work) == [0] * world, logs(work)
+            for key, column in values.items():
+                column += read_metrics(work / "runs/lm" / name / "metrics.csv", key)
+    assert len(found["one"]["train/loss"]) == 20
+    worst = max(difference(found["four"][key], found["one"][key]) for key in found["one"])
+    record_property("summary", f"2 x 2 ranks: {worst:.1e}")
+    assert worst < 1e-5
+    one, four = (read_checkpoint(work / "runs/lm" / name / "checkpoints/last.ckpt") for name in found)
+    for name, value in one["state_dict"].items():
+        assert torch.allclose(four["state_dict"][name], value, atol=1e-5), name
+    states, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, four))
+    assert states.keys() == others.keys()
+    for number, state in states.items():
+        for key, value in state.items():
+            assert torch.allclose(others[number][key], value, atol=1e-5), (number, key)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +301,7 @@ def test_two_dimensions(work: Path, lm_args: list[str], record_property: object)
     [
         ("lm", ["--trainer.strategy.tensor_parallel", "3"], "tensor_parallel: 3 is no divisor of 2 ranks"),
         ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: 0 is no divisor of 2 ranks"),
-        ("lm", ["--model.config.init_args.num_attention_heads", "1"], "num_attention_heads: 1 is no multiple of"),
+        ("lm", ["--model.config.init_args.num_attention_heads", "1"], "num_attention_heads of LlamaConfig is 1, no"),
         ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (_tp_plan)"),
         ("classification", [], "ConvNet has no plan (_tp_plan)"),
     ],
@@ -242,8 +311,9 @@ def test_mistakes_of_tensor_parallel(
 ) -> None:
     layer = ["--config", str(ROOT / "configs/strategy/tensor_parallel.yaml"), "--trainer.accelerator", "cpu"]
     own = plain_args["lm"] if recipe == "lm" else []
-    args = ["fit", *layer, *own, *flags, "--trainer.devices", "2"]
-    assert run_ranks(main_of(recipe), args, folder=work) == [2, 2], logs(work)
-    last = (work / "rank0.log").read_text().splitlines()[-1]
-    assert line in last
+    args = [*layer, *own, *flags, "--trainer.devices", "2"]
+    assert run_ranks(main_of(recipe), ["fit", *args], folder=work) == [2, 2], logs(work)
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+    assert run_ranks(main_of(recipe), ["preflight", *args], world=1, folder=work) == [2], logs(work)
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
     assert not (work / f"runs/{recipe}/default/checkpoints").exists()

@@ -29,7 +29,8 @@ def ring_all_reduce(values: Tensor) -> Tensor:
     size, rank = dist.get_world_size(), dist.get_rank()
     chunks = list(values.tensor_split(size))
     to, source = (rank + 1) % size, (rank - 1) % size
-    for gathering in (False, True):
+    # After the first phase rank r has the sum of chunk r + 1, with which the second one begins.
+    for gathering in (0, 1):
         for step in range(size - 1):
             mine = chunks[(rank - step + gathering) % size]
             theirs = chunks[(rank - step - 1 + gathering) % size]
@@ -45,8 +46,9 @@ def ring_all_reduce(values: Tensor) -> Tensor:
 
 
 def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
-    done = Future()
-    done.set_result(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
+    values = bucket.buffer()
+    done = Future(devices=[values.device] if values.is_cuda else None)  # by which streams wait for it
+    done.set_result(ring_all_reduce(values).div_(dist.get_world_size()))
     return done
 
 
@@ -73,8 +75,8 @@ class PowerSGD(DDPStrategy):
     """DDP that sends low-rank approximations of gradients (Vogels et al. 2019, https://arxiv.org/abs/1905.13727).
 
     A matrix of n x m becomes two of n x r and r x m, in one power iteration from those of the step before; vectors are
-    sent whole. What the approximation leaves out is added to the next gradient of the same rank (error feedback), which
-    is kept in memory, 4 bytes per parameter, and not in checkpoints: a resumed run starts with ``start_step`` steps of
+    sent whole. What the approximation leaves out is added to the next gradient of the same rank (error feedback). It is
+    kept in memory, as large as the gradients, and not in checkpoints: a resumed run starts with ``start_step`` steps of
     plain DDP and without that rest, and so goes on near the run that it was, not to the bit.
 
     Args:
@@ -84,7 +86,7 @@ class PowerSGD(DDPStrategy):
         timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: a number is out of its range.
+        InputError: a number is out of its range, or gradients are scaled, as an overflow would stay in what is kept.
     """
 
     def __init__(
@@ -105,6 +107,9 @@ class PowerSGD(DDPStrategy):
             raise InputError(f"trainer.strategy.start_step: must be at least 2, got {self.start_step}")
         if self.min_compression < 1:
             raise InputError(f"trainer.strategy.min_compression: must be at least 1, got {self.min_compression}")
+        if self.precision_plugin.precision.startswith("16"):
+            problem = f"{self.precision_plugin.precision} overflows now and then, which PowerSGD would never forget"
+            raise InputError(f"trainer.precision: {problem}; take bf16-mixed, or configs/strategy/ddp.yaml")
         super().setup_environment()
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
@@ -115,6 +120,12 @@ class PowerSGD(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
         self.state = PowerSGDState(
-            None, self.rank, self.start_step, self.min_compression, compression_stats_logging_frequency=2**62
+            None,
+            self.rank,
+            self.start_step,
+            self.min_compression,
+            # A gradient of zero, or of a lower rank, would be divided by zero.
+            orthogonalization_epsilon=1e-8,  # type: ignore[arg-type]
+            compression_stats_logging_frequency=2**62,  # never: it has no place but the console
         )
         self.model.register_comm_hook(self.state, powerSGD_hook)

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from common.data import groups
 from common.errors import InputError
 from common.strategies.sharding import (
     Memory,
@@ -41,7 +42,7 @@ from common.strategies.sharding import (
     refuse_matrix_optimizer,
     share_buffers,
 )
-from common.strategies.tensor_parallel import check_sizes, plan_of, share_like, slice_layers
+from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
 
 
 class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
@@ -212,7 +213,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         left = 1.0
         if self.ranks_per_batch > 1:
             net: Any = self.lightning_module.net  # type: ignore[union-attr]
-            sliced = sum(p.numel() for name in plan_of(net) for p in net.get_submodule(name).parameters())
+            plan = plan_of(net, self.ranks_per_batch)
+            sliced = sum(net.get_submodule(name).weight.numel() for name in plan)
             left -= sliced / sum(p.numel() for p in net.parameters()) * (1 - 1 / self.ranks_per_batch)
         share = left * self.ranks_per_batch / ranks
         weights = whole.weights * (share if self.reshard_after_forward else left)
@@ -222,11 +224,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
     def setup_environment(self) -> None:
         if self._layer_sync:
             raise InputError("trainer.sync_batchnorm: FSDP2 does without; take false, or configs/strategy/ddp.yaml")
-        ranks, together = self.num_nodes * self.num_processes, self.ranks_per_batch
-        if together < 1 or ranks % together:
-            problem = f"{together} is no divisor of {ranks} ranks"
-            raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take another, or --trainer.devices")
-        self._data_parallel_size, self._tensor_parallel_size = ranks // together, together
+        self._data_parallel_size = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
+        self._tensor_parallel_size = self.ranks_per_batch
         super().setup_environment()
 
     @override
@@ -242,9 +241,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         net: Any = self.lightning_module.net
         share_buffers(net)
         if self.ranks_per_batch > 1:
-            plan = plan_of(net)
-            check_sizes(net, plan, self.ranks_per_batch)
-            slice_layers(net, plan, self.device_mesh["tensor_parallel"])
+            slice_layers(net, plan_of(net, self.ranks_per_batch), self.device_mesh["tensor_parallel"])
         for module in batch_norms(net) if bf16 else ():  # their statistics stay in fp32, and with them their weights
             fully_shard(module, **{**settings, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
         for module in [*blocks(net), net]:

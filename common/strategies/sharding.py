@@ -156,5 +156,8 @@ def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
         problem = f"needs the whole gradient of each task, and {type(strategy).__name__} shards them"
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
     if isinstance(strategy.model, DistributedDataParallel):
+        if strategy.model._comm_hooks:
+            problem = f"averages gradients by itself, not as {type(strategy).__name__} would"
+            raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
         strategy.model.require_backward_grad_sync = False
         share_buffers(net)  # which it then leaves out as well

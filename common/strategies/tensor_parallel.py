@@ -3,17 +3,20 @@
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
 
-from common.errors import InputError
+from common.errors import InputError, nearest
 
 
 class Style(NamedTuple):
@@ -34,64 +37,72 @@ STYLES = {
 WHOLE = Style(Replicate(), Replicate(), Replicate(), joined=True)
 
 
-def plan_of(net: nn.Module) -> dict[str, str]:
-    """Name of each layer that is sliced to how it is, in the order of the net.
+def plan_of(net: nn.Module, ranks: int) -> dict[str, str]:
+    """Name of each layer that is sliced to how it is.
 
     The plan is the net's own: ``_tp_plan`` maps names, with ``*`` for numbers, to ``colwise`` or ``rowwise``. Nets of
-    transformers have one, any other net can set it. A layer that shares its weight with another stays whole.
+    transformers have one, any other net can set it. Embeddings and layers that share their weight stay whole.
+
+    Args:
+        net: the net.
+        ranks: how many slices there are.
 
     Raises:
-        InputError: the net has none, or one that names other ways.
+        InputError: the net has no plan, or one that names other ways or no layer, or slices would not be equal.
     """
     wanted = {
-        re.escape(f"{prefix}.{pattern}".removeprefix(".")).replace(r"\*", r"\d+"): style
+        f"{prefix}.{pattern}".removeprefix("."): style
         for prefix, module in net.named_modules()
         for pattern, style in (getattr(module, "_tp_plan", None) or {}).items()
     }
-    owners: dict[int, int] = {}
-    for module in net.modules():
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
-    found = {}
-    for name, module in net.named_modules():
-        style = next((style for pattern, style in wanted.items() if re.fullmatch(pattern, name)), None)
-        if style is None or any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-            continue
-        if style not in STYLES or not isinstance(module, nn.Linear):
-            problem = f"{type(net).__name__} wants {name} ({type(module).__name__}) {style}, which is not supported"
-            raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
-        found[name] = style
-    if not found:
+    if not wanted:
         problem = f"{type(net).__name__} has no plan (_tp_plan) of which layers to slice"
         raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
-    return found
+    _check_heads(net, ranks)
+    owners = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
+    modules, plan = dict(net.named_modules()), {}
+    for pattern, style in wanted.items():
+        names = [name for name in modules if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name)]
+        if not names:
+            hint = nearest(pattern, {re.sub(r"\d+", "*", name) for name in modules})
+            raise InputError(f"trainer.strategy.tensor_parallel: the plan's {pattern} names no layer{hint}")
+        for name in names:
+            module = modules[name]
+            shared = any(owners[p] > 1 for p in module.parameters(recurse=False))
+            if not shared and not isinstance(module, nn.Embedding):
+                _check_layer(name, module, style, ranks)
+                plan[name] = style
+    return plan
 
 
-def check_sizes(net: nn.Module, plan: Mapping[str, str], ranks: int) -> None:
-    """See whether every rank gets an equal slice, of whole heads.
+def _check_layer(name: str, module: nn.Module, style: str, ranks: int) -> None:
+    if style not in STYLES or not isinstance(module, nn.Linear):
+        problem = f"the plan wants {name} ({type(module).__name__}) {style}, which is not supported"
+        raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
+    size = module.in_features if style == "rowwise" else module.out_features
+    if size % ranks:
+        problem = f"{name} has {size} features, no multiple of {ranks}"
+        raise InputError(f"trainer.strategy.tensor_parallel: {problem}; change one of them")
 
-    Raises:
-        InputError: it does not.
-    """
-    config = getattr(net, "config", None)
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(config, name, None) or ranks
-        if size % ranks:
-            problem = f"{size} is no multiple of tensor_parallel {ranks}"
-            raise InputError(f"model.config.init_args.{name}: {problem}; change one of them")
-    for name, style in plan.items():
-        axis = 1 if style == "rowwise" else 0
-        weight: Any = net.get_submodule(name).weight
-        if weight.shape[axis] % ranks:
-            problem = f"{name} has a weight of {list(weight.shape)}, whose axis {axis} is no multiple of {ranks}"
-            raise InputError(f"trainer.strategy.tensor_parallel: {problem}; change one of them")
+
+def _check_heads(net: nn.Module, ranks: int) -> None:
+    """A slice has whole heads."""
+    for config in {id(m.config): m.config for m in net.modules() if isinstance(m, PreTrainedModel)}.values():
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if (size := getattr(config, name, None) or ranks) % ranks:
+                problem = f"{name} of {type(config).__name__} is {size}, no multiple of {ranks}"
+                raise InputError(f"trainer.strategy.tensor_parallel: {problem}; change one of them")
 
 
 def slice_layers(net: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Keep this rank's slice of the planned layers; every other parameter is whole on each rank of the mesh.
 
     Between modules all tensors stay plain ones: of whole activations, or of a slice of the features between a colwise
-    and a rowwise layer. So a net needs no change, as long as it finds out the number of its heads by itself.
+    and a rowwise layer. So a net needs no change, as long as it finds out the number of its heads by itself and has no
+    parameters between the two: these would get gradients of a slice alone, and are refused at the first forward pass.
+
+    Raises:
+        InputError: the net has parameters that cannot be treated so.
     """
     # They tell that tensors of two dimensions are gathered in two steps, and that the plain tensors here are views.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -101,8 +112,8 @@ def slice_layers(net: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> N
         style = STYLES[plan[name]] if name in plan else WHOLE
         if not (own := dict(module.named_parameters(recurse=False))):
             continue
-        if any(module.children()):
-            problem = f"{type(module).__name__} has parameters beside its layers, which cannot be told from them"
+        if any(module.children()) or isinstance(module, nn.RNNBase | nn.modules.batchnorm._NormBase):
+            problem = f"{name} ({type(module).__name__}) has parameters that cannot be kept whole beside slices"
             raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
         for key, p in own.items():
             placement = style.bias if key == "bias" else style.weight
@@ -110,15 +121,34 @@ def slice_layers(net: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> N
                 value = distribute_tensor(p.detach(), mesh, [placement], src_data_rank=None)
                 made[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
             module.register_parameter(key, made[id(p)])
-        module.register_forward_pre_hook(partial(_enter, mesh, style))
-        module.register_forward_hook(partial(_leave, style))
+        if style is WHOLE:
+            _check_once(name, module, mesh)
+        module.register_forward_pre_hook(partial(_enter, mesh, style), with_kwargs=True)
+        module.register_forward_hook(partial(_leave, style), prepend=True)  # others see what the net sees
 
 
-def _enter(mesh: DeviceMesh, style: Style, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        DTensor.from_local(arg, mesh, [style.input], run_check=False) if isinstance(arg, Tensor) else arg
-        for arg in args
-    )
+def _check_once(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """See in the first forward pass whether a module that is whole gets the same inputs on all ranks."""
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        sums = torch.stack([value.detach().float().abs().sum() for value in tensors])
+        least, most = (funcol.all_reduce(sums, kind, mesh.get_group()) for kind in ("min", "max"))
+        if not torch.allclose(least, most, rtol=1e-3, equal_nan=True):
+            problem = f"{name} ({type(module).__name__}) has parameters, is not in the plan, and gets a slice"
+            raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
+
+    handle = module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _enter(
+    mesh: DeviceMesh, style: Style, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def distributed(value: Any) -> Any:
+        return DTensor.from_local(value, mesh, [style.input], run_check=False) if isinstance(value, Tensor) else value
+
+    return tuple(map(distributed, args)), {key: distributed(value) for key, value in kwargs.items()}
 
 
 def _leave(style: Style, _: nn.Module, __: Any, output: DTensor) -> Tensor:
@@ -132,5 +162,5 @@ def share_like(parameter: DTensor, value: Tensor) -> DTensor:
     mine = value[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     local = mine.to(parameter.device, copy=True).contiguous()
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=value.shape, stride=torch.empty(value.shape).stride()
+        local, mesh, placements, run_check=False, shape=value.shape, stride=value.contiguous().stride()
     )
