@@ -92,7 +92,8 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
                 small += " --data.source.init_args.path tinyshakespeare.txt"
         plain = re.fullmatch(r"(WANDB_MODE=offline )?python recipes/(\w+)/train\.py (.*)", small)
         if plain and plain[2] in RECIPES:
-            world = 2 if "--trainer.devices 2" in small else 1
+            devices = re.search(r"--trainer\.devices (\d+)", small)
+            world = int(devices[1]) if devices else 1
             args = shlex.split(plain[3])
             codes = run_ranks(run_in, clone, plain[2], args, world=world, folder=tmp_path, WANDB_MODE="offline")
             assert codes == [0] * world, f"{small}\n{logs(tmp_path)}"
