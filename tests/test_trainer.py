@@ -79,7 +79,7 @@ CELLS = [
 CELLS.remove(("llama", "fsdp", "bf16-mixed"))  # needs a GPU
 CELLS = [cell for cell in CELLS if cell[0] == "llama" or cell[1] not in TOGETHER]
 FAST = {
-    *((list(NETS)[i % len(NETS) * (name not in TOGETHER)], name, "fp32") for i, name in enumerate(STRATEGIES)),
+    *((list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32") for i, name in enumerate(STRATEGIES)),
     ("llama", "deepspeed_zero2", "bf16-mixed"),
     ("llama", "deepspeed_zero3", "bf16-true"),
 }
