@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 class Throughput(Callback):
     """Logs ``perf/``: samples or tokens per second over all ranks, step time, peak memory, and MFU where known.
 
+    What a strategy counts by itself is logged with it.
+
     Times are taken between two logged steps, validation left out, so no step waits for the device. MFU is the share of
     the device's peak that the net's own operations reach (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
     """
@@ -93,6 +95,7 @@ class Throughput(Callback):
             metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         if self._peak and (flops := pl_module.flops_per_item()):
             metrics["perf/mfu"] = rate * flops / (self._peak * trainer.world_size)
+        metrics |= getattr(trainer.strategy, "train_metrics", dict)()
         pl_module.log_dict(metrics)
         self._items, self._steps, self._since = 0, trainer.global_step, now
 
@@ -214,7 +217,7 @@ class Media(Callback):
         # A net that is sharded answers only when all ranks ask, and ask the same.
         torch.manual_seed(step_seed(global_seed(), self._step))
         with trainer.precision_plugin.forward_context():  # as in validation
-            media = module.media(stage)
+            media = module.media(stage) | getattr(trainer.strategy, "media", dict)()
         for name, item in media.items() if trainer.is_global_zero else ():
             if isinstance(item, str):
                 _write_text(trainer, f"{stage}-{name}", item, self._step)

@@ -587,6 +587,24 @@ def robustness_curve(eps: Sequence[float], accuracy: Sequence[float], marked: fl
     return figure
 
 
+def staleness(counts: Mapping[int, int]) -> "Figure":
+    """How many gradients came so many updates after the weights that they were computed with.
+
+    Args:
+        counts: number of updates between to number of gradients.
+    """
+    figure = _figure(4.4, 2.6)
+    axes = figure.add_subplot()
+    last = max(counts)
+    total = sum(counts.values())
+    title = f"staleness of {total:,} gradients, {sum(k * n for k, n in counts.items()) / total:.2f} on average"
+    _style(axes, title, "updates between weights and gradient", "share of gradients")
+    axes.bar(range(last + 1), [counts.get(k, 0) / total for k in range(last + 1)], 0.8, color=PALETTE[0])
+    axes.set_ylim(0, 1.02)
+    axes.locator_params("x", integer=True)
+    return figure
+
+
 def model_comparison(models: Mapping[str, Mapping[str, float]]) -> "Figure":
     """A panel of bars for each property of some models, the values written beside.
 

@@ -24,7 +24,11 @@ RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.p
 STRATEGY_LAYERS = sorted((ROOT / "configs/strategy").glob("*.yaml"))
 STRATEGIES = [path.stem for path in STRATEGY_LAYERS]
 # Those that train near a single process, not as it does, and what makes short runs show it.
-INEXACT = {"ddp_powersgd": ["--trainer.strategy.start_step", "2"]}
+INEXACT = {
+    "ddp_powersgd": ["--trainer.strategy.start_step", "2"],
+    "diloco": ["--trainer.strategy.sync_every", "2"],
+    "local_sgd": ["--trainer.strategy.sync_every", "2"],
+}
 EXACT = [name for name in STRATEGIES if name not in INEXACT]
 # Those whose ranks share samples: how many of them do.
 SETTINGS = {path.stem: yaml.safe_load(path.read_text())["trainer"]["strategy"] for path in STRATEGY_LAYERS}

@@ -63,7 +63,10 @@ def test_the_ring_adds_up_and_sends_what_the_paper_says(world: int, work: Path) 
     assert sent == [2 * (world - 1) * 600 // world] * world
 
 
-def fit(work: Path, lm_args: list[str], name: str, strategy: str, *args: str) -> Path:
+def fit(
+    work: Path, lm_args: list[str], name: str, strategy: str, *args: str, main: Callable[..., None] | None = None
+) -> Path:
+    """Train on two ranks and return the run's folder; ``main`` gets the command and ``<name>.json``."""
     command = [
         "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *lm_args, "--name", name,
         "--data.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_steps", "60",
@@ -71,7 +74,9 @@ def fit(work: Path, lm_args: list[str], name: str, strategy: str, *args: str) ->
         "--trainer.limit_val_batches", "20", "--trainer.log_every_n_steps", "1", "--model.sample_tokens", "0",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
     ]  # fmt: skip
-    assert run_ranks(noted_main, command, work / f"{name}.json", folder=work / name) == [0, 0], logs(work / name)
+    assert run_ranks(main or noted_main, command, work / f"{name}.json", folder=work / name) == [0, 0], logs(
+        work / name
+    )
     return work / "runs/lm" / name
 
 

@@ -1,6 +1,7 @@
 """Data parallel with other ways to average gradients: hooks of DDP, on CPUs too, where Lightning leaves hooks out."""
 
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,8 @@ class RingAllReduce(DDPStrategy):
         timeout: after which a rank that waits for another gives up.
     """
 
+    averages_by_itself: ClassVar = True
+
     def __init__(self, timeout: timedelta = default_pg_timeout):
         super().__init__(gradient_as_bucket_view=True, timeout=timeout)
 
@@ -88,6 +91,8 @@ class PowerSGD(DDPStrategy):
     Raises:
         InputError: a number is out of its range, or gradients are scaled, as an overflow would stay in what is kept.
     """
+
+    averages_by_itself: ClassVar = True
 
     def __init__(
         self,

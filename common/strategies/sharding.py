@@ -1,6 +1,7 @@
 """What recipes and sharding strategies share: the blocks of a net, and what a rank holds of its parameters."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -70,24 +71,30 @@ def gathered(net: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def share_buffers(net: nn.Module) -> None:
-    """Give all ranks the saved buffers of rank 0 before each forward, as DDP does.
-
-    Otherwise each rank would keep running statistics of its own, of which a checkpoint could hold only one.
-    """
-    places = [
+def saved_buffers(net: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules and names of what a net keeps beside its parameters, such as running statistics."""
+    return [
         (module, name)
         for module in net.modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set and buffer.numel()
     ]
 
-    def broadcast(*_: object) -> None:
+
+def broadcast_buffers(places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Give all ranks these buffers of rank 0."""
+    if places and dist.get_world_size() > 1:
         group: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         dist._broadcast_coalesced(group, [getattr(*place) for place in places], 2**28, 0)  # type: ignore
 
-    if places and dist.get_world_size() > 1:
-        net.register_forward_pre_hook(broadcast)
+
+def share_buffers(net: nn.Module) -> None:
+    """Give all ranks the saved buffers of rank 0 before each forward, as DDP does.
+
+    Otherwise each rank would keep running statistics of its own, of which a checkpoint could hold only one.
+    """
+    if places := saved_buffers(net):
+        net.register_forward_pre_hook(lambda *_: broadcast_buffers(places))
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
@@ -155,9 +162,9 @@ def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
     if not has_whole_gradients(strategy):
         problem = f"needs the whole gradient of each task, and {type(strategy).__name__} shards them"
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
+    if getattr(strategy, "averages_by_itself", False):
+        problem = f"averages gradients by itself, not as {type(strategy).__name__} would"
+        raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
     if isinstance(strategy.model, DistributedDataParallel):
-        if strategy.model._comm_hooks:
-            problem = f"averages gradients by itself, not as {type(strategy).__name__} would"
-            raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
         strategy.model.require_backward_grad_sync = False
         share_buffers(net)  # which it then leaves out as well

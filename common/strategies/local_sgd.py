@@ -1,0 +1,156 @@
+"""Data parallel that communicates once in many steps: local SGD and DiLoCo."""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from typing_extensions import override
+
+from common.errors import InputError
+from common.strategies.sharding import Memory, broadcast_buffers, saved_buffers
+
+
+class LocalSGD(DDPStrategy):
+    """Each rank trains by itself, with its own optimizer, and the ranks average their weights from time to time.
+
+    With ``outer_lr`` 1 and no momentum that is local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). Otherwise what
+    the ranks have moved on average is the gradient of an outer SGD (DiLoCo: Douillard et al. 2023, algorithm 1,
+    https://arxiv.org/abs/2311.08105). Validation and checkpoints come with an averaging, so that they are of one net;
+    the steps to the next are counted anew from there.
+
+    A checkpoint has the optimizer of rank 0, from which all ranks go on: near the run that it was, not to the bit.
+
+    Args:
+        sync_every: optimizer steps between two averagings.
+        warmup_steps: steps at the start of the run with an averaging after each (post-local SGD: Lin et al. 2020,
+            https://arxiv.org/abs/1808.07217).
+        outer_lr: of the outer SGD.
+        outer_momentum: of the outer SGD, in [0, 1).
+        outer_nesterov: whether that is Nesterov's.
+        timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        InputError: a number is out of its range, or batch norm would synchronize in each step.
+    """
+
+    averages_by_itself: ClassVar = True
+
+    def __init__(
+        self,
+        sync_every: int = 8,
+        warmup_steps: int = 0,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = False,
+        timeout: timedelta = default_pg_timeout,
+    ):
+        super().__init__(timeout=timeout)
+        self.sync_every, self.warmup_steps = sync_every, warmup_steps
+        self.outer_lr, self.outer_momentum, self.outer_nesterov = outer_lr, outer_momentum, outer_nesterov
+        self.syncs = 0  # averagings so far, in this process
+        self._since = 0  # optimizer steps since the last one
+
+    @override
+    def setup_environment(self) -> None:
+        for key, low in {"sync_every": 1, "warmup_steps": 0, "outer_momentum": 0}.items():
+            if (value := getattr(self, key)) < low:
+                raise InputError(f"trainer.strategy.{key}: must be at least {low}, got {value}")
+        if self.outer_lr <= 0:
+            raise InputError(f"trainer.strategy.outer_lr: must be above 0, got {self.outer_lr}")
+        if self.outer_momentum >= 1:
+            raise InputError(f"trainer.strategy.outer_momentum: must be below 1, got {self.outer_momentum}")
+        if self.outer_nesterov and not self.outer_momentum:
+            raise InputError("trainer.strategy.outer_nesterov: needs outer_momentum; set it, or take false")
+        if self._layer_sync:
+            raise InputError("trainer.sync_batchnorm: would wait for all ranks in each step; take false")
+        super().setup_environment()
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What a rank holds: beside the weights those of the last averaging, and what the outer momentum needs."""
+        last = max(whole.gradients, 4 * trained)
+        outer = last if self.outer_momentum else 0
+        return Memory(whole.weights + last, whole.gradients, whole.optimizer + outer)
+
+    def train_metrics(self) -> dict[str, float]:
+        """How often the ranks have communicated."""
+        return {"perf/syncs": float(self.syncs)}
+
+    @override
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        _sync_module_states(self.model)  # no wrapper: backward concerns this rank alone
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.start([p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]])
+
+    def start(self, params: Sequence[Tensor]) -> None:
+        """Take the weights as they are, the same on all ranks, for those that the ranks have agreed on."""
+        self._params = params
+        # In at least fp32: steps of the average are small.
+        self._agreed = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
+        self._outer = torch.optim.SGD(self._agreed, self.outer_lr, self.outer_momentum, nesterov=self.outer_nesterov)
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._since += 1
+        step = self.lightning_module.trainer.global_step  # type: ignore[union-attr]  # the number of those before
+        if step < self.warmup_steps or self._since >= self.sync_every:
+            self._agree()
+        return output
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Let the outer optimizer step by what all ranks have moved on average, and go on from there."""
+        if not self._since:
+            return
+        self._since, self.syncs = 0, self.syncs + 1
+        moved = torch.cat([(last - p).flatten() for last, p in zip(self._agreed, self._params, strict=True)])
+        dist.all_reduce(moved)
+        moved /= dist.get_world_size()
+        parts = moved.split([last.numel() for last in self._agreed])
+        for last, part in zip(self._agreed, parts, strict=True):
+            last.grad = part.view_as(last)
+        self._outer.step()
+        self._outer.zero_grad()
+        for last, p in zip(self._agreed, self._params, strict=True):
+            p.copy_(last)
+        broadcast_buffers(saved_buffers(self.lightning_module.net))  # type: ignore
+
+    @override
+    def on_validation_start(self) -> None:
+        self._agree()
+
+    @override
+    def on_train_end(self) -> None:
+        self._agree()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._agree()
+        return super().lightning_module_state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        checkpoint["outer_optimizer"] = self._outer.state_dict()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if (before := checkpoint.get("outer_optimizer")) and self.outer_momentum:
+            now = self._outer.state_dict()  # whose rates win over those of the checkpoint
+            self._outer.load_state_dict({**now, "state": before["state"]})

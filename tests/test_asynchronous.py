@@ -1,0 +1,246 @@
+"""Ranks that do not wait for one another: local SGD, DiLoCo and the parameter server."""
+
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.checkpoint import read_checkpoint
+from common.errors import InputError
+from common.strategies.local_sgd import LocalSGD
+from common.strategies.parameter_server import ParameterServer, Server
+from common.strategies.sharding import Memory
+from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.test_parallel import fit
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+SGD = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+BOUND = 0.1  # what is lost, at most, of the way that DDP went
+
+
+def counted_main(args: list[str], path: Path) -> None:
+    """Train, and keep this rank's weights as a sum and how often the ranks have met."""
+    cli = main_of("lm")(args)
+    weights = sum(p.double().sum().item() for p in cli.model.parameters())
+    syncs = getattr(cli.trainer.strategy, "syncs", None)
+    path.with_suffix(f".{cli.trainer.global_rank}").write_text(json.dumps([weights, syncs]))
+
+
+def far_from(plain: Path, other: Path) -> float:
+    """How much of the way that one run went another did not go; below 0 where it went further."""
+    first = statistics.mean(read_metrics(plain / "metrics.csv", "train/loss")[:3])
+    ends = [read_metrics(path / "metrics.csv", "val/loss")[-1] for path in (plain, other)]
+    return (ends[1] - ends[0]) / (first - ends[0])
+
+
+def test_averaging_after_each_step_of_sgd_is_ddp(work: Path, lm_args: list[str]) -> None:
+    """Then the average of the weights is a step by the average of the gradients."""
+    args = [*SGD, "--model.lr_scheduler", "common.optim.Constant", "--trainer.max_steps", "20"]
+    args += ["--trainer.gradient_clip_val", "null"]
+    plain = fit(work, lm_args, "plain", "ddp", *args)
+    local = fit(work, lm_args, "local", "local_sgd", *args, "--trainer.strategy.sync_every", "1", main=counted_main)
+    for key in ("train/loss", "val/loss"):
+        losses, expected = (read_metrics(path / "metrics.csv", key) for path in (local, plain))
+        assert len(expected) == (20 if key == "train/loss" else 1)
+        assert difference(losses, expected) < 1e-5
+    assert json.loads((work / "local.0").read_text())[1] == 20
+
+
+def outer_steps(strategy: LocalSGD, path: Path) -> None:
+    """Let two ranks move in ways of their own, three times, and compare with the algorithm as the paper has it."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    shapes = [(3, 2), (4,)]
+    generator = torch.Generator().manual_seed(5)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    moves = torch.randn(3, 2, 10, generator=generator)  # (round, rank, element)
+    net = nn.Module()
+    net.register_buffer("seen", torch.tensor([float(rank)]))
+    params = [nn.Parameter(value.clone()) for value in start]
+    strategy._lightning_module = SimpleNamespace(net=net)  # type: ignore[assignment]
+    strategy.start(params)
+    theta, momentum = torch.cat([value.flatten() for value in start]), torch.zeros(10)
+    for move in moves:
+        with torch.no_grad():
+            for p, part in zip(params, move[rank].split([6, 4]), strict=True):
+                p.add_(part.view_as(p))
+        strategy._since = 1
+        strategy._agree()
+        gradient = -move.mean(0)
+        momentum = 0.9 * momentum + gradient
+        theta = theta - 0.7 * (gradient + 0.9 * momentum)
+        assert torch.allclose(torch.cat([p.detach().flatten() for p in params]), theta, atol=1e-6)
+    assert not net.get_buffer("seen"), "that of rank 0"
+    strategy._agree()
+    assert strategy.syncs == 3, "nothing has moved since"
+
+
+def test_outer_steps_are_those_of_diloco(work: Path) -> None:
+    assert run_ranks(outer_steps, LocalSGD(8, 0, 0.7, 0.9, True), work, folder=work) == [0, 0], logs(work)
+
+
+def test_local_sgd_and_diloco_end_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
+    plain = fit(work, lm_args, "plain", "ddp")
+    # 60 steps, three validations with an averaging each, two or none before it; a row is written before validation.
+    for name, strategy, flags, syncs, logged in (
+        ("local", "local_sgd", ["--trainer.strategy.sync_every", "8"], 9, 8),
+        ("warm", "local_sgd", ["--trainer.strategy.sync_every", "8", "--trainer.strategy.warmup_steps", "10"], 18, 17),
+        ("outer", "diloco", ["--trainer.strategy.sync_every", "10"], 6, 6),
+    ):
+        run = fit(work, lm_args, name, strategy, *flags, main=counted_main)
+        (weights, counted), (others, _) = (json.loads((work / f"{name}.{rank}").read_text()) for rank in range(2))
+        assert weights == others, "ranks have the same weights"
+        assert counted == syncs
+        assert read_metrics(run / "metrics.csv", "perf/syncs")[-1] == logged
+        lost = far_from(plain, run)
+        record_property("summary", f"{strategy} {' '.join(flags)}: {syncs} syncs for 60, {lost:+.1%} of DDP's way")
+        assert lost < BOUND
+
+
+def test_diloco_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> None:
+    """Ranks start from the optimizer of rank 0, and the outer one has its momentum."""
+    short = ["--model.lr_scheduler", "common.optim.Constant", "--trainer.strategy.sync_every", "10"]
+    whole = fit(work, lm_args, "whole", "diloco", *short, "--trainer.max_steps", "40")
+    fit(work, lm_args, "cut", "diloco", *short, "--trainer.max_steps", "30")
+    last = work / "runs/lm/cut/checkpoints/last.ckpt"
+    momentum = read_checkpoint(last)["outer_optimizer"]["state"][0]["momentum_buffer"]
+    assert momentum.abs().sum() > 0
+    again = fit(work, lm_args, "cut", "diloco", *short, "--trainer.max_steps", "40", "--ckpt_path", "last")
+    losses, expected = (read_metrics(path / "metrics.csv", "train/loss") for path in (again, whole))
+    assert len(losses) == 10
+    assert difference(losses[:1], expected[30:31]) < 1e-5, "weights and data are those of the whole run"
+    assert difference(losses, expected[30:]) < 0.05
+
+
+def served_main(args: list[str], path: Path, delay: float) -> None:
+    """Train with a rank 1 that is slow, and keep what the server has counted."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def slow_start(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        time.sleep(delay * self.global_rank)
+        start(self, batch, batch_idx)
+
+    BaseModule.on_train_batch_start = slow_start  # type: ignore[method-assign]  # in this forked process only
+    cli = main_of("lm")(args)
+    weights = sum(p.double().sum().item() for p in cli.model.parameters())
+    strategy: ParameterServer = cli.trainer.strategy
+    found: list[Any] = [weights]
+    if server := strategy.server:
+        assert not any(thread.is_alive() for thread in strategy._threads), "the server has shut down"
+        found += [server.updates, server.clock, sorted(server.staleness.items())]
+    path.with_suffix(f".{cli.trainer.global_rank}").write_text(json.dumps(found))
+
+
+def in_step(args: list[str], path: Path) -> None:
+    """Without a slow rank."""
+    served_main(args, path, 0)
+
+
+def with_a_slow_rank(args: list[str], path: Path) -> None:
+    """Which takes several times as long for a step as the other."""
+    served_main(args, path, 0.05)
+
+
+def test_server_counts_staleness_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
+    rows = ["--trainer.log_every_n_steps", "20"]  # ranks meet there
+    plain = fit(work, lm_args, "plain", "ddp")
+    found = {}
+    for name, staleness in (("step", "0"), ("bounded", "2"), ("free", "null")):
+        flags = ["--trainer.strategy.max_staleness", staleness, *(rows if staleness != "0" else [])]
+        main = in_step if staleness == "0" else with_a_slow_rank
+        run = fit(work, lm_args, name, "parameter_server", *flags, main=main)
+        (weights, updates, clock, counts), (others,) = (
+            json.loads((work / f"{name}.{rank}").read_text()) for rank in range(2)
+        )
+        assert weights == others, "ranks have the same weights"
+        assert clock == [60, 60]
+        assert sum(number for _, number in counts) == 120
+        assert updates == (60 if staleness == "0" else 120)
+        assert (run / "figures/val-staleness.png").stat().st_size > 10_000
+        found[name] = dict(counts)
+        mean = sum(late * number for late, number in counts) / 120
+        assert read_metrics(run / "metrics.csv", "perf/staleness")[-1] == pytest.approx(mean, abs=0.1)
+        lost = far_from(plain, run)
+        record_property("summary", f"server, max_staleness {staleness}: {found[name]}, {lost:+.1%} of DDP's way")
+        assert lost < (1e-5 if staleness == "0" else BOUND)
+    assert found["step"] == {0: 120}
+    assert 2 <= max(found["bounded"]) <= 2 * 2 + 1, "from two steps behind to two ahead, and the one under way"
+    assert max(found["free"]) > 5
+
+
+def test_server_goes_on_from_the_checkpoint_of_any_and_any_from_its(work: Path, lm_args: list[str]) -> None:
+    """Asynchronous or not, its checkpoints are those of a single process."""
+    short = ["--model.lr_scheduler", "common.optim.Constant", "--trainer.max_steps"]
+    fit(work, lm_args, "hops", "ddp", *short, "10")
+    free = ["--trainer.strategy.max_staleness", "null", "--ckpt_path", "last"]
+    fit(work, lm_args, "hops", "parameter_server", *free, *short, "20")
+    last = read_checkpoint(work / "runs/lm/hops/checkpoints/last.ckpt")
+    steps = {int(state["step"]) for state in last["optimizer_states"][0]["state"].values()}
+    assert steps == {10 + 2 * 10}, "the server has stepped for each rank"
+    run = fit(work, lm_args, "hops", "ddp", "--ckpt_path", "last", *short, "30")
+    losses = read_metrics(run / "metrics.csv", "train/loss")
+    assert len(losses) == 10
+    assert all(loss < 4 for loss in losses)
+
+
+def test_schedules_reach_the_server() -> None:
+    """What changes in rank 0's optimizer, and nothing else."""
+    weight = nn.Parameter(torch.ones(2))
+    mine, theirs = (torch.optim.SGD([p], 0.5, momentum=0.9) for p in (weight, copy.deepcopy(weight)))
+    strategy = ParameterServer()
+    strategy._optimizer, strategy._told = mine, [dict(group) for group in mine.param_groups]
+    strategy.server = Server(theirs, 1, 0)
+    theirs.param_groups[0]["momentum"] = 0.8  # as an optimizer that keeps its state there
+    mine.param_groups[0]["lr"] = 0.25
+    weights = strategy.server.exchange(0, torch.ones(2), strategy._tell)
+    assert weights.tolist() == [0.75, 0.75]
+    assert theirs.param_groups[0]["momentum"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (LocalSGD(), (800, 400, 800)),
+        (LocalSGD(outer_momentum=0.9), (800, 400, 1200)),
+        (ParameterServer(), (800, 800, 800)),
+    ],
+)
+def test_memory_of_two_ranks(strategy: LocalSGD | ParameterServer, expected: tuple[int, int, int]) -> None:
+    assert strategy.memory_per_rank(Memory(400, 400, 800), 100, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flags", "line"),
+    [
+        ("local_sgd", ["sync_every", "0"], ".sync_every: must be at least 1, got 0"),
+        ("local_sgd", ["warmup_steps", "-1"], ".warmup_steps: must be at least 0, got -1"),
+        ("diloco", ["outer_lr", "0"], ".outer_lr: must be above 0, got 0.0"),
+        ("diloco", ["outer_momentum", "1"], ".outer_momentum: must be below 1, got 1.0"),
+        ("diloco", ["outer_momentum", "0"], ".outer_nesterov: needs outer_momentum"),
+        ("parameter_server", ["max_staleness", "-1"], "max_staleness: must be at least 0, or null, got -1"),
+    ],
+)
+def test_mistakes(strategy: str, flags: list[str], line: str, work: Path, lm_args: list[str]) -> None:
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
+    args = ["fit", *layer, *lm_args, f"--trainer.strategy.{flags[0]}", flags[1]]
+    assert run_ranks(main_of("lm"), args, world=1, folder=work) == [2], logs(work)
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+    assert not (work / "runs/lm/default/checkpoints").exists()
+
+
+@pytest.mark.parametrize("strategy", [LocalSGD(), ParameterServer()])
+def test_batch_norm_that_waits_for_all_ranks_is_refused(strategy: LocalSGD | ParameterServer) -> None:
+    strategy._layer_sync = SimpleNamespace()  # type: ignore[assignment]  # which needs a GPU
+    with pytest.raises(InputError, match=r"trainer.sync_batchnorm: would wait for all ranks in each step; take false"):
+        strategy.setup_environment()
