@@ -29,7 +29,6 @@ METHODS: dict[str, dict[str, str]] = {
     "no stages, fewer steps": {**NONE, "max_steps": "640"},
     "length": {**NONE, "length": "{start: 0.25, tokens: 150000}", "max_steps": "936"},
     "batch": {**NONE, "batch": "{start: 0.25, tokens: 150000}", "max_steps": "1045"},
-    "batch, for longer": {**NONE, "batch": "{start: 0.25, tokens: 400000}", "max_steps": "1480"},
     "competence": {**NONE, "competence": "{start: 0.3, tokens: 300000, power: 2.0}", "max_steps": "800"},
 }
 

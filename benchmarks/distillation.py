@@ -19,7 +19,19 @@ from benchmarks.pool import ROOT, run_each
 from recipes.distillation.train import main
 
 RESULTS = ROOT / "benchmarks/results/distillation.json"
-PRESETS = {"digits": [], "fashion_mnist": ["--config", str(ROOT / "recipes/distillation/fashion_mnist.yaml")]}
+FASHION = ["--config", str(ROOT / "recipes/distillation/fashion_mnist.yaml")]
+AFFINE = [
+    {
+        "class_path": "kornia.augmentation.RandomAffine",
+        "init_args": {"degrees": 10.0, "translate": [0.1, 0.1], "scale": [0.9, 1.1], "p": 0.8},
+    },
+    {"class_path": "kornia.augmentation.RandomHorizontalFlip"},
+]
+PRESETS = {
+    "digits": [],
+    "fashion_mnist": FASHION,
+    "fashion_mnist_affine": [*FASHION, "--model.augmentation", json.dumps(AFFINE)],
+}
 RATES, SEEDS = ("3e-3", "1e-2", "3e-2"), ("1", "2", "3")
 ALONE = ["--model.teacher", "null"]
 

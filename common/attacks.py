@@ -342,6 +342,8 @@ def attackable(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Float[Tens
         raise InputError(f"trainer.strategy: {problem}; take configs/strategy/fsdp2.yaml")
     if "pixel_values" in inputs:
         return inputs["pixel_values"], None
+    if "attention_mask" not in inputs:
+        raise InputError("data.source: has neither images nor labelled texts; take common.sources.TextTable")
     ids, mask = inputs["input_ids"], inputs["attention_mask"][..., None].bool()
     return torch.zeros(*ids.shape, input_embeddings(net).embedding_dim, device=ids.device), mask
 

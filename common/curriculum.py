@@ -47,16 +47,17 @@ class Pacing:
 
     def __post_init__(self) -> None:
         if not 0 < self.start <= 1:
-            raise InputError(f"data: a curriculum's start must be above 0 and at most 1, got {self.start}")
+            raise InputError(f"start must be above 0 and at most 1, got '{self.start:g}'; it is a share")
         if self.tokens < 1:
-            raise InputError(f"data: a curriculum's tokens must be at least 1, got {self.tokens}")
-        if self.power <= 0:
-            raise InputError(f"data: a curriculum's power must be above 0, got {self.power}")
+            raise InputError(f"tokens must be at least 1, got '{self.tokens}'; null leaves the stages out")
+        if not 0 < self.power < math.inf:
+            raise InputError(f"power must be above 0, got '{self.power:g}'; 1 grows linearly")
 
     def __call__(self, seen: int) -> float:
         """The share after so many tokens."""
         begin = self.start**self.power
-        return min(1.0, (min(seen / self.tokens, 1.0) * (1 - begin) + begin) ** (1 / self.power))
+        share = (min(seen / self.tokens, 1.0) * (1 - begin) + begin) ** (1 / self.power)
+        return min(max(share, self.start), 1.0)  # rounding must not leave the bounds, of which batches are whole parts
 
 
 class Lesson(NamedTuple):

@@ -202,14 +202,14 @@ class FrozenNet:
         layers: names of the modules whose outputs :meth:`__call__` returns too.
 
     Raises:
-        InputError: the checkpoint is missing or of another net, or there is no such layer.
+        InputError: the checkpoint is missing, of another net or another split of the data, or there is no such layer.
     """
 
     key = checkpoint_key = hint = ""  # of messages: where net and checkpoint stand in a config, and what else to give
 
     def __init__(self, net: nn.Module, checkpoint: str | None, trainer: L.Trainer, layers: Sequence[str] = ()):
         if checkpoint is not None:
-            self._load(net, checkpoint)
+            self._load(net, checkpoint, trainer)
         precision, device = str(trainer.precision), trainer.strategy.root_device
         self.dtype = torch.float64 if precision.startswith("64") else torch.float32
         self.half = HALF.get(precision.split("-")[0])
@@ -225,11 +225,18 @@ class FrozenNet:
             logits = logits_of(self.net(**inputs))
         return logits, self.features.take()
 
-    def _load(self, net: nn.Module, path: str) -> None:
+    def _load(self, net: nn.Module, path: str, trainer: L.Trainer) -> None:
         try:
-            saved = read_checkpoint(path, hint=self.hint)["state_dict"]
+            checkpoint = read_checkpoint(path, hint=self.hint)
         except InputError as error:
             raise InputError(f"{self.checkpoint_key} {error}") from error
+        here, there = trainer.datamodule.hparams, checkpoint.get("datamodule_hyper_parameters", {})  # type: ignore
+        if there.get("source") == here.get("source"):
+            for name in ("split_seed", "val_fraction", "test_fraction"):
+                if name in there and there[name] != here.get(name):  # then it has learned what tests here
+                    problem = f"was trained on another split of the same data, with {name} {there[name]}"
+                    raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --data.{name} {there[name]}")
+        saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
         if not state.keys() & net.state_dict().keys():
             state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps

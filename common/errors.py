@@ -1,7 +1,8 @@
 """Exceptions that the command line prints as one line: mistakes of the user, and an end that comes from outside."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -32,3 +33,12 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
     """``"; did you mean 'right'?"`` for the known name closest to a mistyped one, or nothing."""
     match = closest(wrong, known)
     return f"; did you mean {match!r}?" if match else ""
+
+
+@contextmanager
+def speaking_of(key: str, instead_of: str) -> Iterator[None]:
+    """Let messages about one setting speak of another that is read by the same code."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(instead_of, key)) from error

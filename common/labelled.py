@@ -65,7 +65,7 @@ def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
     Raises:
         InputError: the shares leave nothing to train on, or the seed is out of range.
     """
-    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
+    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
         shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
         raise InputError(f"{shares} must be above 0 and leave samples to train on")
     if not 0 <= seed < 2**32:
@@ -96,8 +96,13 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
     check_split(val_fraction, test_fraction, seed)
     if not data.class_names:
         raise InputError("data.source.label is null, but training needs labels; name their column")
+    if len(data.class_names) < 2:
+        raise InputError(
+            f"data.source.label: {data.class_names[0]!r} is the only class; there is nothing to tell apart"
+        )
     counts = torch.bincount(data.target, minlength=len(data.class_names))
-    if (rare := int(counts.argmin())) >= 0 and counts[rare] < 3:
+    rare = int(counts.argmin())
+    if counts[rare] < 3:
         name = data.class_names[rare]
         raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
 

@@ -71,12 +71,12 @@ class Weighting(nn.Module):
         """The loss to minimize."""
         return (weights * losses).mean()
 
-    def observe(self, losses: Float[Tensor, " tasks"], per_epoch: int) -> None:
+    def observe(self, losses: Float[Tensor, " tasks"], ends_epoch: bool) -> None:
         """Take note of a micro-batch's losses over all ranks, if ``needs_losses``.
 
         Args:
             losses: of the micro-batch, without gradient.
-            per_epoch: micro-batches in an epoch.
+            ends_epoch: whether it is the last of an epoch.
         """
 
     def look_back(self, before: Float[Tensor, " tasks"], after: Float[Tensor, " tasks"]) -> None:
@@ -188,14 +188,14 @@ class DynamicWeightAverage(Weighting):
         return torch.where(self.epochs >= 2, weights, torch.ones_like(weights))
 
     @override
-    def observe(self, losses: Float[Tensor, " tasks"], per_epoch: int) -> None:
+    def observe(self, losses: Float[Tensor, " tasks"], ends_epoch: bool) -> None:
         self.total += losses
         self.count += 1
-        ends = self.count >= per_epoch  # without asking the device for its value
-        self.means.copy_(torch.where(ends, torch.stack([self.means[1], self.total / self.count]), self.means))
-        self.epochs += ends
-        self.total *= ~ends
-        self.count *= ~ends
+        if ends_epoch:
+            self.means.copy_(torch.stack([self.means[1], self.total / self.count]))
+            self.epochs += 1
+            self.total.zero_()
+            self.count.zero_()
 
 
 class FAMO(Weighting):

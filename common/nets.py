@@ -117,6 +117,7 @@ class PretrainedEncoder(nn.Module):
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
     ) -> Float[Tensor, "batch classes"]:
         """Logits of a batch of texts."""
+        check_context(self.body.config, input_ids.shape[1], "model.net", "data.source.max_length")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask[:, :, None].to(states.dtype)  # padding does not count

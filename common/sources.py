@@ -137,6 +137,8 @@ class ImageTable(Source):
         column(part, self.image, "data.source.image")
         try:
             for image in part.cast_column(self.image, datasets.Image(mode=self.mode))[self.image]:
+                if image is None:
+                    raise InputError(f"data.source.image {self.image!r}: a row has no image; drop it")
                 array = np.asarray(image.resize((self.size, self.size)), np.float32) / 255
                 yield torch.from_numpy(array.reshape(self.size, self.size, -1)).permute(2, 0, 1)
         except (TypeError, NotImplementedError, ValueError, OSError) as error:
@@ -174,6 +176,7 @@ class TextTable(Source):
         except (OSError, ValueError) as error:
             problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
             raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the mask leaves it out in any case
         encoded = tokenizer(
             [str(text) for text in texts],
             truncation=True,
@@ -203,13 +206,16 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
-    reader = READERS.get(local.suffix)
+    reader = READERS.get(local.suffix.lower())
     try:
         if local.is_dir() and folder_reader:
             splits = datasets.load_dataset(folder_reader, data_dir=str(local))
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local))
-        elif reader or local.exists() or path.count("/") > 1 or path.startswith((".", "~")):
+        elif local.exists():
+            kind = "a folder" if local.is_dir() else f"a file of kind {local.suffix or local.name!r}"
+            raise InputError(f"data.source.path {path}: is {kind}; name files of kind {', '.join(READERS)}")
+        elif reader or path.count("/") > 1 or path.startswith((".", "~")):
             hint = nearest(local.name, (p.name for p in local.parent.glob("*")))
             raise InputError(f"data.source.path {path}: no such file{hint}")
         else:

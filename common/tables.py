@@ -6,6 +6,7 @@ checkpoint holds it and whoever has the checkpoint can encode new rows (:func:`e
 """
 
 import csv
+import re
 from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
@@ -104,6 +105,11 @@ class Table(TableSource):
                 column(rows, name, f"data.source.{key}")
         if not len(rows):
             raise InputError(f"data.source.path {self.path}: has no rows")
+        # To learn from the number of a row is to learn the order of the file, which may be that of the target.
+        for name in rows.column_names if self.target is not None else ():
+            if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
+                problem = f"has a column without a name, {name!r}, as pandas writes an index"
+                raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
         return rows.remove_columns(list(self.drop)).to_pandas()
 
 
@@ -316,7 +322,10 @@ def _labels(values: Series) -> Series:
     """Categories as text, None where missing; a whole number is the same whether gaps made it a float or not."""
     from pandas.api.types import is_float_dtype
 
-    text = values.map(lambda value: f"{value:.15g}") if is_float_dtype(values) else values.astype(str)
+    def written(value: float) -> str:
+        return str(int(value)) if value.is_integer() else f"{value:.15g}"
+
+    text = values.map(written) if is_float_dtype(values) else values.astype(str)
     return text.astype(object).where(values.notna(), None)
 
 
@@ -406,7 +415,8 @@ def baseline_table(
 ) -> str:
     """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
 
-    Trees get numbers and categories as they are; linear regression gets medians for gaps, and categories one-hot.
+    Trees get numbers as they are, and categories as the net does; linear regression gets medians for gaps, and
+    categories one-hot.
 
     Args:
         frame: all rows.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchjd import Stateful
-from torchjd.aggregation import Aggregator, WeightedAggregator
+from torchjd.aggregation import Aggregator, ConFIG, PCGrad, Sum, WeightedAggregator
 from torchjd.linalg import DualConeProjector
 
 from common.data import global_seed, read_batch, step_seed
@@ -58,13 +58,17 @@ def task_gradients(
     return torch.stack(rows)
 
 
+SUMMING = (PCGrad, ConFIG, Sum)  # that give the sum of gradients without conflict; all others give their mean
+
+
 class TaskGradients:
     """Collects a gradient per task over the micro-batches of a step, and lets torchjd make one of them.
 
     The body's parameters get the aggregate of the tasks' gradients, all others the gradient of the loss. Gradients are
     averaged over micro-batches and ranks before they are aggregated, so that the result is that of one large batch; for
-    that, ranks exchange as many gradients as there are tasks. With ``torchjd.aggregation.Mean`` the result is the
-    gradient of the loss.
+    that, ranks exchange as many gradients as there are tasks. What sums up gradients is divided by their number, as the
+    loss, and with it the gradient of each head, is a mean over tasks: with ``torchjd.aggregation.Mean`` or ``Sum`` the
+    result is the gradient of the loss.
 
     Args:
         aggregator: of torchjd.
@@ -115,14 +119,15 @@ class TaskGradients:
             hook = self.aggregator.weighting.register_forward_hook(lambda *call: weights.append(call[-1]))
         torch.manual_seed(seed)
         # Overflown gradients are for AMP or the check of the weights to find; solvers would fail.
-        shared = self.aggregator(rows) if rows.isfinite().all() else rows.mean(0)
+        parts = self._tasks if isinstance(self.aggregator, SUMMING) else 1
+        shared = self.aggregator(rows) / parts if rows.isfinite().all() else rows.mean(0)
         if hook is not None:
             hook.remove()
         gradient = torch.cat([shared.to(flat.dtype) * scale, flat[rows.numel() :]])
         params = [*self.shared, *self.own]
         for p, part in zip(params, gradient.split([p.numel() for p in params]), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
-        return self._tasks * weights[0].detach() if weights else None
+        return self._tasks / parts * weights[0].detach() if weights else None
 
 
 def cosines(gradients: Float[Tensor, "tasks elements"]) -> Float[Tensor, "tasks tasks"]:
@@ -235,7 +240,8 @@ class Balance:
         self.losses, self.seen = losses, losses.detach()
         if self.weighting.needs_losses:
             self.seen = self._everywhere(self.seen)
-            self.weighting.observe(self.seen, int(self.trainer.num_training_batches))
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            self.weighting.observe(self.seen, not progress.total.ready % int(self.trainer.num_training_batches))
         weights = self.weighting.weights(state, self.seen).to(losses.dtype)
         self.used = weights.detach()
         return self.weighting.combine(losses, weights, state)

@@ -62,9 +62,18 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 
 def task_loss(task: Task, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32."""
+    """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32.
+
+    Raises:
+        InputError: targets of real numbers have another shape than the output, to which torch would spread them.
+    """
     if task["kind"] == "classification":
         return cross_entropy(output, target)
+    if target.shape != output.shape:
+        shape, wanted = tuple(target.shape[1:]), task["width"]
+        raise InputError(
+            f"data: targets of task {task['name']!r} are {shape} per sample, not ({wanted},); mend data.py"
+        )
     output = precise(output)
     return F.mse_loss(output, target.to(output.dtype))
 

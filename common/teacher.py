@@ -15,7 +15,7 @@ from filelock import FileLock
 from typing_extensions import override
 
 from common.cli import RecipeCLI
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, speaking_of
 from common.labelled import fingerprint
 from common.text import CACHE
 
@@ -29,8 +29,8 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     """The best checkpoint of a teacher, trained in a process of its own unless an earlier run has done so.
 
     Its settings are the recipe's ``config.yaml``, the student's data, the student's ``model.teacher`` as the net, and
-    the layer ``training``. It is kept under a hash of them and of the samples; nothing else of the student's settings
-    trains another. The first of several ranks trains, alone, while the others wait. On several nodes ``cache_dir`` has
+    the layer ``training``, without augmentation where the student has none. It is kept under a hash of them and of the
+    samples. The first of several ranks trains, alone, while the others wait. On several nodes ``cache_dir`` has
     to be a folder that they share.
 
     Args:
@@ -98,10 +98,8 @@ class TeacherCLI(RecipeCLI):
         make, training = module.make_teacher, module.teacher_training
         if make is None or module.teacher_checkpoint or not training or self.subcommand not in COMPARING:
             return
-        try:
+        with speaking_of("model.teacher", instead_of="model.net"):
             make(module.num_classes)  # a mistake in its arguments shows at once
-        except InputError as error:
-            raise InputError(str(error).replace("model.net", "model.teacher")) from error
         data: Any = self.datamodule
         found = fingerprint(data.labelled)
         module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))

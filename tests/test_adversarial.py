@@ -418,8 +418,12 @@ def test_fast_gradient_method_on_embeddings(encoder: Path) -> None:
 
 def test_texts_train_test_and_predict(text_args: list[str], work: Path) -> None:
     main_of("adversarial")(["fit", *text_args, "--model.attack.steps", "2", "--model.attack.random_start", "true"])
-    cli = main_of("adversarial")(["test"])
-    assert 0 <= cli.trainer.callback_metrics["test/robust_accuracy"] <= cli.trainer.callback_metrics["test/accuracy"]
+    found = {}
+    for eps in ("0", "100"):
+        metrics = main_of("adversarial")(["test", "--model.test_attack.eps", eps]).trainer.callback_metrics
+        found[eps] = metrics["test/accuracy"].item(), metrics["test/robust_accuracy"].item()
+    assert found["0"][0] == found["0"][1] == found["100"][0] > 0, "nothing is moved, nothing is lost"
+    assert found["100"][1] < found["100"][0], "an attack without bounds finds something"
     main_of("adversarial")(["predict"])
     run = work / "runs/adversarial/default"
     with (run / "predict/predictions.csv").open() as file:

@@ -12,7 +12,16 @@ import pytest
 import torch
 import transformers
 
-from common.curriculum import CurriculumSampler, DocumentLength, Lesson, Pacing, Rarity, ReferenceLoss, ScoreFile
+from common.curriculum import (
+    CurriculumSampler,
+    DocumentLength,
+    Lesson,
+    Pacing,
+    Rarity,
+    ReferenceLoss,
+    ScoreFile,
+    halvings,
+)
 from common.errors import InputError
 from common.text import CACHE, Characters, Windows
 from recipes.curriculum.data import CurriculumData
@@ -26,6 +35,9 @@ def test_pacing_is_that_of_platanios() -> None:
     assert [linear(seen) for seen in (0, 500, 1000, 5000)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
     assert root(500) == pytest.approx(math.sqrt(0.5 * (1 - 0.1**2) + 0.1**2))
     assert root(0) == pytest.approx(0.1)
+    for start in (0.5, 0.25, 0.125):  # of which rounding must not make less than a whole part
+        for power in (1.0, 1.25, 1.8, 2.0, 3.3):
+            assert halvings(Pacing(start, 1000, power)(0)) == halvings(start)
 
 
 class Growing:
@@ -227,11 +239,12 @@ SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
 
 
 MISTAKES = [
-    ("--data.length.start 0", "start must be above 0 and at most 1, got 0"),
-    ("--data.length.start 1.5", "start must be above 0 and at most 1, got 1.5"),
-    ("--data.batch.tokens 0", "tokens must be at least 1, got 0"),
-    ("--data.competence.power 0", "power must be above 0, got 0"),
-    ("--data.competence.power x", "data.competence.power"),
+    ("--data.length.start 0", "--data.length.start: start must be above 0 and at most 1, got '0'"),
+    ("--data.length.start 1.5", "--data.length.start: start must be above 0 and at most 1, got '1.5'"),
+    ("--data.batch.tokens 0", "--data.batch.tokens: tokens must be at least 1, got '0'"),
+    ("--data.competence.power 0", "--data.competence.power: power must be above 0, got '0'"),
+    ("--data.competence.power .nan", "--data.competence.power: power must be above 0, got 'nan'"),
+    ("--data.competence.power x", "--data.competence.power: expected float, got 'x'"),
     ("--data.length.starts 0.5", "did you mean 'start'?"),
     ("--data.length 3", "data.length"),
     ("--data.difficulty null", "needs data.difficulty; take common.curriculum.Rarity"),
@@ -242,7 +255,7 @@ MISTAKES = [
     ("--data.batch_size 6", "data.batch_size: 6 is no multiple of 4, into which data.batch.start 0.25 divides it"),
     ("--data.context 600", "data.context: 600 exceeds max_position_embeddings 512 of model.config"),
     ("--model.config transformers.ViTConfig", "ViTConfig makes no language model"),
-    ("--model.self_paced.start 2 --model.self_paced.tokens 3", "start must be above 0 and at most 1, got 2"),
+    ("--model.self_paced.start 2 --model.self_paced.tokens 3", "--model.self_paced.start: start must be above 0"),
     ("--model.self_paced.start 0.5", "tokens"),
     (f"{SCORES} short.txt", "short.txt: 2 scores for 1687 training windows"),
     (f"{SCORES} words.txt", "words.txt: cannot be read as numbers"),

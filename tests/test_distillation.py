@@ -334,8 +334,13 @@ def test_own_teacher(work: Path) -> None:
 
 
 def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], small_text: Path) -> None:
-    main_of("classification")(["fit", *TINY, "--model.net.widths", "[8]", "--trainer.accelerator", "cpu"])
-    fit("--model.teacher_checkpoint", "runs/classification/default/checkpoints/best.ckpt")
+    same = ["--data.test_fraction", "0.4"]
+    main_of("classification")(["fit", *TINY, "--model.net.widths", "[8]", "--trainer.accelerator", "cpu", *same])
+    path = "runs/classification/default/checkpoints/best.ckpt"
+    cli = fit("--model.teacher_checkpoint", path, *same)
+    state = read_checkpoint(path)["state_dict"]
+    for name, value in cli.model.teacher.net.state_dict().items():
+        assert torch.equal(value, state[f"net.{name}"]), name
     main_of("lm")(["fit", *TINY, *lm_args, "--trainer.accelerator", "cpu"])
     fit(*text_args(small_text), "--model.teacher_checkpoint", "runs/lm/default/checkpoints/best.ckpt")
 
@@ -510,6 +515,8 @@ MISTAKES = [
     ("--model.teacher_checkpoint text.ckpt", "--model.teacher_checkpoint", "cut short, damaged or no checkpoint"),
     ("--model.teacher_checkpoint other.ckpt", "--model.teacher_checkpoint", "does not fit model.teacher"),
     ("--model.teacher_checkpoint classes.ckpt", "--model.teacher_checkpoint", "size mismatch for 17.weight"),
+    ("--model.teacher_checkpoint split.ckpt", "--model.teacher_checkpoint", "another split of the same data, with"),
+    ("--model.alone_checkpoint split.ckpt", "--model.alone_checkpoint", "split_seed 9; give --data.split_seed 9"),
     ("--model.teacher null --model.alone_checkpoint a.ckpt", "--model.alone_checkpoint", "model.teacher is null"),
     ("--model.alone_checkpoint some.ckpt", "--model.alone_checkpoint", "some.ckpt: no such checkpoint"),
     ("--model.alone_checkpoint classes.ckpt", "--model.alone_checkpoint", "does not fit model.net"),
@@ -550,6 +557,8 @@ def test_mistakes_cost_a_line(
                       ("classes", ConvNet(7, widths=[8, 8]))):  # fmt: skip
         state = {f"net.{key}": value for key, value in net.state_dict().items()}
         torch.save({"state_dict": state, "global_step": 1}, f"{name}.ckpt")
+    data = {"source": {"class_path": "common.sources.Digits"}, "split_seed": 9}
+    torch.save({"state_dict": {}, "global_step": 1, "datamodule_hyper_parameters": data}, "split.ckpt")
     if ".name vit" in flags:
         from transformers import ViTConfig, ViTForImageClassification
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchjd import scalarization
-from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, Mean, PCGrad, UPGrad
+from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, Mean, PCGrad, Sum, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from benchmarks.multitask import delta_m
 from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
+from common.errors import InputError
 from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Uncertainty, Weighting
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
@@ -74,6 +75,12 @@ def test_pictures_hold_both_images_where_they_are_said_to_be() -> None:
     assert overlay(images[made.chosen], made.corner, 15).equal(made.pixel_values)
 
 
+def test_numbers_without_a_width_are_refused() -> None:
+    """Torch would take each output from each target."""
+    with pytest.raises(InputError, match=r"targets of task 'offset' are \(\) per sample, not \(1,\); mend data.py"):
+        task_loss({"name": "offset", "kind": "regression", "width": 1}, torch.zeros(5, 1), torch.zeros(5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_and_metrics_are_those_of_their_formulas(dtype: torch.dtype) -> None:
     inputs, target = a_batch()
@@ -117,11 +124,11 @@ def test_dynamic_weight_average_is_torchjds_over_epochs() -> None:
     torch.manual_seed(0)
     weights = torch.ones(3)
     for epoch in range(5):
-        for _ in range(4):
+        for step in range(4):
             losses = torch.rand(3) + 2 / (epoch + 1) * torch.tensor([1.0, 0.3, 0.6])
             weights = ours.weights(ours(), losses)
             assert (weights * losses).mean().item() == pytest.approx(theirs(losses).item() / 3, rel=1e-6)
-            ours.observe(losses, per_epoch=4)
+            ours.observe(losses, ends_epoch=step == 3)
         theirs.step()
     assert weights.std() > 0.05
 
@@ -175,9 +182,11 @@ def collect(aggregator: Aggregator, parts: int = 1, weighting: Weighting | None 
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_the_mean_of_the_tasks_gradients_is_the_gradient_of_the_mean(parts: int) -> None:
+@pytest.mark.parametrize("aggregator", [Mean(), Sum()], ids=str)
+def test_the_mean_of_the_tasks_gradients_is_the_gradient_of_the_mean(parts: int, aggregator: Aggregator) -> None:
+    """And so is their sum, divided by their number, so that body and heads are on one scale."""
     fixed = Fixed(TASKS, {"left": 2.0, "right": 0.5, "offset": 0.1})
-    found, weights = collect(Mean(), parts, fixed)
+    found, weights = collect(aggregator, parts, fixed)
     inputs, target = a_batch()
     net = a_net()
     (torch.tensor([2.0, 0.5, 0.1]) * losses_of(net, inputs, target)).mean().backward()
@@ -202,8 +211,9 @@ def test_aggregated_gradients_are_those_of_torchjds_engine(aggregator: Aggregato
     mtl_backward(losses, features, shared_params=net.body.parameters(), tasks_params=heads)
     torch.manual_seed(5)
     jac_to_grad(net.body.parameters(), aggregator)
-    for p in net.heads.parameters():
-        p.grad /= 3  # type: ignore[operator]  # the loss is the mean over tasks
+    # The loss is the mean over tasks, and so is what these two sum up.
+    for p in net.parameters() if isinstance(aggregator, PCGrad | ConFIG) else net.heads.parameters():
+        p.grad /= 3  # type: ignore[operator]
     for gradient, p in zip(found, net.parameters(), strict=True):
         assert torch.allclose(gradient, p.grad, atol=1e-5)  # type: ignore[arg-type]
 
@@ -343,8 +353,8 @@ MISTAKES = [
     ("--data.tasks [left,right,left]", "names 'left' twice"),
     ("--data.pairs [100,0,100]", "--data.pairs: must be at least 1"),
     ("--data.pairs [100,100]", "data.pairs"),
-    ("--data.canvas 12", "data.canvas: 12 with data.max_shift 2 has no place for two images of 8 pixels"),
-    ("--data.max_shift -1", "data.max_shift -1"),
+    ("--data.canvas 12", "data.canvas: 12 has no place for two images of 8 pixels with data.max_shift 2"),
+    ("--data.max_shift -1", "--data.max_shift: must be at least 0, got -1"),
     ("--data.val_fraction 0.9", "--data.val_fraction: 0.9 and"),
     ("--data.test_fraction -0.1", "data.test_fraction -0.1"),
     ("--model.features 0", "--model.features: must be at least 1"),

@@ -1,6 +1,7 @@
 """The regression recipe: encoding, heads and nets beside plain references, predictions from raw rows, mistakes."""
 
 import csv
+import json
 import logging
 import math
 import re
@@ -20,16 +21,15 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from torch import Tensor
 
+from common.checkpoint import read_checkpoint
 from common.cli import RecipeCLI
 from common.errors import InputError
 from common.heads import Gaussian, Head, Mean, Quantiles, scores
-from common.module import BaseModule
 from common.tables import (
     Columns,
     Diabetes,
     Scaling,
     Table,
-    baseline_table,
     cardinalities,
     encode,
     fit_columns,
@@ -538,7 +538,11 @@ def test_rows_that_cannot_be_predicted(
     main(["fit", *SMALL, *TABLE])
     change(pd.read_csv(houses)).to_csv("new.csv", index=False)
     rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "new.csv"]
-    assert problem in refused(["predict", *rows], capfd)
+    line = refused(["predict", *rows], capfd)
+    assert problem in line
+    assert "data.source" not in line
+    missing = refused(["predict", *rows[:-1], "nw.csv"], capfd)
+    assert missing.startswith("--data.predict_source.path: nw.csv: no such file; did you mean 'new.csv'?")
 
 
 def test_columns_of_needs_a_checkpoint_of_a_table(houses: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -559,15 +563,25 @@ def test_diabetes_is_in_its_own_units() -> None:
     assert set(frame["sex"]) == {1, 2}
 
 
-def test_the_state_of_a_run_is_all_in_its_checkpoint() -> None:
-    """Nothing of the data but plain values goes from the data to the net."""
-    table = house_table()
-    columns = fitted(table)
-    kinds = {type(v) for v in columns.values()} | {
-        type(v) for each in columns["numeric"].values() for v in each.values()
-    }
-    assert kinds <= {str, float, dict, list, bool}
-    assert issubclass(RegressionModule, BaseModule)
-    assert "this net" in baseline_table(
-        table, table["rent"].to_numpy(), columns, torch.arange(150), torch.arange(150, ROWS), 1.0
-    )
+def test_what_encodes_rows_is_in_the_checkpoint(houses: Path, work: Path) -> None:
+    """All that the data has fitted, as plain values: it is read without running code."""
+    cli = main(["fit", *SMALL, *TABLE])
+    saved = read_checkpoint(work / "runs/regression/default/checkpoints/best.ckpt")["hyper_parameters"]["columns"]
+    assert saved == cli.datamodule.columns
+    assert {"lift", "district"} <= saved["categorical"].keys()
+    assert {"size", "floor"} <= saved["numeric"].keys()
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_the_number_of_a_row_is_no_column(
+    name: str, houses: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a file sorted by its target it would tell the target."""
+    frame: Any = pd.read_csv(houses).sort_values("rent")
+    (frame.to_csv if name.endswith("csv") else frame.to_parquet)(name)
+    table = ["--data.source", "common.tables.Table", "--data.source.path", name, "--data.source.target", "rent"]
+    line = refused(["fit", *SMALL, *table], capfd)
+    index = "Unnamed: 0" if name.endswith("csv") else "__index_level_0__"
+    assert f"has a column without a name, {index!r}, as pandas writes an index; list it in data.source.drop" in line
+    cli = main(["fit", *SMALL, *table, "--data.source.drop", json.dumps([index])])
+    assert index not in cli.datamodule.columns["numeric"]

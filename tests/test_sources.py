@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from common.errors import InputError
-from common.nets import ConvNet
+from common.labelled import split_by_class
+from common.nets import ConvNet, PretrainedEncoder
 from common.sources import IDX, Digits, ImageTable, Labelled, Source, TextTable, encode_labels
 from recipes.classification.data import ClassificationData
 from tests.support import write_encoder
@@ -206,6 +207,9 @@ def test_image_mistakes(tmp_path: Path) -> None:
     assert mistake(ImageTable(str(tmp_path / "./tabel.parquet"))).endswith(
         "no such file; did you mean 'table.parquet'?"
     )
+    gap = tmp_path / "gap.parquet"
+    pq.write_table(pa.table({"image": [png(5), None], "label": [1, 2]}), gap)
+    assert mistake(ImageTable(str(gap))) == "data.source.image 'image': a row has no image; drop it"
     (tmp_path / "nothing").mkdir()
     assert "cannot be read" in mistake(ImageTable(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"data.source.size must be at least 1, got 0"):
@@ -385,3 +389,44 @@ def test_a_class_of_two_cannot_be_split(encoder: str, tmp_path: Path) -> None:
 def test_a_part_too_small_for_the_classes_is_refused() -> None:
     with pytest.raises(InputError, match=r"data.source: .* cannot be split by class"):
         ClassificationData(Skewed(), val_fraction=0.001)
+
+
+def test_files_of_other_kinds_are_named(encoder: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n")
+    assert mistake(TextTable(str(tmp_path / "rows.tsv"), encoder)).endswith(
+        "rows.tsv: is a file of kind '.tsv'; name files of kind .csv, .jsonl, .json, .parquet"
+    )
+    assert "is a folder; name files of kind .csv" in mistake(TextTable(str(tmp_path), encoder))
+    path = Path(write_table(tmp_path / "rows.csv", [{"text": t, "label": s} for t, s in REVIEWS]))
+    assert len(TextTable(str(path.rename(tmp_path / "ROWS.CSV")), encoder).read().target) == 4
+
+
+def test_texts_are_padded_by_tokenizers_without_a_sign_for_it(encoder: str, tmp_path: Path) -> None:
+    """The mask says what is padding."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[UNK]"
+    tokenizer.save_pretrained(tmp_path / "other")
+    path = write_table(tmp_path / "reviews.csv", [{"text": t, "label": s} for t, s in REVIEWS])
+    expected, read = (TextTable(path, name).read() for name in (encoder, str(tmp_path / "other")))
+    mask = read.inputs["attention_mask"]
+    assert torch.equal(mask, expected.inputs["attention_mask"])
+    assert torch.equal(read.inputs["input_ids"] * mask, expected.inputs["input_ids"] * mask)
+
+
+def test_texts_longer_than_an_encoder_has_positions_for(encoder: str) -> None:
+    net, ids = PretrainedEncoder(2, encoder), torch.ones(1, 65, dtype=torch.long)
+    with pytest.raises(InputError, match=r"data.source.max_length 65 exceeds max_position_embeddings 64 of model.net"):
+        net(ids, ids)
+
+
+@pytest.mark.parametrize(
+    ("classes", "fractions", "problem"),
+    [
+        (1, (0.1, 0.2), r"data.source.label: '0' is the only class; there is nothing to tell apart"),
+        (2, (float("nan"), 0.2), r"data.val_fraction nan and data.test_fraction 0.2 must be above 0"),
+    ],
+)
+def test_what_cannot_be_split(classes: int, fractions: tuple[float, float], problem: str) -> None:
+    data = Labelled({"x": torch.zeros(20, 1)}, torch.arange(20) % classes, [str(n) for n in range(classes)])
+    with pytest.raises(InputError, match=problem):
+        split_by_class(data, *fractions, 0)

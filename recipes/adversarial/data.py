@@ -6,6 +6,7 @@ import torch
 from typing_extensions import override
 
 from common.data import BaseDataModule
+from common.errors import speaking_of
 from common.labelled import LabelledBatch, LabelledDataset, split_by_class
 from common.sources import Source
 
@@ -49,7 +50,8 @@ class AdversarialData(BaseDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
-            given = self.predict_source.read()
+            with speaking_of("data.predict_source", instead_of="data.source"):
+                given = self.predict_source.read()
             positions, unknown = torch.arange(len(given.target)), torch.full_like(given.target, -1)
             self.predict_data = LabelledDataset(replace(given, target=unknown), positions)
             return

@@ -53,11 +53,11 @@ class MultiTaskData(BaseDataModule):
         if (images := self.labelled.inputs.get("pixel_values")) is None:
             raise InputError(f"data.source: {type(source).__name__} has no images; take one that has")
         smallest = max(images.shape[-2], images.shape[-1] + 2 * max_shift + 1)
-        if max_shift < 0 or canvas < smallest:
-            problem = (
-                f"{canvas} with data.max_shift {max_shift} has no place for two images of {images.shape[-1]} pixels"
-            )
-            raise InputError(f"data.canvas: {problem}; take at least {smallest} and 0")
+        if max_shift < 0:
+            raise InputError(f"data.max_shift must be at least 0, got {max_shift}")
+        if canvas < smallest:
+            place = f"no place for two images of {images.shape[-1]} pixels with data.max_shift {max_shift}"
+            raise InputError(f"data.canvas: {canvas} has {place}; take at least {smallest}")
         self.canvas, self.max_shift, self.pairs, self.split_seed = canvas, max_shift, pairs, split_seed
         self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
         classes = len(self.labelled.class_names)

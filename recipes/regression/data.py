@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from common.data import BaseDataModule
-from common.errors import InputError
+from common.errors import InputError, speaking_of
 from common.tables import Scaling, TableSource, encode, fit_columns, known_target, read_columns, read_target, split_rows
 
 
@@ -82,9 +82,8 @@ class RegressionData(BaseDataModule):
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.frame = source.read()
         self.target = read_target(self.frame, source)
-        self.parts = split_rows(len(self.frame), val_fraction, test_fraction, split_seed)
-        train = self.parts.train
-        self.columns = fit_columns(self.frame.iloc[train], self.target[train], source, scaling, rare)
+        self.parts = parts = split_rows(len(self.frame), val_fraction, test_fraction, split_seed)
+        self.columns = fit_columns(self.frame.iloc[parts.train], self.target[parts.train], source, scaling, rare)
         self.rows = self._encoded(self.frame, self.target, "data.source.path")
 
     def _encoded(self, frame: Any, target: np.ndarray, key: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +93,8 @@ class RegressionData(BaseDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
-            new = self.predict_source.read()
+            with speaking_of("data.predict_source", instead_of="data.source"):
+                new = self.predict_source.read()
             rows = self._encoded(new, known_target(new, self.columns), "data.predict_source")
             self.predict_data = RowDataset(*rows, torch.arange(len(new)))
             return
