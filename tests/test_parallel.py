@@ -141,6 +141,23 @@ def test_power_sgd_survives_a_gradient_of_zero(work: Path) -> None:
     assert run_ranks(zero_gradient, work, folder=work) == [0, 0], logs(work)
 
 
+def many_buckets(path: Path) -> None:
+    """Steps of PowerSGD with more buckets than fit into one message, of unlike sizes."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(1)
+    net = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((16, 200), (200, 30), (30, 150), (150, 16)) * 3))
+    strategy = PowerSGD(2, 2)
+    strategy.model = DistributedDataParallel(net, bucket_cap_mb=0.02)
+    strategy._register_ddp_hooks()
+    for _ in range(40):
+        strategy.model(torch.randn(2, 16)).square().sum().backward()
+    assert strategy.state.compression_stats()[0] > 2
+
+
+def test_power_sgd_keeps_buckets_apart(work: Path) -> None:
+    assert run_ranks(many_buckets, work, folder=work) == [0, 0], logs(work)
+
+
 def test_power_sgd_does_not_scale_gradients() -> None:
     strategy = PowerSGD()
     strategy._precision_plugin = SimpleNamespace(precision="16-mixed")  # type: ignore[assignment]  # which needs a GPU

@@ -46,11 +46,14 @@ def ring_all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
-    values = bucket.buffer()
+def _completed(values: Tensor) -> Future[Tensor]:
     done = Future(devices=[values.device] if values.is_cuda else None)  # by which streams wait for it
-    done.set_result(ring_all_reduce(values).div_(dist.get_world_size()))
+    done.set_result(values)
     return done
+
+
+def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
+    return _completed(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
 
 
 class RingAllReduce(DDPStrategy):
@@ -72,6 +75,12 @@ class RingAllReduce(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(None, _ring_hook)
+
+
+def _power_sgd_hook(state: PowerSGDState, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
+    # It talks to other ranks three times, the later ones when the earlier has come back: over gloo, whose answers come
+    # on threads, ranks would mix up those of several buckets. On a GPU only the stream waits.
+    return _completed(powerSGD_hook(state, bucket).wait())
 
 
 class PowerSGD(DDPStrategy):
@@ -133,4 +142,4 @@ class PowerSGD(DDPStrategy):
             orthogonalization_epsilon=1e-8,  # type: ignore[arg-type]
             compression_stats_logging_frequency=2**62,  # never: it has no place but the console
         )
-        self.model.register_comm_hook(self.state, powerSGD_hook)
+        self.model.register_comm_hook(self.state, _power_sgd_hook)
