@@ -166,6 +166,13 @@ class PGD(Attack):
         return other
 
     @override
+    def check_range(self, key: str, found: Sequence[float]) -> None:
+        super().check_range(key, found)
+        if self.norm == "linf" and self.clamp is not None and self.eps > self.clamp[1] - self.clamp[0]:
+            problem = f"{self.eps:g} reaches from any image to any other, as clamp is {list(self.clamp)}"
+            raise InputError(f"{key.removesuffix('clamp')}eps {problem}; lower it")
+
+    @override
     def search(
         self,
         loss: Loss,

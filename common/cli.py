@@ -202,6 +202,11 @@ class RecipeCLI(LightningCLI):
         name = config.get("ckpt_path")
         if of_run and not name:
             name = "best" if any(self.run_dir.glob("checkpoints/*.ckpt")) else None
+            trained = sorted({path.parent.parent.name for path in self.run_dir.parent.glob("*/checkpoints/*.ckpt")})
+            if name is None and trained and not any(flag.startswith("--ckpt_path") for flag in flags):
+                hint = nearest(config.name, trained) or f"; there are {', '.join(trained)}"
+                problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
+                raise InputError(f"--name {config.name}: {problem}{hint}")
             if not _get_rank():
                 print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run_dir}", flush=True)
         if not name and flags != self.argv[where:]:

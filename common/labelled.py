@@ -65,9 +65,12 @@ def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
     Raises:
         InputError: the shares leave nothing to train on, or the seed is out of range.
     """
-    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+    for key, share in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+        if not 0 < share < 1:
+            raise InputError(f"data.{key} must be above 0 and below 1, got {share}")
+    if val_fraction + test_fraction >= 1:
         shares = f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}"
-        raise InputError(f"{shares} must be above 0 and leave samples to train on")
+        raise InputError(f"{shares} must leave samples to train on")
     if not 0 <= seed < 2**32:
         raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
 

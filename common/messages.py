@@ -104,7 +104,8 @@ def _problem(message: str, path: str, given: str, inside: bool, action: Action |
         names = _parameters(path)
         if m[1] in names:
             return m[1], "", "comes from the recipe itself and cannot be set; remove it"
-        return m[1], "", f"no such argument of {path}{nearest(m[1], [*names, 'class_path', 'init_args'])}"
+        hint = nearest(m[1], [*names, "class_path", "init_args"]) or (f"; it has {', '.join(names)}" if names else "")
+        return m[1], "", f"no such argument of {path}{hint}"
     if m := re.search(r"module '?([\w.]+)'? has no attribute '?(\w+)", message):
         return "", path, f"no {m[2]!r} in {m[1]}{nearest(m[2], _contents(m[1]))}"
     if m := re.search(r"Importing '((\w+)[\w.]*)' is not allowed", message):

@@ -452,7 +452,7 @@ def gradient_angles(cosine: Float[Tensor, "batches tasks tasks"], names: Sequenc
     figure = _figure(size + 2.1, size + 1)
     axes = figure.add_subplot()
     image = axes.imshow(mean, cmap="RdBu", vmin=-1, vmax=1)
-    _style(axes, f"angles between gradients, {len(values)} batches", "task", "task")
+    _style(axes, f"cosines between gradients, {len(values)} batches", "task", "task")
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(labelsize=9, labelcolor=GREY, length=0)
@@ -555,7 +555,7 @@ def adversarial_examples(
             axes.set_xlabel(_short(names[int(guesses[which])]), fontsize=8.5, color=color)
     for axes, which in zip(panels[0], chosen, strict=True):
         axes.set_title(_short(names[int(target[which])]), fontsize=8.5, color=INK)
-    note = "above: true class; below: prediction, green where right, orange where wrong"
+    note = "above: true class; below: prediction, green where right, orange where wrong; those that were fooled first"
     figure.supxlabel(note, fontsize=8, color=GREY)
     return figure
 

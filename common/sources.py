@@ -235,9 +235,10 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
         InputError: there is no such column.
     """
     if name not in table.column_names:
-        raise InputError(
-            f"{key} {name!r}: no such column among {table.column_names}{nearest(name, table.column_names)}"
-        )
+        hint = nearest(name, table.column_names)
+        if len(table.column_names) == 1 and ";" in table.column_names[0]:
+            hint = "; columns are separated by commas, not by ';'"
+        raise InputError(f"{key} {name!r}: no such column among {table.column_names}{hint}")
     return table[name]
 
 

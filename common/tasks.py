@@ -62,18 +62,9 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 
 def task_loss(task: Task, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32.
-
-    Raises:
-        InputError: targets of real numbers have another shape than the output, to which torch would spread them.
-    """
+    """Mean cross-entropy in nats, or mean squared error, over samples; computed in at least fp32."""
     if task["kind"] == "classification":
         return cross_entropy(output, target)
-    if target.shape != output.shape:
-        shape, wanted = tuple(target.shape[1:]), task["width"]
-        raise InputError(
-            f"data: targets of task {task['name']!r} are {shape} per sample, not ({wanted},); mend data.py"
-        )
     output = precise(output)
     return F.mse_loss(output, target.to(output.dtype))
 
@@ -98,10 +89,32 @@ class TaskBatch(NamedTuple):
 
 
 class TaskDataset(Dataset[TaskBatch]):
-    """Reads samples that lie in memory as batches."""
+    """Reads samples that lie in memory as batches.
 
-    def __init__(self, inputs: Mapping[str, Tensor], target: Mapping[str, Tensor]):
+    Args:
+        inputs: keyword arguments of the net, each of shape (samples, …).
+        target: of each task, see :class:`TaskBatch`.
+        tasks: what is predicted.
+
+    Raises:
+        InputError: a task has no target, or one of another shape or of classes that it does not have.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], target: Mapping[str, Tensor], tasks: Sequence[Task]):
         self.inputs, self.target = inputs, target
+        for task in tasks:
+            name, width = task["name"], task["width"]
+            if name not in target:
+                raise InputError(f"data: task {name!r} has no target{nearest(name, target)}; mend data.py")
+            values = target[name]
+            # Torch would take each output from each target if there were numbers of another shape.
+            wanted = (len(self),) if task["kind"] == "classification" else (len(self), width)
+            if tuple(values.shape) != wanted:
+                problem = f"target of task {name!r} has the shape {tuple(values.shape)}, not {wanted}"
+                raise InputError(f"data: {problem}; mend data.py")
+            if task["kind"] == "classification" and not 0 <= values.min() <= values.max() < width:
+                problem = f"task {name!r} has classes from {values.min()} to {values.max()} and width {width}"
+                raise InputError(f"data: {problem}; mend data.py")
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))

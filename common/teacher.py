@@ -15,6 +15,7 @@ from filelock import FileLock
 from typing_extensions import override
 
 from common.cli import RecipeCLI
+from common.data import TrainSampler
 from common.errors import InputError, nearest, speaking_of
 from common.labelled import fingerprint
 from common.text import CACHE
@@ -101,6 +102,8 @@ class TeacherCLI(RecipeCLI):
         with speaking_of("model.teacher", instead_of="model.net"):
             make(module.num_classes)  # a mistake in its arguments shows at once
         data: Any = self.datamodule
+        if self.subcommand == "fit":  # nor should too few samples cost the teacher's training
+            TrainSampler(len(data.train_positions), data.batch_size, self.trainer)
         found = fingerprint(data.labelled)
         module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))
         # The run's own config names it: a resumed run goes on with this teacher, whatever has been edited since.

@@ -691,3 +691,21 @@ def test_every_recipe_is_given_mistakes(recipe: str) -> None:
     if importlib.util.find_spec(f"tests.test_{recipe}"):
         mistakes += importlib.import_module(f"tests.test_{recipe}").MISTAKES
     assert len(mistakes) >= 15
+
+
+def test_a_mistyped_name_is_no_untrained_net(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main = main_of("classification")
+    main(["fit", *TINY])
+    capfd.readouterr()
+    for command in ("test", "validate", "predict", "export"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--name", "defualt"])
+        assert stop.value.code == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line == (
+            "--name defualt: no run of this name has a checkpoint (--ckpt_path null takes the net as it is made); "
+            "did you mean 'default'?"
+        )
+    assert not (work / "runs/classification/defualt").exists()
+    main(["validate", "--name", "fresh", "--ckpt_path", "null"])
+    assert "validate: no checkpoint of" in capfd.readouterr().out

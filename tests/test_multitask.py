@@ -21,7 +21,7 @@ from common.errors import InputError
 from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Uncertainty, Weighting
 from common.overlay import draw_pairs, overlay
 from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
-from common.tasks import Task, TaskMetrics, task_loss, task_losses
+from common.tasks import Task, TaskDataset, TaskMetrics, task_loss, task_losses
 from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, strategies_of
 from tests.test_resume import digest, killed_main, write_config
 
@@ -75,10 +75,21 @@ def test_pictures_hold_both_images_where_they_are_said_to_be() -> None:
     assert overlay(images[made.chosen], made.corner, 15).equal(made.pixel_values)
 
 
-def test_numbers_without_a_width_are_refused() -> None:
-    """Torch would take each output from each target."""
-    with pytest.raises(InputError, match=r"targets of task 'offset' are \(\) per sample, not \(1,\); mend data.py"):
-        task_loss({"name": "offset", "kind": "regression", "width": 1}, torch.zeros(5, 1), torch.zeros(5))
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ({"age": torch.zeros(5), "kind": torch.arange(5)}, r"target of task 'age' has the shape \(5,\), not \(5, 1\)"),
+        ({"age": torch.zeros(5, 1), "kind": torch.arange(5) + 1}, r"'kind' has classes from 1 to 5 and width 5"),
+        ({"agee": torch.zeros(5, 1)}, r"task 'age' has no target; did you mean 'agee'\?; mend data.py"),
+    ],
+)
+def test_targets_that_do_not_fit_their_task(target: dict[str, Tensor], problem: str) -> None:
+    tasks: list[Task] = [
+        {"name": "age", "kind": "regression", "width": 1},
+        {"name": "kind", "kind": "classification", "width": 5},
+    ]
+    with pytest.raises(InputError, match=problem):
+        TaskDataset({"x": torch.zeros(5, 2)}, target, tasks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -356,7 +367,7 @@ MISTAKES = [
     ("--data.canvas 12", "data.canvas: 12 has no place for two images of 8 pixels with data.max_shift 2"),
     ("--data.max_shift -1", "--data.max_shift: must be at least 0, got -1"),
     ("--data.val_fraction 0.9", "--data.val_fraction: 0.9 and"),
-    ("--data.test_fraction -0.1", "data.test_fraction -0.1"),
+    ("--data.test_fraction -0.1", "--data.test_fraction: must be above 0 and below 1, got -0.1"),
     ("--model.features 0", "--model.features: must be at least 1"),
     ("--model.conflict_batches -1", "--model.conflict_batches: must be at least 0"),
     ("--model.tasks [left]", "model.tasks"),

@@ -423,7 +423,7 @@ def test_texts_longer_than_an_encoder_has_positions_for(encoder: str) -> None:
     ("classes", "fractions", "problem"),
     [
         (1, (0.1, 0.2), r"data.source.label: '0' is the only class; there is nothing to tell apart"),
-        (2, (float("nan"), 0.2), r"data.val_fraction nan and data.test_fraction 0.2 must be above 0"),
+        (2, (float("nan"), 0.2), r"data.val_fraction must be above 0 and below 1, got nan"),
     ],
 )
 def test_what_cannot_be_split(classes: int, fractions: tuple[float, float], problem: str) -> None:

@@ -79,6 +79,5 @@ class MultiTaskData(BaseDataModule):
         made = draw_pairs(images, self.pairs[part], self.canvas, self.max_shift, seed)
         left, right = self.labelled.target[positions][made.chosen]
         target = {"left": left, "right": right, "offset": (made.corner[1] - made.corner[0]).float()}
-        return TaskDataset(
-            {"pixel_values": made.pixel_values}, {task["name"]: target[task["name"]] for task in self.chosen}
-        )
+        chosen = {task["name"]: target[task["name"]] for task in self.chosen}
+        return TaskDataset({"pixel_values": made.pixel_values}, chosen, self.chosen)
