@@ -1,0 +1,253 @@
+"""A GPT of Megatron-LM's layers as a net of transformers: any recipe that takes a ``PretrainedConfig`` can train it.
+
+The net is made whole, on every rank. :class:`common.strategies.megatron.Megatron` then keeps a slice of it; under any
+other strategy it is a net like others.
+"""
+
+import importlib.util
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutput
+from typing_extensions import override
+
+from common.errors import InputError
+
+
+class MegatronConfig(PretrainedConfig):
+    """Sizes of a :class:`MegatronLM`, by the names that transformers has for them.
+
+    Args:
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the feed-forward layers; None for 4 times ``hidden_size``.
+        num_hidden_layers: blocks.
+        num_attention_heads: heads of each block; they divide ``hidden_size``.
+        num_key_value_heads: heads of keys and values; they divide the number of heads, None for as many.
+        max_position_embeddings: positions that are learned: the longest window.
+        activation: GELU, or gated by SiLU (https://arxiv.org/abs/2002.05202), which has 1.5 times the parameters.
+        normalization: of the residual stream before each layer.
+        bias: whether linear layers have one.
+        hidden_dropout: probability after the embedding and each layer.
+        attention_dropout: probability of an attention weight.
+        tie_word_embeddings: whether the head shares the embedding's weight.
+        initializer_range: standard deviation of initial weights; by 1 / sqrt(2 layers) less where a block ends.
+
+    Raises:
+        InputError: Megatron is not installed, or heads cannot be divided so.
+    """
+
+    model_type = "megatron_core_gpt"
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 1024
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    bias: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if importlib.util.find_spec("megatron") is None:
+            raise InputError("model.config: megatron-core is not installed; pip install -e '.[megatron]'")
+        for key, size, of in (
+            ("num_attention_heads", self.num_attention_heads, self.hidden_size),
+            ("num_key_value_heads", self.num_key_value_heads or self.num_attention_heads, self.num_attention_heads),
+        ):
+            if size < 1 or of % size:
+                raise InputError(f"model.config.{key}: {size} is no divisor of {of}; take another")
+        super().__post_init__(**kwargs)
+
+
+class Attention(nn.Module):
+    """Causal attention by torch, for Megatron's own needs a GPU."""
+
+    def __init__(self, config: Any, **_: Any):
+        super().__init__()
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Float[Tensor, "time batch heads dim"],
+        key: Float[Tensor, "time batch groups dim"],
+        value: Float[Tensor, "time batch groups dim"],
+        *_: Any,
+        **__: Any,
+    ) -> Float[Tensor, "time batch features"]:
+        """Attend to all positions before; of one rank's heads."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Megatron-core's ``GPTModel`` (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053), whole or one rank's slice.
+
+    Args:
+        config: its sizes.
+        mesh: of the ranks that each have a slice, one-dimensional; None for the whole. The vocabulary is padded to a
+            multiple of them.
+    """
+
+    config_class = MegatronConfig
+    _no_split_modules = ["TransformerLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: MegatronConfig, mesh: DeviceMesh | None = None):
+        super().__init__(config)
+        self.mesh = mesh
+        ranks = mesh.size() if mesh else 1
+        self.model = _gpt(config, -(-config.vocab_size // ranks) * ranks, mesh.get_group() if mesh else None)
+        self.register_state_dict_post_hook(_drop_extra_state)
+        self.post_init()
+
+    @override
+    def _init_weights(self, module: nn.Module) -> None:
+        """Megatron has done it."""
+
+    @override
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding.word_embeddings
+
+    @override
+    def get_output_embeddings(self) -> None:
+        """None: a tied head has no weight of its own, it is given the embedding's."""
+
+    def forward(self, input_ids: Int64[Tensor, "batch time"], **_: Any) -> CausalLMOutput:
+        """Logits (batch, time, vocab) of the next token at each position, whole on every rank.
+
+        Raises:
+            InputError: autocast on a CPU, of which Megatron's layers know nothing.
+        """
+        if input_ids.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            raise InputError("trainer.precision: Megatron's layers have no autocast on a CPU; take fp32 or bf16-true")
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        logits = self.model(input_ids, positions, attention_mask=None)
+        if self.mesh is not None:  # by torch, for Megatron's own gathering needs a GPU
+            slices = DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False)
+            logits = slices.redistribute(placements=[Replicate()]).to_local()
+        return CausalLMOutput(logits=logits[..., : self.config.vocab_size])  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def sliced(self, mesh: DeviceMesh) -> "MegatronLM":
+        """This rank's slice of a whole net, with its weights."""
+        with no_init_weights():
+            net = MegatronLM(self.config, mesh)
+        wholes = dict(self.named_parameters())
+        for name, p in net.named_parameters():
+            p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # beside what Megatron knows of it
+            p.copy_(slice_of(wholes[name], p, mesh))
+            p.requires_grad_(wholes[name].requires_grad)
+        return net.to(self.device).train(self.training)
+
+
+def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | None) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about further packages, which would make it faster on a GPU
+        from megatron.core.models.gpt.gpt_layer_specs import (  # type: ignore[import-not-found]
+            get_gpt_layer_local_spec,
+        )
+        from megatron.core.models.gpt.gpt_model import GPTModel  # type: ignore[import-not-found]
+        from megatron.core.process_groups_config import ProcessGroupCollection  # type: ignore[import-not-found]
+        from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
+
+    if not dist.is_initialized():  # without, Megatron would drop the groups that it is given
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    alone = dist.ProcessGroup(0, 1)
+    gated = config.activation == "swiglu"
+    sizes = TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+        gated_linear_unit=gated,
+        activation_func=nn.functional.silu if gated else nn.functional.gelu,
+        normalization=config.normalization,
+        add_bias_linear=config.bias,
+        init_method_std=config.initializer_range,
+        params_dtype=torch.get_default_dtype(),
+        tensor_model_parallel_size=group.size() if group else 1,
+        use_cpu_initialization=True,  # the same weights on every device
+        # Kernels of Apex and Transformer Engine, and what is compiled for GPUs.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        cuda_graph_scope=[],
+    )
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.self_attention.submodules.core_attention = Attention
+    return GPTModel(
+        sizes,
+        spec,
+        vocab_size=vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        pg_collection=ProcessGroupCollection(tp=group or alone, cp=alone, pp=alone, embd=None),
+    )
+
+
+def _drop_extra_state(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+    """Leave out of a state what Megatron has in it for Transformer Engine: None for every linear layer."""
+    for name in [name for name in state if name.endswith("_extra_state")]:
+        del state[name]
+
+
+def is_sliced(parameter: Tensor) -> bool:
+    """Whether ranks have slices of a parameter; else each has the whole. Megatron has noted it."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def slice_of(whole: Tensor, parameter: Any, mesh: DeviceMesh) -> Tensor:
+    """What a rank has of a whole tensor that belongs to a parameter of its net, such as an optimizer's state.
+
+    It has one piece along the parameter's ``partition_dim``, or, where a layer joins the weights of two, one of each
+    (``partition_stride``). The vocabulary is padded with zeros.
+    """
+    if not is_sliced(parameter):
+        return whole
+    dim, ranks = parameter.partition_dim, mesh.size()
+    padding = list(whole.shape)
+    padding[dim] = parameter.shape[dim] * ranks - whole.shape[dim]
+    pieces = torch.cat([whole, whole.new_zeros(padding)], dim).chunk(ranks * parameter.partition_stride, dim)
+    return torch.cat(pieces[mesh.get_local_rank() :: ranks], dim)
+
+
+def whole_of(mine: Tensor, parameter: Any, mesh: DeviceMesh) -> Tensor:
+    """The inverse of :func:`slice_of`, on every rank of the mesh."""
+    if not is_sliced(parameter):
+        return mine
+    dim = parameter.partition_dim
+    slices = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    dist.all_gather(slices, mine.contiguous(), group=mesh.get_group())
+    pieces = zip(*(part.chunk(parameter.partition_stride, dim) for part in slices), strict=True)
+    whole = torch.cat([piece for of_all in pieces for piece in of_all], dim)
+    return whole.narrow(dim, 0, parameter.whole_shape[dim])
+
+
+AutoConfig.register(MegatronConfig.model_type, MegatronConfig)
+AutoModelForCausalLM.register(MegatronConfig, MegatronLM)

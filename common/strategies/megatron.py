@@ -1,0 +1,156 @@
+"""Megatron-LM's tensor parallelism: each rank of a group has a slice of every large layer, and computes with it."""
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
+from typing_extensions import override
+
+from common.data import groups
+from common.errors import InputError
+from common.megatron import MegatronLM, is_sliced, slice_of, whole_of
+from common.module import BaseModule
+from common.strategies.sharding import Memory, WholeCheckpoints, refuse_matrix_optimizer
+
+
+class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
+    """Tensor parallelism by the layers of megatron-core (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
+
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its slice. Neighbouring ranks form groups,
+    which compute the same samples; over the groups gradients are averaged, as in DDP.
+
+    Args:
+        tensor_parallel: ranks of a group, Megatron's ``tensor_model_parallel_size``.
+        timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        InputError: ranks or heads cannot be divided so, the net is not of Megatron's layers, the optimizer needs whole
+            matrices, or gradients are scaled, where an overflow in one slice would go unseen in the others.
+    """
+
+    def __init__(self, tensor_parallel: int = 2, timeout: timedelta = default_pg_timeout):
+        super().__init__(gradient_as_bucket_view=True, timeout=timeout)
+        self.ranks_per_batch = tensor_parallel
+
+    @override
+    def setup_environment(self) -> None:
+        copies = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
+        if self.precision_plugin.precision.startswith("16"):
+            problem = f"{self.precision_plugin.precision} overflows in one slice and not in the others"
+            raise InputError(f"trainer.precision: {problem}; take bf16-mixed")
+        # Megatron counts on it, so that sums over ranks start before the products that are to hide them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        super().setup_environment()
+        names = "data_parallel", "tensor_parallel"
+        mesh = init_device_mesh(self.root_device.type, (copies, self.ranks_per_batch), mesh_dim_names=names)
+        self._ddp_kwargs["process_group"] = mesh["data_parallel"].get_group()
+        self._mesh = mesh["tensor_parallel"]
+
+    @property
+    def _module(self) -> BaseModule:
+        assert isinstance(self.lightning_module, BaseModule)
+        return self.lightning_module
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        net = _checked(self._module.net, self.ranks_per_batch)
+        if self.ranks_per_batch > 1:
+            self._module.net = net.sliced(self._mesh)
+            self._module._prepare_blocks()
+        if trainer.state.fn != TrainerFn.FITTING:
+            # Lightning would give every rank the slices of the first one.
+            names = [name for name, _ in self._module.named_parameters()]
+            self._module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+        super().setup(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers if self.ranks_per_batch > 1 else ():
+            refuse_matrix_optimizer(optimizer)
+
+    def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Norm of all gradients: of what is sliced over the ranks of a group, of what each rank has once."""
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for p in self._module.parameters():
+            if p.grad is not None:
+                parts[self.ranks_per_batch > 1 and is_sliced(p)].append(p.grad)
+        sliced, whole = (nn.utils.get_total_norm(parts[kind]).to(self.root_device).square() for kind in (True, False))
+        if self.ranks_per_batch > 1:
+            dist.all_reduce(sliced, group=self._mesh.get_group())
+        return (sliced + whole).sqrt()
+
+    def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
+        """What is left on a rank of memory that is not sliced."""
+        params = list(_checked(self._module.net, self.ranks_per_batch).parameters())
+        sliced = sum(p.numel() for p in params if is_sliced(p)) / sum(p.numel() for p in params)
+        left = 1 - sliced + sliced / self.ranks_per_batch
+        return Memory(*(int(size * left) for size in whole))
+
+    def _whole(self, value: Any, parameter: Tensor) -> Any:
+        """A parameter, or a value of its shape in an optimizer's state; the first rank writes it."""
+        if self.ranks_per_batch == 1 or not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value
+        whole = whole_of(value.detach(), parameter, self._mesh)
+        return whole.cpu() if self.is_global_zero else whole.new_empty(0)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        params = dict(self._module.named_parameters())
+        state = self._module.state_dict()
+        return {name: self._whole(value, params[name]) if name in params else value for name, value in state.items()}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state, params = optimizer.state_dict(), _params(optimizer)
+        whole = {
+            number: {name: self._whole(value, params[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            params = _params(optimizer)
+            mine = {
+                number: {name: self._mine(value, params[number]) for name, value in values.items()}
+                for number, values in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": mine})
+
+    def _mine(self, value: Any, parameter: Any) -> Any:
+        """This rank's part of a value in the optimizer's state of a single process."""
+        if self.ranks_per_batch == 1 or not isinstance(value, Tensor) or value.shape != parameter.whole_shape:
+            return value
+        return slice_of(value, parameter, self._mesh)
+
+
+def _params(optimizer: Any) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _checked(net: nn.Module, ranks: int) -> MegatronLM:
+    """See that a net is of Megatron's layers, and that so many ranks can have equal slices of it."""
+    key = "trainer.strategy.tensor_parallel"
+    if not isinstance(net, MegatronLM):
+        problem = f"{type(net).__name__} is no net of Megatron's layers"
+        raise InputError(f"{key}: {problem}; take common.megatron.MegatronConfig, or configs/strategy/fsdp2.yaml")
+    config = net.config
+    for name, size in (
+        ("num_attention_heads", config.num_attention_heads),
+        ("num_key_value_heads", config.num_key_value_heads or config.num_attention_heads),
+        ("intermediate_size", config.intermediate_size or 4 * config.hidden_size),
+    ):
+        if size % ranks:
+            raise InputError(f"{key}: model.config.{name} is {size}, no multiple of {ranks}; change one of them")
+    return net
