@@ -117,7 +117,8 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.mesh = mesh
         ranks = mesh.size() if mesh else 1
-        self.model = _gpt(config, -(-config.vocab_size // ranks) * ranks, mesh.get_group() if mesh else None)
+        with warnings.catch_warnings(action="ignore"):  # about packages that would make it faster, and its own old ways
+            self.model = _gpt(config, -(-config.vocab_size // ranks) * ranks, mesh.get_group() if mesh else None)
         self.register_state_dict_post_hook(_drop_extra_state)
         self.post_init()
 
@@ -162,17 +163,15 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | None) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about further packages, which would make it faster on a GPU
-        from megatron.core.models.gpt.gpt_layer_specs import (  # type: ignore[import-not-found]
-            get_gpt_layer_local_spec,
-        )
-        from megatron.core.models.gpt.gpt_model import GPTModel  # type: ignore[import-not-found]
-        from megatron.core.process_groups_config import ProcessGroupCollection  # type: ignore[import-not-found]
-        from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
+    from megatron.core.models.common.embeddings import language_model_embedding  # type: ignore[import-not-found]
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # type: ignore[import-not-found]
+    from megatron.core.models.gpt.gpt_model import GPTModel  # type: ignore[import-not-found]
+    from megatron.core.process_groups_config import ProcessGroupCollection  # type: ignore[import-not-found]
+    from megatron.core.tensor_parallel import layers, mappings  # type: ignore[import-not-found]
+    from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
 
-    if not dist.is_initialized():  # without, Megatron would drop the groups that it is given
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for module in (language_model_embedding, layers, mappings):  # which would drop the group that they are given where torch has none
+        module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
     alone = dist.ProcessGroup(0, 1)
     gated = config.activation == "swiglu"
     sizes = TransformerConfig(
