@@ -6,7 +6,7 @@ other strategy it is a net like others.
 
 import importlib.util
 import warnings
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class MegatronConfig(PretrainedConfig):
         intermediate_size: width inside the feed-forward layers; None for 4 times ``hidden_size``.
         num_hidden_layers: blocks.
         num_attention_heads: heads of each block; they divide ``hidden_size``.
-        num_key_value_heads: heads of keys and values; they divide the number of heads, None for as many.
+        num_key_value_heads: heads of keys and values; they divide those of queries, None for as many.
         max_position_embeddings: positions that are learned: the longest window.
         activation: GELU, or gated by SiLU (https://arxiv.org/abs/2002.05202), which has 1.5 times the parameters.
         normalization: of the residual stream before each layer.
@@ -38,7 +38,8 @@ class MegatronConfig(PretrainedConfig):
         hidden_dropout: probability after the embedding and each layer.
         attention_dropout: probability of an attention weight.
         tie_word_embeddings: whether the head shares the embedding's weight.
-        initializer_range: standard deviation of initial weights; by 1 / sqrt(2 layers) less where a block ends.
+        initializer_range: standard deviation of initial weights; divided by sqrt(2 layers) where a layer ends.
+        vocab_size: number of tokens; a recipe takes it from its data.
 
     Raises:
         InputError: Megatron is not installed, or heads cannot be divided so.
@@ -46,34 +47,38 @@ class MegatronConfig(PretrainedConfig):
 
     model_type = "megatron_core_gpt"
 
-    vocab_size: int = 50257
-    hidden_size: int = 768
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    max_position_embeddings: int = 1024
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    bias: bool = True
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        intermediate_size: int | None = None,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int = 1024,
+        activation: Literal["gelu", "swiglu"] = "gelu",
+        normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm",
+        bias: bool = True,
+        hidden_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        tie_word_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        vocab_size: int = 50257,
+        **kwargs: Any,
+    ):
         if importlib.util.find_spec("megatron") is None:
             raise InputError("model.config: megatron-core is not installed; pip install -e '.[megatron]'")
-        for key, size, of in (
-            ("num_attention_heads", self.num_attention_heads, self.hidden_size),
-            ("num_key_value_heads", self.num_key_value_heads or self.num_attention_heads, self.num_attention_heads),
-        ):
-            if size < 1 or of % size:
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        for key, of in (("num_attention_heads", hidden_size), ("num_key_value_heads", num_attention_heads)):
+            if (size := getattr(self, key)) < 1 or of % size:
                 raise InputError(f"model.config.{key}: {size} is no divisor of {of}; take another")
-        super().__post_init__(**kwargs)
+        self.max_position_embeddings, self.vocab_size = max_position_embeddings, vocab_size
+        self.activation, self.normalization, self.bias = activation, normalization, bias
+        self.hidden_dropout, self.attention_dropout = hidden_dropout, attention_dropout
+        self.tie_word_embeddings, self.initializer_range = tie_word_embeddings, initializer_range
+        super().__init__(**kwargs)
 
 
 class Attention(nn.Module):
@@ -110,7 +115,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
 
     config_class = MegatronConfig
-    _no_split_modules = ["TransformerLayer"]
+    _no_split_modules: ClassVar = ["TransformerLayer"]
     _supports_sdpa = True
 
     def __init__(self, config: MegatronConfig, mesh: DeviceMesh | None = None):
@@ -153,13 +158,13 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def sliced(self, mesh: DeviceMesh) -> "MegatronLM":
         """This rank's slice of a whole net, with its weights."""
         with no_init_weights():
-            net = MegatronLM(self.config, mesh)
+            net = MegatronLM(self.config, mesh).to(self.device, self.dtype).train(self.training)
         wholes = dict(self.named_parameters())
         for name, p in net.named_parameters():
             p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # beside what Megatron knows of it
             p.copy_(slice_of(wholes[name], p, mesh))
             p.requires_grad_(wholes[name].requires_grad)
-        return net.to(self.device).train(self.training)
+        return net
 
 
 def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | None) -> nn.Module:
@@ -170,7 +175,11 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
     from megatron.core.tensor_parallel import layers, mappings  # type: ignore[import-not-found]
     from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
 
-    for module in (language_model_embedding, layers, mappings):  # which would drop the group that they are given where torch has none
+    for module in (
+        language_model_embedding,
+        layers,
+        mappings,
+    ):  # which would drop the group that they are given where torch has none
         module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
     alone = dist.ProcessGroup(0, 1)
     gated = config.activation == "swiglu"

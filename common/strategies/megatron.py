@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -145,12 +144,8 @@ def _checked(net: nn.Module, ranks: int) -> MegatronLM:
     if not isinstance(net, MegatronLM):
         problem = f"{type(net).__name__} is no net of Megatron's layers"
         raise InputError(f"{key}: {problem}; take common.megatron.MegatronConfig, or configs/strategy/fsdp2.yaml")
-    config = net.config
-    for name, size in (
-        ("num_attention_heads", config.num_attention_heads),
-        ("num_key_value_heads", config.num_key_value_heads or config.num_attention_heads),
-        ("intermediate_size", config.intermediate_size or 4 * config.hidden_size),
-    ):
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(net.config, name)
         if size % ranks:
             raise InputError(f"{key}: model.config.{name} is {size}, no multiple of {ranks}; change one of them")
     return net
