@@ -114,6 +114,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             multiple of them.
     """
 
+    config: MegatronConfig
     config_class = MegatronConfig
     _no_split_modules: ClassVar = ["TransformerLayer"]
     _supports_sdpa = True
@@ -133,7 +134,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @override
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding.word_embeddings
+        return self.get_submodule("model.embedding.word_embeddings")
 
     @override
     def get_output_embeddings(self) -> None:
@@ -151,14 +152,15 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits = self.model(input_ids, positions, attention_mask=None)
         if self.mesh is not None:  # by torch, for Megatron's own gathering needs a GPU
             slices = DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False)
-            logits = slices.redistribute(placements=[Replicate()]).to_local()
-        return CausalLMOutput(logits=logits[..., : self.config.vocab_size])  # type: ignore[arg-type]
+            logits = slices.redistribute(placements=[Replicate()]).to_local()[..., : self.config.vocab_size]
+        return CausalLMOutput(logits=logits)
 
     @torch.no_grad()
     def sliced(self, mesh: DeviceMesh) -> "MegatronLM":
         """This rank's slice of a whole net, with its weights."""
         with no_init_weights():
-            net = MegatronLM(self.config, mesh).to(self.device, self.dtype).train(self.training)
+            net = MegatronLM(self.config, mesh)
+        net.model.to(self.device, self.dtype).train(self.training)
         wholes = dict(self.named_parameters())
         for name, p in net.named_parameters():
             p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # beside what Megatron knows of it
@@ -181,7 +183,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
         mappings,
     ):  # which would drop the group that they are given where torch has none
         module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
-    alone = dist.ProcessGroup(0, 1)
+    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
     gated = config.activation == "swiglu"
     sizes = TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -197,7 +199,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
         add_bias_linear=config.bias,
         init_method_std=config.initializer_range,
         params_dtype=torch.get_default_dtype(),
-        tensor_model_parallel_size=group.size() if group else 1,
+        tensor_model_parallel_size=(group or alone).size(),
         use_cpu_initialization=True,  # the same weights on every device
         # Kernels of Apex and Transformer Engine, and what is compiled for GPUs.
         gradient_accumulation_fusion=False,

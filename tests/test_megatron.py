@@ -18,6 +18,7 @@ from common.megatron import MegatronConfig, MegatronLM, is_sliced, slice_of, who
 from common.nets import causal_lm
 from common.strategies.megatron import Megatron
 from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
+from tests.test_faults import FAULTS, faulty_main
 from tests.test_resume import digest, killed_main, write_config
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -84,10 +85,14 @@ def same_checkpoints(path: Path, expected: Path, tolerance: float) -> None:
 def test_slices_compute_what_one_process_does(
     kind: str, world: int, precision: str, tolerance: float, fit: Any, record_property: Any
 ) -> None:
-    """Losses, clipped gradients' norms, validation; four ranks are two groups, which are data parallel."""
+    """Losses, clipped gradients' norms, validation; four ranks are two groups, which are data parallel.
+
+    With activations computed again where layers are gated, which wraps the sliced net's blocks anew.
+    """
+    again = ["--model.activation_checkpointing", "true"] if kind == "swiglu" else []
     args = ["--trainer.max_steps", "20", "--trainer.precision", precision, *KINDS[kind]]
     args += ["--trainer.val_check_interval", "20" if kind == "swiglu" else "10"]
-    one, many = fit("one", 1, 1, *SINGLE, *args), fit("many", world, 2, *args)
+    one, many = fit("one", 1, 1, *SINGLE, *args), fit("many", world, 2, *args, *again)
     worst = 0.0
     for name in ("train/loss", "optim/grad_norm", "val/loss", "val/bits_per_byte"):
         values, expected = (read_metrics(run / "metrics.csv", name) for run in (many, one))
@@ -101,13 +106,13 @@ def test_slices_compute_what_one_process_does(
 
 @needs_megatron
 def test_a_checkpoint_travels(fit: Any, work: Path, record_property: Any) -> None:
-    """From two slices to one process, to two groups, to slices of another kind, and to DDP, as if nothing had been sliced."""
+    """From two slices to one process, to two groups, to FSDP2's slices, and to DDP, as if nothing had been sliced."""
     args = [*KINDS["swiglu"], "--trainer.val_check_interval", "4"]
     args += ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR", "--trainer.max_steps"]  # however long
     fsdp2 = ["--config", str(ROOT / "configs/strategy/fsdp2.yaml")]
     hops = [(2, 2, []), (1, 1, SINGLE), (4, 2, []), (2, 1, fsdp2), (2, 1, []), (2, 1, ["--trainer.strategy", "ddp"])]
     whole = fit("whole", 1, 1, *SINGLE, *args, str(2 * len(hops)))
-    found: list[float] = []
+    run, found = work, []
     for number, (world, together, strategy) in enumerate(hops, 1):
         resumed = ["--ckpt_path", "last"] if number > 1 else []
         run = fit("hops", world, together, *strategy, *args, str(2 * number), *resumed)
@@ -172,6 +177,23 @@ def test_killed_run_goes_on_to_the_bit(world: int, work: Path, lm_args: list[str
     assert resumed == [0] * world, logs(work / "resumed")
     assert 0 < half < read_checkpoint(last)["global_step"]
     assert digest(last) == digest(work / "runs/lm/whole/checkpoints/last.ckpt")
+
+
+@needs_megatron
+@pytest.mark.parametrize("fault", ["kill_1", "sigterm_1"])
+def test_every_rank_ends(fault: str, work: Path, lm_args: list[str]) -> None:
+    """The other rank of a group is waited for in every layer."""
+    args = [
+        "fit", *PRESET, *lm_args, "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.devices", "2",
+        "--trainer.max_steps", "200", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false",
+        "--config", str(write_config(work, {"every_n_train_steps": 5})),
+    ]  # fmt: skip
+    faults, expected = FAULTS[fault]
+    assert run_ranks(faulty_main, "lm", args, faults, folder=work) == expected, logs(work)
+    line = "another rank has ended (" if fault == "kill_1" else "SIGTERM to another rank after step"
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+    resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "12"]
+    assert run_ranks(main_of("lm"), resumed, folder=work) == [0, 0], logs(work)
 
 
 def slices(path: Path) -> None:
