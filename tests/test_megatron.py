@@ -253,7 +253,7 @@ def test_preflight(work: Path, lm_args: list[str]) -> None:
     assert found[1]["params"] == found[2]["params"]
     assert found[1]["activations"] == found[2]["activations"] > 0
     assert found[1]["weights"] == 4 * found[1]["params"] == found[1]["gradients"]
-    whole = 512 * 32 + (2 * 2 + 1) * 2 * 32 - 2 * 32 * 0 + 2 * 2 * 32  # positions, norms, biases of joining layers
+    whole = 32 * (512 + 2 * (2 * 2 + 1) + 2 * 2)  # positions, norms, biases where layers end
     assert found[2]["weights"] == pytest.approx(4 * (found[1]["params"] + whole) / 2, abs=4)
 
 
@@ -277,6 +277,7 @@ def keep_found(args: list[str], path: Path) -> None:
         ([f"{NET}.hidden", "4"], "no such argument of common.megatron.MegatronConfig"),
         (["--data.context", "1024"], "exceeds max_position_embeddings 512"),
         (["--model.optimizer", "common.optim.MuonAdamW"], "model.optimizer: MuonAdamW needs whole tensors"),
+        (["--model.compile", "true"], "model.compile: is nothing for Megatron's layers"),
         (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed"),
         (["--trainer.precision", "bf16-mixed"], "trainer.precision: Megatron's layers have no autocast on a CPU"),
     ],

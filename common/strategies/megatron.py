@@ -61,7 +61,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        net = _checked(self._module.net, self.ranks_per_batch)
+        net = _checked(self._module, self.ranks_per_batch)
         if self.ranks_per_batch > 1:
             self._module.net = net.sliced(self._mesh)
             self._module._prepare_blocks()
@@ -90,7 +90,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sliced."""
-        params = list(_checked(self._module.net, self.ranks_per_batch).parameters())
+        params = list(_checked(self._module, self.ranks_per_batch).parameters())
         sliced = sum(p.numel() for p in params if is_sliced(p)) / sum(p.numel() for p in params)
         left = 1 - sliced + sliced / self.ranks_per_batch
         return Memory(*(int(size * left) for size in whole))
@@ -138,12 +138,15 @@ def _params(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _checked(net: nn.Module, ranks: int) -> MegatronLM:
-    """See that a net is of Megatron's layers, and that so many ranks can have equal slices of it."""
-    key = "trainer.strategy.tensor_parallel"
+def _checked(module: BaseModule, ranks: int) -> MegatronLM:
+    """See that the net is of Megatron's layers, and that so many ranks can have equal slices of it."""
+    key, net = "trainer.strategy.tensor_parallel", module.net
     if not isinstance(net, MegatronLM):
         problem = f"{type(net).__name__} is no net of Megatron's layers"
         raise InputError(f"{key}: {problem}; take common.megatron.MegatronConfig, or configs/strategy/fsdp2.yaml")
+    for name, wanted in (("compile", module.compile_blocks), ("float8", module.float8)):
+        if wanted:
+            raise InputError(f"model.{name}: is nothing for Megatron's layers; take false")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(net.config, name)
         if size % ranks:
