@@ -160,13 +160,13 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """This rank's slice of a whole net, with its weights."""
         with no_init_weights():
             net = MegatronLM(self.config, mesh)
-        net.model.to(self.device, self.dtype).train(self.training)
+        net.model.to(self.device, self.dtype)
         wholes = dict(self.named_parameters())
         for name, p in net.named_parameters():
             p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # beside what Megatron knows of it
             p.copy_(slice_of(wholes[name], p, mesh))
             p.requires_grad_(wholes[name].requires_grad)
-        return net
+        return net.train(self.training)
 
 
 def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | None) -> nn.Module:

@@ -240,6 +240,31 @@ def test_what_a_rank_has_of_each_parameter(work: Path) -> None:
     }
 
 
+def keep_sums(args: list[str], path: Path) -> None:
+    """Train, and keep this rank's weights as sums, of those that it shares with its group apart."""
+    cli = main_of("lm")(args)
+    sums = {name: p.double().sum().item() for name, p in cli.model.named_parameters()}
+    shared = [name for name, p in cli.model.named_parameters() if not is_sliced(p)]
+    torch.save((sums, shared), path.with_suffix(f".{cli.trainer.global_rank}"))
+
+
+@needs_megatron
+def test_ranks_agree_on_what_they_share(work: Path, lm_args: list[str]) -> None:
+    """With dropout, of which a group has to draw the same places: two groups of two, after ten steps."""
+    args = [
+        "fit", *PRESET, *lm_args, "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.devices", "4",
+        "--trainer.max_steps", "10", "--trainer.limit_val_batches", "0", f"{NET}.attention_dropout", "0.1",
+        f"{NET}.hidden_dropout", "0.1", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+    assert run_ranks(keep_sums, args, work / "sums", world=4, folder=work) == [0] * 4, logs(work)
+    found, shared = zip(*(torch.load(work / f"sums.{rank}") for rank in range(4)), strict=True)
+    assert found[0] == found[2]
+    assert found[1] == found[3]
+    assert len(shared[0]) > 10
+    for name, value in found[0].items():
+        assert (found[1][name] == value) == (name in shared[0]), name
+
+
 @needs_megatron
 def test_preflight(work: Path, lm_args: list[str]) -> None:
     """Bytes per rank: what is sliced by half, the rest whole."""
@@ -302,8 +327,8 @@ def test_a_net_of_other_layers(work: Path, lm_args: list[str]) -> None:
 
 
 def test_fp16_is_refused() -> None:
-    strategy = Megatron(1)
-    strategy.parallel_devices = [torch.device("cpu")]
+    strategy = Megatron()
+    strategy.parallel_devices = [torch.device("cpu")] * 2
     strategy._precision_plugin = SimpleNamespace(precision="16-mixed")  # type: ignore[assignment]  # which needs a GPU
     with pytest.raises(InputError, match=r"trainer.precision: 16-mixed overflows in one slice"):
         strategy.setup_environment()

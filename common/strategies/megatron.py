@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from common.data import groups
 from common.errors import InputError
+from common.losses import precise
 from common.megatron import MegatronLM, is_sliced, slice_of, whole_of
 from common.module import BaseModule
 from common.strategies.sharding import Memory, WholeCheckpoints, refuse_matrix_optimizer
@@ -43,7 +44,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
     @override
     def setup_environment(self) -> None:
         copies = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
-        if self.precision_plugin.precision.startswith("16"):
+        if self.ranks_per_batch > 1 and self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} overflows in one slice and not in the others"
             raise InputError(f"trainer.precision: {problem}; take bf16-mixed")
         # Megatron counts on it, so that sums over ranks start before the products that are to hide them.
@@ -83,7 +84,9 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         for p in self._module.parameters():
             if p.grad is not None:
                 parts[self.ranks_per_batch > 1 and is_sliced(p)].append(p.grad)
-        sliced, whole = (nn.utils.get_total_norm(parts[kind]).to(self.root_device).square() for kind in (True, False))
+        sliced, whole = (
+            precise(nn.utils.get_total_norm(parts[kind])).to(self.root_device) ** 2 for kind in (True, False)
+        )
         if self.ranks_per_batch > 1:
             dist.all_reduce(sliced, group=self._mesh.get_group())
         return (sliced + whole).sqrt()
