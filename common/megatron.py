@@ -177,11 +177,8 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
     from megatron.core.tensor_parallel import layers, mappings  # type: ignore[import-not-found]
     from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
 
-    for module in (
-        language_model_embedding,
-        layers,
-        mappings,
-    ):  # which would drop the group that they are given where torch has none
+    # They would drop the group that they are given where torch has none.
+    for module in (language_model_embedding, layers, mappings):
         module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
     alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
     gated = config.activation == "swiglu"
