@@ -1,0 +1,319 @@
+"""DDP on a Ray cluster: the command that a user gives starts workers there, which run it again as ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import is_torchelastic_launched
+from torch.distributed.constants import default_pg_timeout
+from typing_extensions import override
+
+from common.errors import InputError, Stopped
+from common.faults import LOST_RANK_EXIT, SIGTERM_EXIT
+
+RUN_ID = "ray"  # of torchelastic's variables: these ranks belong to workers of Ray
+GRACE = 30.0  # seconds that ranks have to end by themselves once another has failed
+
+
+def _worker_class() -> type:
+    """The actor; made in a function, so that Ray sends its code along and actors do not import what this module does.
+
+    A rank is a process of its own: Ray's has threads, next to which the processes that read data could not be forked.
+    """
+    import ray.util
+
+    class Worker:
+        process: subprocess.Popen[bytes] | None = None
+
+        def place(self) -> tuple[str, int, list[str]]:
+            """Address of the node, a free port, and the worker's GPUs."""
+            import socket
+
+            with socket.socket() as listener:
+                listener.bind(("", 0))
+                return ray.util.get_node_ip_address(), listener.getsockname()[1], [str(i) for i in ray.get_gpu_ids()]
+
+        def run(self, command: list[str], folder: str, env: dict[str, str]) -> Iterator[tuple[int, Any]]:
+            """What the rank writes to 1 and 2, as it does so; then 0 and its exit code."""
+            import selectors
+
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
+            with selectors.DefaultSelector() as streams:
+                for number, stream in ((1, self.process.stdout), (2, self.process.stderr)):
+                    streams.register(stream, selectors.EVENT_READ, number)  # type: ignore[arg-type]
+                while streams.get_map():
+                    for key, _ in streams.select():
+                        if written := os.read(key.fd, 1 << 16):
+                            yield key.data, written
+                        else:
+                            streams.unregister(key.fileobj)
+            yield 0, self.process.wait()
+
+        def send(self, number: int) -> None:
+            """Send the rank a signal, as soon as it runs."""
+            while self.process is None:
+                time.sleep(0.1)
+            self.process.send_signal(number)
+
+    return Worker
+
+
+def _end_with_worker() -> None:
+    """Send this rank SIGTERM when its worker is gone, which holds the other end of stdin."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _RayLauncher(_Launcher):
+    """Runs this process's command line in Ray's workers, as torchrun would; see :class:`RayDDP`."""
+
+    def __init__(self, strategy: "RayDDP"):
+        self.strategy = strategy
+        self._workers: list[Any] = []
+        self._terminated = False
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return False
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer, **kwargs: Any) -> None:  # type: ignore[override]
+        """Run the command to its end, and again if ranks were lost.
+
+        Raises:
+            InputError: the settings do not fit, there is no Ray, or no such cluster.
+            Stopped: a rank was lost or the driver was sent SIGTERM.
+            SystemExit: a rank has failed, with a code and a message of its own.
+        """
+        self.strategy.check()
+        command, env = [sys.executable, *sys.orig_argv[1:]], dict(os.environ)
+        fits = trainer.state.fn == TrainerFn.FITTING
+        last = Path(trainer.default_root_dir) / "checkpoints/last.ckpt"
+        saved = _stamp(last)
+        self._connect()
+        handler = signal.signal(signal.SIGTERM, self._terminate)
+        import ray
+
+        try:
+            for left in reversed(range(self.strategy.max_restarts + 1)):
+                codes = self._run(command, env)
+                if self._terminated and any(codes):
+                    raise SystemExit(SIGTERM_EXIT)  # the ranks say the rest
+                if failed := [code for code in codes if code > 0 and code != LOST_RANK_EXIT]:
+                    raise SystemExit(failed[0])
+                if not any(codes):
+                    return
+                killed = [rank for rank, code in enumerate(codes) if code < 0]
+                lost = f"ray: lost rank {', '.join(map(str, killed))}" if killed else "ray: ranks lost one another"
+                if not left:
+                    goes_on = "; --ckpt_path last goes on from the last checkpoint" if fits else ""
+                    raise Stopped(lost + goes_on, LOST_RANK_EXIT)
+                print(f"{lost}; starting again, {left - 1} more times at most", flush=True)
+                if fits and _stamp(last) not in (None, saved):  # else it is an earlier run's
+                    command = [sys.executable, *sys.orig_argv[1:], "--ckpt_path", "last"]
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            ray.shutdown()
+
+    @override
+    def kill(self, signum: int) -> None:  # type: ignore[override]
+        for worker in self._workers:
+            worker.send.remote(signum)
+
+    def _terminate(self, *_: Any) -> None:
+        self._terminated = True
+        self.kill(signal.SIGTERM)
+
+    def _connect(self) -> None:
+        """Join the cluster, or start one on this machine."""
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        strategy, settings = self.strategy, {}
+        if strategy.address is None:
+            os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
+            settings = {
+                "_node_ip_address": "127.0.0.1",
+                "num_cpus": strategy.bundle["CPU"],
+                "include_dashboard": False,
+                "object_store_memory": 100 << 20,  # what ranks print
+            }
+        import ray
+
+        try:
+            ray.init(strategy.address or "local", logging_level="CRITICAL", log_to_driver=False, **settings)
+        except ConnectionError as error:
+            problem = f"there is no Ray cluster at {strategy.address}"
+            raise InputError(f"trainer.strategy.address: {problem}; start one by ray start, or give null") from error
+
+    def _run(self, command: list[str], env: dict[str, str]) -> list[int]:
+        """Run a command as ranks, print what they print, and return their exit codes; negative for a lost one."""
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = self.strategy
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fit = [node for node in nodes if all(node.get(key, 0) >= n for key, n in strategy.bundle.items())]
+        if len(fit) < strategy.num_nodes:
+            need = " and ".join(f"{n:g} {key}s" for key, n in strategy.bundle.items())
+            problem = f"the cluster has {len(fit)} nodes with {need}, of {strategy.num_nodes} that are needed"
+            raise InputError(f"trainer.num_nodes: {problem}; take fewer of trainer.devices or trainer.num_nodes")
+        group = placement_group([strategy.bundle] * strategy.num_nodes, strategy="STRICT_SPREAD")
+        if not group.wait(strategy.timeout.total_seconds()):
+            raise InputError(f"trainer.strategy.timeout: the cluster was in use for {strategy.timeout}; wait longer")
+        actor = ray.remote(_worker_class())
+        self._workers = [
+            actor.options(
+                num_cpus=strategy.cpus_per_worker,
+                num_gpus=strategy.gpus_per_worker,
+                max_concurrency=2,  # a signal while the rank runs
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, node),
+            ).remote()
+            for node in range(strategy.num_nodes)
+            for _ in range(strategy.num_processes)
+        ]
+        codes = [-signal.SIGKILL.value] * len(self._workers)  # of a rank that is lost with its node
+        try:
+            places = ray.get([worker.place.remote() for worker in self._workers])
+            outputs = {}
+            for rank, worker in enumerate(self._workers):
+                node, local = divmod(rank, strategy.num_processes)
+                of_node = places[node * strategy.num_processes : (node + 1) * strategy.num_processes]
+                variables = {
+                    "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node,
+                    "WORLD_SIZE": len(places), "LOCAL_WORLD_SIZE": strategy.num_processes,
+                    "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": RUN_ID,
+                    "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", max(int(strategy.cpus_per_worker), 1)),
+                }  # fmt: skip
+                if gpus := [gpu for *_, worker_gpus in of_node for gpu in worker_gpus]:
+                    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # ranks tell them apart by LOCAL_RANK
+                whole = {**env, **{key: str(value) for key, value in variables.items()}}
+                output = worker.run.options(num_returns="streaming").remote(command, os.getcwd(), whole)
+                outputs[output] = rank
+            if self._terminated:
+                self.kill(signal.SIGTERM)
+            killed_at = float("inf")
+            while outputs:
+                for output in ray.wait(list(outputs), timeout=1.0)[0]:
+                    try:
+                        number, content = ray.get(next(output))
+                    except (StopIteration, RayError):
+                        failed = codes[outputs.pop(output)]
+                        killed_at = min(killed_at, time.monotonic() + GRACE) if failed else killed_at
+                        continue
+                    if number:
+                        stream = sys.stdout if number == 1 else sys.stderr
+                        stream.buffer.write(content)
+                        stream.flush()
+                    else:
+                        codes[outputs[output]] = content
+                if time.monotonic() > killed_at:
+                    self.kill(signal.SIGKILL)
+        except RayError:  # a node that was lost while workers started
+            pass
+        finally:
+            workers, self._workers = self._workers, []
+            for worker in workers:
+                ray.kill(worker)
+            remove_placement_group(group)
+        return codes
+
+
+def _stamp(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+class RayDDP(DDPStrategy):
+    """DDP whose ranks are started by Ray (Moritz et al. 2018, https://arxiv.org/abs/1712.05889), as torchrun would.
+
+    The process of the command is a driver: it finds mistakes, starts ``trainer.devices`` workers on each of
+    ``trainer.num_nodes`` nodes of the cluster, which run the same command with torchrun's variables, prints what they
+    print and ends with their exit code. Under these variables, torchrun's own too, this is plain DDP. All nodes need
+    the same files at the same paths. A rank has one GPU if ``trainer.accelerator`` is one, and none otherwise.
+
+    Args:
+        address: of a running cluster, ``auto`` for the one that this machine belongs to; None starts one of this
+            machine alone, for this run.
+        cpus_per_worker: that Ray keeps free for a rank, and the threads that it has unless OMP_NUM_THREADS is set;
+            those of ``data.num_workers`` included.
+        max_restarts: how many times the command is started again, from its last checkpoint, when ranks were lost.
+        timeout: after which a rank that waits for another gives up, and a command that waits for a cluster in use.
+
+    Raises:
+        InputError: Ray is not installed, a number is out of its range, or the cluster is too small.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        cpus_per_worker: float = 1.0,
+        max_restarts: int = 0,
+        timeout: timedelta = default_pg_timeout,
+    ):
+        super().__init__(gradient_as_bucket_view=True, timeout=timeout)
+        self.address, self.cpus_per_worker, self.max_restarts, self.timeout = (
+            address,
+            cpus_per_worker,
+            max_restarts,
+            timeout,
+        )
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """Number of GPUs of a rank."""
+        return int(self.root_device.type == "cuda")
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What the ranks of a node need together, in Ray's words."""
+        needs = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        return {key: number * self.num_processes for key, number in needs.items() if number}
+
+    def check(self) -> None:
+        """Find mistakes before anything is started.
+
+        Raises:
+            InputError: see above.
+        """
+        key = "trainer.strategy"
+        if find_spec("ray") is None:
+            raise InputError(f"{key}: Ray is not installed; run pip install -e '.[ray]'")
+        if self.cpus_per_worker <= 0:
+            raise InputError(f"{key}.cpus_per_worker: must be above 0, got {self.cpus_per_worker:g}")
+        if self.max_restarts < 0:
+            raise InputError(f"{key}.max_restarts: must be at least 0, got {self.max_restarts}")
+        if self.address is None and self.num_nodes > 1:
+            problem = f"this machine is one node, not {self.num_nodes}"
+            raise InputError(f"{key}.address: {problem}; give the address of a Ray cluster")
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        # The driver is no rank: it makes no folder, and leaves to rank 0 what that prints.
+        return super().global_rank if is_torchelastic_launched() else -1
+
+    @override
+    def _configure_launcher(self) -> None:
+        if not is_torchelastic_launched():
+            self._launcher = _RayLauncher(self)
+            return
+        super()._configure_launcher()
+        if os.environ["TORCHELASTIC_RUN_ID"] == RUN_ID:
+            threading.Thread(target=_end_with_worker, daemon=True).start()
