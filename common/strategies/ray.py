@@ -1,5 +1,6 @@
 """DDP on a Ray cluster: the command that a user gives starts workers there, which run it again as ranks."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -156,7 +156,7 @@ class _RayLauncher(_Launcher):
         import ray
 
         try:
-            ray.init(strategy.address or "local", logging_level="CRITICAL", log_to_driver=False, **settings)
+            ray.init(strategy.address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **settings)
         except ConnectionError as error:
             problem = f"there is no Ray cluster at {strategy.address}"
             raise InputError(f"trainer.strategy.address: {problem}; start one by ray start, or give null") from error
@@ -192,7 +192,7 @@ class _RayLauncher(_Launcher):
         codes = [-signal.SIGKILL.value] * len(self._workers)  # of a rank that is lost with its node
         try:
             places = ray.get([worker.place.remote() for worker in self._workers])
-            outputs = {}
+            outputs: dict[Any, int] = {}
             for rank, worker in enumerate(self._workers):
                 node, local = divmod(rank, strategy.num_processes)
                 of_node = places[node * strategy.num_processes : (node + 1) * strategy.num_processes]
@@ -205,13 +205,14 @@ class _RayLauncher(_Launcher):
                 if gpus := [gpu for *_, worker_gpus in of_node for gpu in worker_gpus]:
                     variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # ranks tell them apart by LOCAL_RANK
                 whole = {**env, **{key: str(value) for key, value in variables.items()}}
-                output = worker.run.options(num_returns="streaming").remote(command, os.getcwd(), whole)
+                output: Any = worker.run.options(num_returns="streaming").remote(command, os.getcwd(), whole)
                 outputs[output] = rank
             if self._terminated:
                 self.kill(signal.SIGTERM)
             killed_at = float("inf")
             while outputs:
-                for output in ray.wait(list(outputs), timeout=1.0)[0]:
+                ready: list[Any] = ray.wait(list(outputs), timeout=1.0)[0]
+                for output in ready:
                     try:
                         number, content = ray.get(next(output))
                     except (StopIteration, RayError):
@@ -268,12 +269,8 @@ class RayDDP(DDPStrategy):
         timeout: timedelta = default_pg_timeout,
     ):
         super().__init__(gradient_as_bucket_view=True, timeout=timeout)
-        self.address, self.cpus_per_worker, self.max_restarts, self.timeout = (
-            address,
-            cpus_per_worker,
-            max_restarts,
-            timeout,
-        )
+        self.address, self.cpus_per_worker, self.max_restarts = address, cpus_per_worker, max_restarts
+        self.timeout = timeout
 
     @property
     def gpus_per_worker(self) -> int:
