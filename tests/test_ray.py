@@ -27,16 +27,16 @@ TWENTY = [
 
 
 class Faults(Callback):
-    """Kills rank 1 once at each of some steps, and says when the steps come at which it waits for a signal.
+    """Kills rank 1 once at each of some steps, and makes others long, so that a signal meets them.
 
     Args:
         folder: in which it notes what has happened.
-        kill: steps, of which each strikes once.
-        wait: a step from which on all take a tenth of a second.
+        kill: steps before which rank 1 is killed, once each.
+        wait: the first of the long steps, which last until the folder has a file named ``told``.
     """
 
     def __init__(self, folder: str, kill: list[int], wait: int):
-        self.folder, self.at, self.wait = Path(folder), kill, wait
+        self.folder, self.kill, self.wait = Path(folder), kill, wait
         StopOnSigterm.seconds = 1.0
 
     @override
@@ -44,7 +44,7 @@ class Faults(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         mark = self.folder / f"step-{trainer.global_step}"
-        if trainer.global_rank == 1 and trainer.global_step in self.at and not mark.exists():
+        if trainer.global_rank == 1 and trainer.global_step in self.kill and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if trainer.global_step >= self.wait and not (self.folder / "told").exists():
@@ -85,7 +85,7 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
 
     # A lost rank: started again from the last checkpoint, until that has been done as often as is allowed.
     faults = work / "faults.yaml"
-    settings = f"{{folder: {work}, kill: [7, 12], wait: 13}}"
+    settings = f"{{folder: {work}, kill: [7, 12], wait: 10}}"
     faults.write_text(
         "trainer:\n  callbacks:\n"
         f"  - {{class_path: tests.test_ray.Faults, init_args: {settings}}}\n"
@@ -101,6 +101,7 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     assert (work / "step-12").exists(), "it had gone on"
 
     # SIGTERM to the driver reaches the ranks.
+    (work / "waits").unlink()
     process = start(*cut, "--ckpt_path", "last")
     while not (work / "waits").exists() and process.poll() is None:
         time.sleep(0.1)
@@ -108,7 +109,7 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     code, out, err = end(process)
     assert code == 143, "\n".join([out, *err])
     assert sum(": SIGTERM to this rank after step " in line for line in err) == len(err) == 2
-    assert 13 <= read_checkpoint(runs / "cut/checkpoints/last.ckpt")["global_step"] < 20
+    assert 10 < read_checkpoint(runs / "cut/checkpoints/last.ckpt")["global_step"] < 20
 
     # Under torchrun's variables the same command is DDP, and ends as if nothing had happened.
     (work / "told").touch()
