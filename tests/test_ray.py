@@ -131,6 +131,7 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
         (["--trainer.strategy.cpus_per_worker", "0"], "trainer.strategy.cpus_per_worker: must be above 0, got 0"),
         (["--trainer.strategy.max_restarts", "-1"], "trainer.strategy.max_restarts: must be at least 0, got -1"),
         (["--trainer.num_nodes", "2"], "address: this machine is one node, not 2; give the address of a Ray cluster"),
+        (["--trainer.strategy.address", "127.0.0.1:1"], "address: there is no Ray cluster at 127.0.0.1:1; give host:p"),
         (["--trainer.strategy.workers", "2"], "workers"),
     ],
 )

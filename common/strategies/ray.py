@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,8 +41,6 @@ def _worker_class() -> type:
 
         def place(self) -> tuple[str, int, list[str]]:
             """Address of the node, a free port, and the worker's GPUs."""
-            import socket
-
             with socket.socket() as listener:
                 listener.bind(("", 0))
                 return ray.util.get_node_ip_address(), listener.getsockname()[1], [str(i) for i in ray.get_gpu_ids()]
@@ -158,8 +157,7 @@ class _RayLauncher(_Launcher):
         try:
             ray.init(strategy.address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **settings)
         except ConnectionError as error:
-            problem = f"there is no Ray cluster at {strategy.address}"
-            raise InputError(f"trainer.strategy.address: {problem}; start one by ray start, or give null") from error
+            raise InputError(strategy.no_cluster) from error
 
     def _run(self, command: list[str], env: dict[str, str]) -> list[int]:
         """Run a command as ranks, print what they print, and return their exit codes; negative for a lost one."""
@@ -237,6 +235,16 @@ class _RayLauncher(_Launcher):
         return codes
 
 
+def _answers(address: str) -> bool:
+    """Whether something listens at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _stamp(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
@@ -250,7 +258,7 @@ class RayDDP(DDPStrategy):
     the same files at the same paths. A rank has one GPU if ``trainer.accelerator`` is one, and none otherwise.
 
     Args:
-        address: of a running cluster, ``auto`` for the one that this machine belongs to; None starts one of this
+        address: ``host:port`` of a running cluster, ``auto`` for the one that this machine belongs to; None starts one of this
             machine alone, for this run.
         cpus_per_worker: that Ray keeps free for a rank, and the threads that it has unless OMP_NUM_THREADS is set;
             those of ``data.num_workers`` included.
@@ -299,6 +307,14 @@ class RayDDP(DDPStrategy):
         if self.address is None and self.num_nodes > 1:
             problem = f"this machine is one node, not {self.num_nodes}"
             raise InputError(f"{key}.address: {problem}; give the address of a Ray cluster")
+        if self.address not in (None, "auto") and not _answers(self.address):
+            raise InputError(self.no_cluster)
+
+    @property
+    def no_cluster(self) -> str:
+        """What to say where none is found."""
+        problem = f"there is no Ray cluster at {self.address}"
+        return f"trainer.strategy.address: {problem}; give host:port, or null for one of this machine"
 
     @property
     @override
