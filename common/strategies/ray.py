@@ -258,8 +258,8 @@ class RayDDP(DDPStrategy):
     the same files at the same paths. A rank has one GPU if ``trainer.accelerator`` is one, and none otherwise.
 
     Args:
-        address: ``host:port`` of a running cluster, ``auto`` for the one that this machine belongs to; None starts one of this
-            machine alone, for this run.
+        address: ``host:port`` of a running cluster, ``auto`` for the one that this machine belongs to; None starts one
+            of this machine alone, for this run.
         cpus_per_worker: that Ray keeps free for a rank, and the threads that it has unless OMP_NUM_THREADS is set;
             those of ``data.num_workers`` included.
         max_restarts: how many times the command is started again, from its last checkpoint, when ranks were lost.
