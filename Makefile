@@ -51,7 +51,7 @@ clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed-dev: EXTRA := [dev,optim,deepspeed,megatron]
+$(VENV)/.installed-dev: EXTRA := [dev,optim,deepspeed,megatron,ray]
 $(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and \
 	  "Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d: try make PYTHON=python3.13 ..." % sys.version_info[:2])'

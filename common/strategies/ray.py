@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,6 +201,8 @@ class _RayLauncher(_Launcher):
                     "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": RUN_ID,
                     "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", max(int(strategy.cpus_per_worker), 1)),
                 }  # fmt: skip
+                if sys.stdout.isatty():  # or rank 0 would show its progress at the end only
+                    variables |= {"TTY_COMPATIBLE": 1, "COLUMNS": shutil.get_terminal_size().columns}
                 if gpus := [gpu for *_, worker_gpus in of_node for gpu in worker_gpus]:
                     variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # ranks tell them apart by LOCAL_RANK
                 whole = {**env, **{key: str(value) for key, value in variables.items()}}
