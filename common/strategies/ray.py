@@ -47,7 +47,7 @@ def _worker_class() -> type:
                 return ray.util.get_node_ip_address(), listener.getsockname()[1], [str(i) for i in ray.get_gpu_ids()]
 
         def run(self, command: list[str], folder: str, env: dict[str, str]) -> Iterator[tuple[int, Any]]:
-            """What the rank writes to 1 and 2, as it does so; then 0 and its exit code."""
+            """What the rank writes to 1 as it does so, and to 2 line by line; then 0 and its exit code."""
             import selectors
 
             pipe = subprocess.PIPE
@@ -55,12 +55,17 @@ def _worker_class() -> type:
             with selectors.DefaultSelector() as streams:
                 for number, stream in ((1, self.process.stdout), (2, self.process.stderr)):
                     streams.register(stream, selectors.EVENT_READ, number)  # type: ignore[arg-type]
+                rest = b""  # of a line on 2: those of several ranks must not end up in one
                 while streams.get_map():
                     for key, _ in streams.select():
-                        if written := os.read(key.fd, 1 << 16):
-                            yield key.data, written
-                        else:
+                        if not (written := os.read(key.fd, 1 << 16)):
                             streams.unregister(key.fileobj)
+                        elif key.data == 2:
+                            lines, end, rest = (rest + written).rpartition(b"\n")
+                            yield 2, lines + end
+                        else:
+                            yield 1, written
+                yield 2, rest
             yield 0, self.process.wait()
 
         def send(self, number: int) -> None:
