@@ -16,10 +16,10 @@ from common.errors import Stopped
 SIGTERM_EXIT = 128 + signal.SIGTERM  # what shells give a process that ends by it
 LOST_RANK_EXIT = 3
 
-# What gloo and NCCL say when the other end is gone.
+# What gloo, NCCL and Horovod say when the other end is gone.
 _LOST = re.compile(
     r"Connection (?:closed|reset|refused)(?: by peer)?|Broken pipe|remote process (?:has )?exited|"
-    r"[Tt]imed out|Timeout|Socket closed"
+    r"[Tt]imed out|Timeout|Socket closed|Horovod has been shut down"
 )
 
 
@@ -27,7 +27,7 @@ def lost_rank(error: Exception) -> str | None:
     """What an error says about the loss of another rank; None if it is about anything else."""
     message = str(error)
     found = _LOST.search(message)
-    about_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in message
+    about_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in message or "Horovod" in message
     return found[0] if found and about_ranks else None
 
 

@@ -1,0 +1,135 @@
+"""Data parallel whose gradients Horovod averages."""
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from common.errors import InputError
+from common.strategies.sharding import share_buffers
+
+
+class Horovod(DDPStrategy):
+    """Horovod's ring all-reduce (Sergeev & Del Balso 2018, https://arxiv.org/abs/1802.05799) in the place of DDP's.
+
+    Ranks are started as for every other strategy, and torch does what is not an average of gradients. Horovod's
+    coordinator on rank 0 hears which gradients are ready on all ranks, and lets the ranks average several of them at a
+    time, while backward goes on. Parameters that a rank has not used count as a gradient of zeros.
+
+    Its ``DistributedOptimizer`` would make the optimizer anew, after schedules were tied to it: the same hooks are
+    here, without it. Horovod's own settings are its environment variables, such as ``HOROVOD_FUSION_THRESHOLD``.
+
+    Args:
+        compression: fp16 sends gradients of fp32 in half the bytes, rounded, those below 6e-8 as zeros.
+        timeout: after which a rank that waits for another gives up.
+
+    Raises:
+        InputError: Horovod is not installed.
+    """
+
+    averages_by_itself: ClassVar = True
+
+    def __init__(self, compression: Literal["none", "fp16"] = "none", timeout: timedelta = default_pg_timeout):
+        if importlib.util.find_spec("horovod") is None:
+            raise InputError("trainer.strategy: Horovod is not installed; run configs/cluster/horovod.sh")
+        super().__init__(timeout=timeout)
+        self.compression = compression
+        self._accumulates = False
+        self._sent: dict[nn.Parameter, tuple[int, Tensor]] = {}  # handle, and what becomes the average
+        self._hooks: list[RemovableHandle] = []
+
+    @override
+    def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        _sync_module_states(self.lightning_module)  # no wrapper: hooks of the parameters do what it would
+        share_buffers(self.lightning_module.net)  # type: ignore[arg-type]
+        self._start()
+        self._names = {p: name for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._send) for p in self._names]
+
+    def _start(self) -> None:
+        """Let the ranks find one another in Horovod as well."""
+        import horovod.torch as hvd  # type: ignore[import-not-found]
+        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer  # type: ignore
+
+        self._average = partial(hvd.allreduce_async_, op=hvd.Average)
+        self._wait = hvd.synchronize
+        if hvd.is_initialized():
+            return
+        server = RendezvousHTTPServer(("", 0), RendezvousHandler, 0) if self.is_global_zero else None
+        port = self.broadcast(server.server_port if server else 0)
+        assert self.cluster_environment is not None
+        assert self._timeout is not None
+        seconds = max(int(self._timeout.total_seconds()), 1)
+        own = {
+            "RANK": self.global_rank, "SIZE": self.world_size,
+            "LOCAL_RANK": self.local_rank, "LOCAL_SIZE": self.num_processes,
+            "CROSS_RANK": self.node_rank, "CROSS_SIZE": self.num_nodes,
+            "HOSTNAME": f"node{self.node_rank}",  # by which ranks of a node find one another
+            "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
+            "GLOO_RENDEZVOUS_ADDR": self.cluster_environment.main_address, "GLOO_RENDEZVOUS_PORT": port,
+            "GLOO_TIMEOUT_SECONDS": seconds,
+            # For a rank that does not come with a gradient; a shutdown earlier than a warning would be left out.
+            "STALL_CHECK_TIME_SECONDS": seconds, "STALL_SHUTDOWN_TIME_SECONDS": seconds,
+        }  # fmt: skip
+        os.environ.update({f"HOROVOD_{key}": str(value) for key, value in own.items()})
+        os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # what it logs of a lost rank, it raises as well
+        if server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        hvd.init()
+        self.barrier()  # all have found one another
+        if server:
+            server.shutdown()
+            server.server_close()
+
+    def _send(self, parameter: nn.Parameter) -> None:
+        """Hand over a gradient that is complete, while backward goes on."""
+        gradient = parameter.grad
+        if self._accumulates or gradient is None:
+            return
+        if self.compression == "fp16":
+            gradient = gradient.half()
+        elif gradient.dtype == torch.bfloat16:  # of which Horovod knows nothing
+            gradient = gradient.float()
+        self._sent[parameter] = self._average(gradient, name=self._names[parameter]), gradient
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._accumulates:
+            return
+        for p in self._names:
+            if p not in self._sent:  # other ranks may have used it, and wait
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self._send(p)
+        for p, (handle, average) in self._sent.items():
+            self._wait(handle)
+            if average is not p.grad:
+                p.grad.copy_(average)  # type: ignore[union-attr]
+        self._sent.clear()
+
+    @override
+    def teardown(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().teardown()
