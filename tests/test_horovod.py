@@ -132,7 +132,7 @@ def late_main(args: list[str]) -> None:
 
     def wait(self: BaseModule, batch: object, batch_idx: int) -> None:
         if batch_idx == 1 and self.global_rank == 1:
-            time.sleep(12)
+            time.sleep(10)
 
     BaseModule.on_train_batch_start = wait  # type: ignore[method-assign]  # in this forked process only
     main_of("lm")(args)

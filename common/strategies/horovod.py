@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -45,7 +45,7 @@ class Horovod(DDPStrategy):
         if importlib.util.find_spec("horovod") is None:
             raise InputError("trainer.strategy: Horovod is not installed; run configs/cluster/horovod.sh")
         super().__init__(timeout=timeout)
-        self.compression = compression
+        self.compression, self._seconds = compression, timeout.total_seconds()
         self._accumulates = False
         self._sent: dict[nn.Parameter, tuple[int, Tensor]] = {}  # handle, and what becomes the average
         self._hooks: list[RemovableHandle] = []
@@ -64,15 +64,12 @@ class Horovod(DDPStrategy):
         import horovod.torch as hvd  # type: ignore[import-not-found]
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer  # type: ignore
 
-        self._average = partial(hvd.allreduce_async_, op=hvd.Average)
-        self._wait = hvd.synchronize
+        self._hvd: Any = hvd
         if hvd.is_initialized():
             return
         server = RendezvousHTTPServer(("", 0), RendezvousHandler, 0) if self.is_global_zero else None
         port = self.broadcast(server.server_port if server else 0)
         assert self.cluster_environment is not None
-        assert self._timeout is not None
-        seconds = max(int(self._timeout.total_seconds()), 1)
         own = {
             "RANK": self.global_rank, "SIZE": self.world_size,
             "LOCAL_RANK": self.local_rank, "LOCAL_SIZE": self.num_processes,
@@ -80,9 +77,7 @@ class Horovod(DDPStrategy):
             "HOSTNAME": f"node{self.node_rank}",  # by which ranks of a node find one another
             "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
             "GLOO_RENDEZVOUS_ADDR": self.cluster_environment.main_address, "GLOO_RENDEZVOUS_PORT": port,
-            "GLOO_TIMEOUT_SECONDS": seconds,
-            # For a rank that does not come with a gradient; a shutdown earlier than a warning would be left out.
-            "STALL_CHECK_TIME_SECONDS": seconds, "STALL_SHUTDOWN_TIME_SECONDS": seconds,
+            "GLOO_TIMEOUT_SECONDS": max(int(self._seconds), 1),
         }  # fmt: skip
         os.environ.update({f"HOROVOD_{key}": str(value) for key, value in own.items()})
         os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # what it logs of a lost rank, it raises as well
@@ -103,7 +98,8 @@ class Horovod(DDPStrategy):
             gradient = gradient.half()
         elif gradient.dtype == torch.bfloat16:  # of which Horovod knows nothing
             gradient = gradient.float()
-        self._sent[parameter] = self._average(gradient, name=self._names[parameter]), gradient
+        handle = self._hvd.allreduce_async_(gradient, name=self._names[parameter], op=self._hvd.Average)
+        self._sent[parameter] = handle, gradient
 
     @contextmanager
     @override
@@ -122,8 +118,14 @@ class Horovod(DDPStrategy):
             if p not in self._sent:  # other ranks may have used it, and wait
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 self._send(p)
+        deadline = time.monotonic() + self._seconds
         for p, (handle, average) in self._sent.items():
-            self._wait(handle)
+            while not self._hvd.poll(handle):  # as synchronize does, which would be busy with it and have no end
+                if time.monotonic() > deadline:
+                    problem = f"Horovod timed out: another rank has not sent the gradient of {self._names[p]}"
+                    raise torch.distributed.DistError(problem)
+                time.sleep(1e-4)
+            self._hvd.synchronize(handle)
             if average is not p.grad:
                 p.grad.copy_(average)  # type: ignore[union-attr]
         self._sent.clear()
