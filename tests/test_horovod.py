@@ -92,16 +92,17 @@ def samples() -> Tensor:
 
 
 def branches_main(path: Path) -> None:
-    """Make one step, in two micro-batches, and look at the net in evaluation."""
+    """Make two runs of one step, each in two micro-batches, and look at the net in evaluation."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(rank)  # so that weights differ if rank 0 does not share them
     module = BranchesModule()
-    trainer = L.Trainer(
-        strategy=Horovod(), accelerator="cpu", devices=2, max_steps=1, accumulate_grad_batches=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(samples(), batch_size=2))  # type: ignore[arg-type]
+    for _ in range(2):
+        trainer = L.Trainer(
+            strategy=Horovod(), accelerator="cpu", devices=2, max_steps=1, accumulate_grad_batches=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(samples(), batch_size=2))  # type: ignore[arg-type]
     module.net.eval()(samples(), rank)
     torch.save(module.net.state_dict(), path.with_suffix(f".{rank}"))
 
@@ -114,13 +115,15 @@ def test_ranks_may_use_different_parameters(work: Path) -> None:
     torch.manual_seed(0)
     net = Branches()
     optimizer = torch.optim.SGD(net.parameters(), 0.5)
-    for rank in range(2):
-        for batch in samples().split(2):
-            statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
-            (net(batch, rank) / 4).backward()
-            if rank:  # whose statistics are not kept
-                net.load_state_dict(statistics, strict=False)
-    optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        for rank in range(2):
+            for batch in samples().split(2):
+                statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
+                (net(batch, rank) / 4).backward()
+                if rank:  # whose statistics are not kept
+                    net.load_state_dict(statistics, strict=False)
+        optimizer.step()
     for name, value in net.state_dict().items():
         assert torch.equal(found[0][name], found[1][name]), name
         assert torch.allclose(found[0][name], value, atol=1e-6), name

@@ -14,7 +14,6 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from common.errors import InputError
@@ -48,7 +47,7 @@ class Horovod(DDPStrategy):
         self.compression, self._seconds = compression, timeout.total_seconds()
         self._accumulates = False
         self._sent: dict[nn.Parameter, tuple[int, Tensor]] = {}  # handle, and what becomes the average
-        self._hooks: list[RemovableHandle] = []
+        self._hvd: Any = None  # once the ranks have found one another
 
     @override
     def configure_ddp(self) -> None:
@@ -64,9 +63,6 @@ class Horovod(DDPStrategy):
         import horovod.torch as hvd  # type: ignore[import-not-found]
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer  # type: ignore
 
-        self._hvd: Any = hvd
-        if hvd.is_initialized():
-            return
         server = RendezvousHTTPServer(("", 0), RendezvousHandler, 0) if self.is_global_zero else None
         port = self.broadcast(server.server_port if server else 0)
         assert self.cluster_environment is not None
@@ -88,6 +84,7 @@ class Horovod(DDPStrategy):
         if server:
             server.shutdown()
             server.server_close()
+        self._hvd = hvd
 
     def _send(self, parameter: nn.Parameter) -> None:
         """Hand over a gradient that is complete, while backward goes on."""
@@ -132,6 +129,8 @@ class Horovod(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        if self._hvd is not None:
+            for hook in self._hooks:
+                hook.remove()
+            self._hvd.shutdown()
         super().teardown()

@@ -1,25 +1,27 @@
 #!/bin/bash
 # Builds Horovod against the torch that is installed, and installs it into the environment of PYTHON:
 #   PYTHON=.venv/bin/python configs/cluster/horovod.sh
-# Once per version of torch and Python: eight minutes on two cores. The wheel stays in ~/.cache/lightning-recipes/horovod
-# and the next call installs it at once. Needs g++ and make; for GPUs nvcc and NCCL's headers as well (NCCL over the
-# network and between GPUs; HOROVOD_NCCL_HOME where they lie elsewhere). On a cluster, build on a node like those of the job.
+# Once per version of torch and Python: eight minutes on two cores. The wheel stays in
+# ~/.cache/lightning-recipes/horovod, from where the next call installs it. Needs g++ and make; where torch is one for
+# CUDA also nvcc and NCCL as developers need it (libnccl-dev, or HOROVOD_NCCL_HOME). On a cluster, build on a node like
+# those of the jobs.
 set -euo pipefail
 version=0.28.1 python=${PYTHON:-python}
 
 stop() { echo "horovod.sh: $1" >&2; exit 2; }
 for tool in g++ make tar; do
-  command -v "$tool" > /dev/null || stop "$tool is missing and Horovod is built from source; install it, e.g. apt install build-essential"
+  command -v "$tool" > /dev/null || stop "$tool is missing, which the build needs; apt-get install build-essential"
 done
 about='import sys, torch; print(torch.__version__, "cp%d%d" % sys.version_info[:2], torch.version.cuda or "")'
-facts=$("$python" -c "$about" 2> /dev/null) || stop "$python cannot import torch; name the environment's interpreter with PYTHON="
+facts=$("$python" -c "$about" 2> /dev/null) || stop "$python cannot import torch; set PYTHON to one that can"
 read -r torch tag cuda <<< "$facts"
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/lightning-recipes/horovod/torch-$torch
-pip() { "$python" -m pip --disable-pip-version-check -q "$@"; }
+pip() { "$python" -m pip --disable-pip-version-check -qq "$@"; }
 
 if ! compgen -G "$cache/horovod-$version-$tag-*.whl" > /dev/null; then
   echo "Building Horovod $version for torch $torch, about eight minutes on two cores ..."
+  mkdir -p "$cache"
   build=$(mktemp -d)
   trap 'rm -rf "$build"' EXIT
   # Horovod's build needs older tools than the environment may hold: they are put beside it, for the build only.
@@ -33,10 +35,10 @@ if ! compgen -G "$cache/horovod-$version-$tag-*.whl" > /dev/null; then
   pip download --no-deps --no-build-isolation --no-binary horovod --dest "$build" "horovod==$version"
   tar -xf "$build/horovod-$version.tar.gz" -C "$build"
   sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$build/horovod-$version"/{.,horovod/torch}/CMakeLists.txt
-  pip wheel --no-deps --no-build-isolation --wheel-dir "$build" "$build/horovod-$version" > "$build/log" 2>&1 ||
-    { tail -n 40 "$build/log" >&2; stop "the build failed, see the lines above"; }
-  mkdir -p "$cache"
+  pip wheel --no-deps --no-build-isolation --wheel-dir "$build" "$build/horovod-$version" > "$cache/build.log" 2>&1 ||
+    stop "the build failed; $cache/build.log says why"
   mv "$build"/horovod-$version-*.whl "$cache"
 fi
+pip uninstall --yes horovod  # of the same version, built for another torch
 pip install "$cache"/horovod-$version-$tag-*.whl
 "$python" -c 'import horovod.torch; print("Horovod", horovod.__version__, "is installed")'
