@@ -3,7 +3,10 @@
 What it shares with the other strategies is tested with them: equality, resume, faults, preflight.
 """
 
+import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,8 +36,32 @@ def test_the_missing_engine_is_named_with_its_script(work: Path, capfd: pytest.C
         main_of("lm")(["fit", *TINY, *LAYER, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "trainer.strategy: Horovod is not installed; run configs/cluster/horovod.sh" in line
+    assert "trainer.strategy: Horovod is not installed" in line
+    assert line.endswith("run configs/cluster/horovod.sh")
     assert SCRIPT.exists()
+
+
+def outdated_main(folder: Path, args: list[str]) -> None:
+    """Find a Horovod that does not go with the torch that is here."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    main_of("lm")(args)
+
+
+@installed
+def test_a_build_for_another_torch_is_named_with_its_script(work: Path) -> None:
+    spec = importlib.util.find_spec("horovod")
+    assert spec is not None
+    assert spec.origin is not None
+    shutil.copytree(Path(spec.origin).parent, work / "horovod", ignore=shutil.ignore_patterns("*.so"))
+    library = next(Path(spec.origin).parent.glob("torch/*.so"))
+    (work / "horovod/torch" / library.name).touch()  # torch's symbols cannot be found in it
+    metadata = work / "horovod/metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "pytorch": "1.0"}))
+    assert run_ranks(outdated_main, work, ["fit", *TINY, *LAYER], world=1, folder=work) == [2], logs(work)
+    line = (work / "rank0.log").read_text().splitlines()[-1]
+    assert f"trainer.strategy: Horovod is not installed, or not for torch {torch.__version__}; run" in line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Data parallel whose gradients Horovod averages."""
 
-import importlib.util
+import importlib
 import os
 import threading
 import time
@@ -14,6 +14,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from common.errors import InputError
@@ -35,19 +36,22 @@ class Horovod(DDPStrategy):
         timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: Horovod is not installed.
+        InputError: Horovod is not installed, or was built for another torch.
     """
 
     averages_by_itself: ClassVar = True
 
     def __init__(self, compression: Literal["none", "fp16"] = "none", timeout: timedelta = default_pg_timeout):
-        if importlib.util.find_spec("horovod") is None:
-            raise InputError("trainer.strategy: Horovod is not installed; run configs/cluster/horovod.sh")
+        try:
+            self._hvd: Any = importlib.import_module("horovod.torch")
+        except ImportError as error:
+            problem = f"Horovod is not installed, or not for torch {torch.__version__}"
+            raise InputError(f"trainer.strategy: {problem}; run configs/cluster/horovod.sh") from error
         super().__init__(timeout=timeout)
         self.compression, self._seconds = compression, timeout.total_seconds()
         self._accumulates = False
         self._sent: dict[nn.Parameter, tuple[int, Tensor]] = {}  # handle, and what becomes the average
-        self._hvd: Any = None  # once the ranks have found one another
+        self._hooks: list[RemovableHandle] = []
 
     @override
     def configure_ddp(self) -> None:
@@ -60,7 +64,6 @@ class Horovod(DDPStrategy):
 
     def _start(self) -> None:
         """Let the ranks find one another in Horovod as well."""
-        import horovod.torch as hvd  # type: ignore[import-not-found]
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer  # type: ignore
 
         server = RendezvousHTTPServer(("", 0), RendezvousHandler, 0) if self.is_global_zero else None
@@ -79,12 +82,11 @@ class Horovod(DDPStrategy):
         os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # what it logs of a lost rank, it raises as well
         if server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-        hvd.init()
+        self._hvd.init()
         self.barrier()  # all have found one another
         if server:
             server.shutdown()
             server.server_close()
-        self._hvd = hvd
 
     def _send(self, parameter: nn.Parameter) -> None:
         """Hand over a gradient that is complete, while backward goes on."""
@@ -129,8 +131,7 @@ class Horovod(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._hvd is not None:
-            for hook in self._hooks:
-                hook.remove()
-            self._hvd.shutdown()
+        for hook in self._hooks:
+            hook.remove()
+        self._hvd.shutdown()
         super().teardown()
