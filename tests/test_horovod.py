@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from common.strategies.horovod import Horovod
 from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
+from tests.test_resume import digest
 
 LAYER = ["--config", str(ROOT / "configs/strategy/horovod.yaml")]
 SCRIPT = ROOT / "configs/cluster/horovod.sh"
@@ -89,6 +90,25 @@ def test_half_the_bytes_train_nearly_the_same(work: Path, lm_args: list[str]) ->
         losses, expected = (read_metrics(path / "metrics.csv", key) for path in (half, whole))
         assert len(losses) == (20 if key == "train/loss" else 1)
         assert 0 < difference(losses, expected) < 1e-3
+
+
+@installed
+def test_runs_on_four_ranks_repeat_to_the_bit(work: Path, lm_args: list[str]) -> None:
+    """On two, sums have but one order."""
+    args = ["fit", *LAYER, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "4", "--data.batch_size", "4"]
+    args += ["--trainer.max_steps", "10", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
+    for name in ("first", "second"):
+        assert run_ranks(main_of("lm"), [*args, "--name", name], world=4, folder=work) == [0] * 4, logs(work)
+    first, second = (digest(work / f"runs/lm/{name}/checkpoints/last.ckpt") for name in ("first", "second"))
+    assert first == second
+
+
+@installed
+def test_a_number_out_of_its_range_is_refused(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main_of("lm")(["fit", *TINY, *LAYER, "--trainer.strategy.fusion_threshold", "-1"])
+    assert stop.value.code == 2
+    assert "trainer.strategy.fusion_threshold: must be at least 0, got -1" in capfd.readouterr().err.splitlines()[-1]
 
 
 class Branches(nn.Module):

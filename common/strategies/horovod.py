@@ -25,33 +25,48 @@ class Horovod(DDPStrategy):
     """Horovod's ring all-reduce (Sergeev & Del Balso 2018, https://arxiv.org/abs/1802.05799) in the place of DDP's.
 
     Ranks are started as for every other strategy, and torch does what is not an average of gradients. Horovod's
-    coordinator on rank 0 hears which gradients are ready on all ranks, and lets the ranks average several of them at a
-    time, while backward goes on. Parameters that a rank has not used count as a gradient of zeros.
+    coordinator on rank 0 hears which gradients are ready on all ranks, and lets them average these while backward goes
+    on. Parameters that a rank has not used count as a gradient of zeros.
 
     Its ``DistributedOptimizer`` would make the optimizer anew, after schedules were tied to it: the same hooks are
-    here, without it. Horovod's own settings are its environment variables, such as ``HOROVOD_FUSION_THRESHOLD``.
+    here, without it. Further settings of Horovod are its environment variables.
 
     Args:
-        compression: fp16 sends gradients of fp32 in half the bytes, rounded, those below 6e-8 as zeros.
+        compression: fp16 sends gradients in half the bytes of fp32, rounded, those below 6e-8 as zeros.
+        fusion_threshold: bytes of gradients that are averaged together if they are ready at the same time, in a buffer
+            of this size. Which ones are depends on the time they take, and on more than two ranks the order of sums
+            with it: with 0, which averages each by itself, a run repeats to the bit.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: Horovod is not installed, or was built for another torch.
+        InputError: Horovod is not installed, or was built for another torch, or a number is out of its range.
     """
 
     averages_by_itself: ClassVar = True
 
-    def __init__(self, compression: Literal["none", "fp16"] = "none", timeout: timedelta = default_pg_timeout):
+    def __init__(
+        self,
+        compression: Literal["none", "fp16"] = "none",
+        fusion_threshold: int = 0,
+        timeout: timedelta = default_pg_timeout,
+    ):
         try:
             self._hvd: Any = importlib.import_module("horovod.torch")
         except ImportError as error:
             problem = f"Horovod is not installed, or not for torch {torch.__version__}"
             raise InputError(f"trainer.strategy: {problem}; run configs/cluster/horovod.sh") from error
         super().__init__(timeout=timeout)
-        self.compression, self._seconds = compression, timeout.total_seconds()
+        self.compression, self.fusion_threshold = compression, fusion_threshold
+        self._seconds = timeout.total_seconds()
         self._accumulates = False
         self._sent: dict[nn.Parameter, tuple[int, Tensor]] = {}  # handle, and what becomes the average
         self._hooks: list[RemovableHandle] = []
+
+    @override
+    def setup_environment(self) -> None:
+        if self.fusion_threshold < 0:
+            raise InputError(f"trainer.strategy.fusion_threshold: must be at least 0, got {self.fusion_threshold}")
+        super().setup_environment()
 
     @override
     def configure_ddp(self) -> None:
@@ -76,7 +91,7 @@ class Horovod(DDPStrategy):
             "HOSTNAME": f"node{self.node_rank}",  # by which ranks of a node find one another
             "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
             "GLOO_RENDEZVOUS_ADDR": self.cluster_environment.main_address, "GLOO_RENDEZVOUS_PORT": port,
-            "GLOO_TIMEOUT_SECONDS": max(int(self._seconds), 1),
+            "GLOO_TIMEOUT_SECONDS": max(int(self._seconds), 1), "FUSION_THRESHOLD": self.fusion_threshold,
         }  # fmt: skip
         os.environ.update({f"HOROVOD_{key}": str(value) for key, value in own.items()})
         os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # what it logs of a lost rank, it raises as well
