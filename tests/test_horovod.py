@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from common.faults import lost_rank
 from common.strategies.horovod import Horovod
 from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
@@ -79,6 +80,12 @@ def test_the_script_says_what_it_lacks(tools: tuple[str, ...], line: str, tmp_pa
     (said,) = done.stderr.splitlines()
     assert said.startswith("horovod.sh: ")
     assert line in said
+
+
+def test_its_words_tell_of_a_lost_rank() -> None:
+    """Those of 0.28.1, for each gradient that still waits and for each that comes later."""
+    words = "Horovod has been shut down. This was caused by an exception on one of the ranks or an attempt to allreduce"
+    assert lost_rank(RuntimeError(words)) == "Horovod has been shut down"
 
 
 @installed
