@@ -49,18 +49,19 @@ def step_seed(*parts: int) -> int:
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
     """How many ranks read samples of their own, and which of them this is; ranks that share samples count as one."""
     together = getattr(trainer.strategy, "ranks_per_batch", 1)
-    return groups(trainer.world_size, together), trainer.global_rank // together
+    key = getattr(trainer.strategy, "ranks_per_batch_key", "trainer.strategy.tensor_parallel")
+    return groups(trainer.world_size, together, key), trainer.global_rank // together
 
 
-def groups(ranks: int, together: int) -> int:
-    """How many groups ranks form if so many of them share each sample.
+def groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_parallel") -> int:
+    """How many groups ranks form if so many of them share each sample, as a setting says.
 
     Raises:
         InputError: the ranks cannot be divided so.
     """
     if together < 1 or ranks % together:
         problem = f"{together} is no divisor of {ranks} ranks"
-        raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take another, or --trainer.devices")
+        raise InputError(f"{key}: {problem}; take another, or --trainer.devices")
     return ranks // together
 
 
