@@ -65,7 +65,7 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
     "gpipe": (2, ["--trainer.strategy.schedule", "gpipe", "--trainer.strategy.micro_batches", "2"], 16, 1),
     "accumulation": (2, [], 8, 2),
     "replicas": (4, [], 8, 1),
-    "three_stages": (3, ["--trainer.strategy.stages", "3", f"{NET}.num_hidden_layers", "4"], 16, 1),
+    "three_stages": (3, ["--trainer.strategy.stages", "3", f"{NET}.num_hidden_layers", "3"], 16, 1),
     "untied": (2, [f"{NET}.tie_word_embeddings", "false"], 16, 1),
     "checkpointed": (2, ["--model.activation_checkpointing", "true"], 16, 1),
 }
