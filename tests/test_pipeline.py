@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from common.checkpoint import read_checkpoint
+from common.errors import InputError
+from common.nets import causal_lm
+from common.strategies.pipeline import plan_of
 from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -24,8 +29,9 @@ def fit(work: Path, lm_args: list[str]) -> Fit:
     """Train twenty steps of 16 samples with clipping, and return the run's folder."""
 
     def run(name: str, world: int, *args: str, batch_size: int = 16, accumulate: int = 1) -> Path:
+        layer = LAYER if world > 1 and "--config" not in args else []
         command = [
-            "fit", *(LAYER if world > 1 else []), *lm_args, "--name", name, "--data.batch_size", str(batch_size),
+            "fit", *layer, *lm_args, "--name", name, "--data.batch_size", str(batch_size),
             "--trainer.accumulate_grad_batches", str(accumulate), "--trainer.accelerator", "cpu",
             "--trainer.devices", str(world), "--trainer.max_steps", "20", "--trainer.gradient_clip_val", "0.5",
             "--trainer.val_check_interval", str(10 * accumulate), "--trainer.check_val_every_n_epoch", "null",
@@ -80,3 +86,134 @@ def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any)
     record_property("summary", f"pipeline, {shape}: largest relative difference {worst(run, expected):.1e}")
     assert worst(run, expected) < 1e-5
     check_state(run, expected)
+
+
+def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
+    """From a pipeline to one process, to DDP, to two pipelines and back, as if it had been one process all along."""
+    schedule = ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]  # the same however long the run is
+    again = ["--ckpt_path", "last"]
+    ddp = ["--config", str(ROOT / "configs/strategy/ddp.yaml")]
+    hops: list[tuple[int, int, list[str]]] = [
+        (2, 16, []),
+        (1, 16, ["--trainer.strategy", "auto", *again]),
+        (2, 8, [*ddp, *again]),
+        (4, 8, [*LAYER, *again]),
+        (2, 16, [*LAYER, *again, "--trainer.strategy.schedule", "gpipe"]),
+    ]
+    values: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    for hop, (world, batch_size, flags) in enumerate(hops, 1):
+        steps = ["--trainer.max_steps", str(4 * hop), "--trainer.val_check_interval", "4"]
+        run = fit("hops", world, *schedule, *steps, *flags, batch_size=batch_size)
+        for column, found in values.items():
+            found += read_metrics(run / "metrics.csv", column)
+    whole = fit("whole", 1, *schedule, "--trainer.val_check_interval", "4")
+    off = max(difference(values[column], read_metrics(whole / "metrics.csv", column)) for column in COLUMNS)
+    record_property("summary", f"pipeline, through {len(hops)} strategies: largest relative difference {off:.1e}")
+    assert off < 1e-5
+    check_state(run, whole)
+
+
+class Shared(nn.Module):
+    """Blocks of a net of one's own, with a weight in each that is the same for all."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self, blocks: int = 4, shared: bool = False, norm: bool = False):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.norm = nn.BatchNorm1d(4) if norm else nn.LayerNorm(4)
+        if shared:
+            for layer in self.layers:
+                layer.weight = self.layers[0].weight
+
+
+class Block(nn.Linear):
+    """One of them."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+
+def test_plans_of_nets() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    net: Any = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=True), 10)
+    plan = plan_of(net, 2)
+    assert plan.layers == list(net.model.layers)
+    assert [list(numbers) for numbers in plan.own] == [[0, 1], [2]]
+    assert plan.stages_of[net.lm_head.weight] == {0, 1}, "the embedding's"
+    assert plan.stages_of[net.model.norm.weight] == {1}
+    assert plan.stage_of["lm_head.weight"] == plan.stage_of["model.embed_tokens.weight"] == 0
+    assert plan.stage_of["model.layers.2.mlp.up_proj.weight"] == 1
+    untied: Any = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=False), 10)
+    assert plan_of(untied, 3).stages_of[untied.lm_head.weight] == {2}
+    assert plan_of(nn.Sequential(Shared()), 4).stage_of["0.norm.weight"] == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "stages", "line"),
+    [
+        (lambda: nn.Linear(2, 2), 2, "Linear names no list of blocks"),
+        (lambda: Shared(3), 4, "Shared has 3 blocks, fewer than 4 stages"),
+        (lambda: Shared(shared=True), 4, "layers.0.weight of Shared is shared by blocks of several stages"),
+        (lambda: Shared(norm=True), 2, "batch norm of Shared would take its statistics of micro-batches"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=2, num_heads=1, vocab_size=9)),
+            2,
+            r"T5ForConditionalGeneration has blocks in several lists \(encoder.block and decoder.block\)",
+        ),
+    ],
+)
+def test_nets_that_cannot_be_divided(make: Callable[[], nn.Module], stages: int, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        plan_of(make(), stages)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "line"),
+    [
+        ("lm", ["--trainer.strategy.stages", "3"], "stages: 3 is no divisor of 2 ranks"),
+        ("lm", ["--trainer.strategy.stages", "1"], "stages: must be at least 2, got 1"),
+        ("lm", ["--trainer.strategy.micro_batches", "1"], "micro_batches: must be at least 2 with 1f1b, got 1"),
+        ("lm", ["--trainer.strategy.micro_batches", "0", "--trainer.strategy.schedule", "gpipe"], "at least 1 with"),
+        ("lm", ["--data.batch_size", "6"], "micro_batches: 4 is no divisor of the 6 samples of a batch"),
+        ("lm", [f"{NET}.num_hidden_layers", "1"], "LlamaForCausalLM has 1 blocks, fewer than 2 stages"),
+        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: stages do without"),
+        ("classification", [], "ConvNet names no list of blocks (_no_split_modules)"),
+    ],
+)
+def test_mistakes(recipe: str, flags: list[str], line: str, work: Path, lm_args: list[str]) -> None:
+    own = lm_args if recipe == "lm" else []
+    args = [*LAYER, "--trainer.accelerator", "cpu", *own, *flags, "--trainer.devices", "2"]
+    for command, world in (("fit", 2), ("preflight", 1)):
+        assert run_ranks(main_of(recipe), [command, *args], world=world, folder=work) == [2] * world, logs(work)
+        assert line in (work / "rank0.log").read_text().splitlines()[-1]
+    assert not (work / f"runs/{recipe}/default/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "line"),
+    [
+        ("adversarial", [], "stages: the recipe wants other gradients than those of its loss"),
+        ("multitask", [], "stages: the recipe trains with another loss than that of its shared_step"),
+        ("curriculum", ["--data.batch_size", "8"], "micro_batches: 4 is no divisor of the 2 samples of a batch"),
+        ("lm", ["--model.optimizer", "pytorch_optimizer.Prodigy"], "Prodigy goes by all parameters at once"),
+    ],
+)
+def test_what_shows_in_training(
+    recipe: str, flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]
+) -> None:
+    args = ["fit", *LAYER, "--trainer.accelerator", "cpu", *plain_args[recipe], *flags, "--trainer.devices", "2"]
+    assert run_ranks(main_of(recipe), args, folder=work) == [2, 2], logs(work)
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+
+
+def test_a_net_that_registers_its_parts_in_another_order(work: Path, lm_args: list[str]) -> None:
+    """OPT registers its last norm before the blocks, to the stage of which it does not come."""
+    config = ["--model.config", "transformers.OPTConfig", f"{NET}.num_hidden_layers", "2", f"{NET}.hidden_size", "32"]
+    net = [*config, f"{NET}.word_embed_proj_dim", "32", f"{NET}.ffn_dim", "64", f"{NET}.num_attention_heads", "2"]
+    own = [*lm_args[: lm_args.index(f"{NET}.hidden_size")], *net]
+    args = ["fit", *LAYER, "--trainer.accelerator", "cpu", *own, "--trainer.devices", "2"]
+    assert run_ranks(main_of("lm"), args, folder=work) == [3, 2], logs(work)
+    last = (work / "rank1.log").read_text().splitlines()[-1]
+    assert "stages: OPTForCausalLM uses in stage 1 what it registers for another" in last

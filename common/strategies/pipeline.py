@@ -14,12 +14,14 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from common.data import groups, seed_draws, step_seed
 from common.errors import InputError
-from common.strategies.sharding import Memory, batch_norms, blocks
+from common.optim import MuonAdamW
+from common.strategies.sharding import Memory, batch_norms, blocks, is_separable
 
 KEY = "trainer.strategy.stages"
 INSTEAD = "take configs/strategy/fsdp2.yaml"
@@ -152,7 +154,7 @@ class Pipeline(DDPStrategy):
         self.ranks_per_batch = self.stages = stages
         self.micro_batches, self.schedule = micro_batches, schedule
         self._shapes: list[torch.Size] = []
-        self._in_step = False
+        self._in_step = self._checked = False
         self._received: Tensor | None = None
 
     def _check(self) -> None:
@@ -225,6 +227,15 @@ class Pipeline(DDPStrategy):
         return model
 
     @override
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            # What MuonAdamW consists of goes by each matrix; it cannot be tried.
+            if not isinstance(optimizer, MuonAdamW) and not is_separable(optimizer):
+                problem = f"{type(optimizer).__name__} goes by all parameters at once, and a stage has only its own"
+                raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")
+
+    @override
     def model_to_device(self) -> None:
         self._keep_stage()
         super().model_to_device()
@@ -262,11 +273,18 @@ class Pipeline(DDPStrategy):
             if isinstance(part, PreTrainedModel):
                 for settings in filter(None, (part.config, getattr(part, "generation_config", None))):
                     settings.use_cache = False  # each stage would have that of its own blocks alone
+        for part in module.modules():
+            if isinstance(part, Metric):  # all ranks of a pipeline have seen the same samples, which count once
+                part.process_group = self._replicas
         forward = net.forward
 
         @wraps(forward)
         def through_stages(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if self._in_step else self._evaluate(forward, *args, **kwargs)
+            if self._in_step:
+                return forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                raise InputError(f"{KEY}: the recipe wants other gradients than those of its loss; {INSTEAD}")
+            return self._evaluate(forward, *args, **kwargs)
 
         net.forward = through_stages
         self._shared_step = module.shared_step
@@ -291,13 +309,25 @@ class Pipeline(DDPStrategy):
         return received
 
     def _leave(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Left(self._skip(*args, **kwargs).contiguous())
+        hidden = self._skip(*args, **kwargs)
+        self._check_numbers(hidden)
+        raise _Left(hidden.contiguous())
 
-    @torch.no_grad()
+    def _check_numbers(self, value: Any) -> None:
+        """See once whether a pass has used parameters that belong to other stages."""
+        if self._checked:
+            return
+        self._checked = True
+        if any(leaf.isnan().any() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+            net = type(self.lightning_module.net).__name__  # type: ignore[union-attr]
+            problem = f"{net} uses in stage {self.stage} what it registers for another (or has no finite weights)"
+            raise InputError(f"{KEY}: {problem}; {INSTEAD}")
+
     def _evaluate(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The net's forward pass as its callers know it, on all ranks of the pipeline at once."""
         try:
             output = forward(*args, **kwargs)
+            self._check_numbers(output)
         except _Left as left:
             dist.send(left.hidden, self.global_rank + 1, self._pipeline)
             output = None
@@ -312,7 +342,10 @@ class Pipeline(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.lightning_module.training_step(*args, **kwargs)  # type: ignore  # casts for each micro-batch
+        loss = self.lightning_module.training_step(*args, **kwargs)  # type: ignore  # casts for each micro-batch
+        if loss is not self._loss:
+            raise InputError(f"{KEY}: the recipe trains with another loss than that of its shared_step; {INSTEAD}")
+        return loss
 
     def _step(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
         """The module's ``shared_step``; in training all micro-batches, forward and backward."""
@@ -346,8 +379,8 @@ class Pipeline(DDPStrategy):
             losses, counts = torch.stack(self._results).T
             result = torch.stack([losses.mean(), counts.sum()])
         dist.broadcast(result, self._last, self._pipeline)
-        loss: Any = _Computed.apply(result[0], gradients, *self._params)
-        return loss, result[1]
+        self._loss: Any = _Computed.apply(result[0], gradients, *self._params)
+        return self._loss, result[1]
 
     def _split(self, batch: Any) -> list[Any]:
         rows = len(batch.mask)
@@ -385,7 +418,7 @@ class Pipeline(DDPStrategy):
         """What the first block gets of a micro-batch, without memory: the same goes from each stage to the next."""
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._leave(*args, **kwargs)
+            raise _Left(self._skip(*args, **kwargs))
 
         handle = self._first_block.register_forward_pre_hook(leave, with_kwargs=True)
         try:
@@ -410,6 +443,7 @@ class Pipeline(DDPStrategy):
                 problem = f"blocks make {left.hidden.dtype} {list(left.hidden.shape)} of {self._hidden.dtype}"
                 raise InputError(f"{KEY}: {problem} {list(self._hidden.shape)}; {INSTEAD}") from None
             return left.hidden
+        self._check_numbers(loss)
         self._results.append(torch.stack([loss.detach().double(), count.double()]))
         return loss / self.micro_batches
 

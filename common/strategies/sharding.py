@@ -103,29 +103,49 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     Found by trying, for each group, on a distance to be made smaller: an optimizer that estimates its own rate, or
     norms, from all it has finds other ones for a piece. No proof: what begins after 30 steps goes unseen.
     """
+    pieces = [(slice(10), (10,)), (slice(10, 24), (14,))]
+    return _moves_alike(optimizer, [(slice(24), (4, 6))], pieces)
+
+
+def is_separable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer does to each parameter what it does to it without the others; found in the same way."""
+    pieces = [(slice(12), (3, 4)), (slice(12, 24), (3, 4))]
+    return _moves_alike(optimizer, pieces, pieces)
+
+
+Piece = tuple[slice, tuple[int, ...]]  # of 24 numbers, and its shape
+
+
+def _moves_alike(optimizer: torch.optim.Optimizer, together: list[Piece], alone: list[Piece]) -> bool:
+    """Whether an optimizer of some pieces as its parameters moves them as one optimizer for each of others does."""
     generator = torch.Generator().manual_seed(0)
     start, goal = torch.randn(2, 24, generator=generator, dtype=torch.float64)
 
-    def moved(group: dict[str, Any], part: slice, *shape: int) -> Tensor:
+    def moved(group: dict[str, Any], pieces: list[Piece]) -> Tensor:
         device = group["params"][0].device
-        param = nn.Parameter(start[part].view(shape).to(device, torch.float32))
+        params = [nn.Parameter(start[part].view(shape).to(device, torch.float32)) for part, shape in pieces]
         probe = object.__new__(type(optimizer))
         probe.__dict__.update(optimizer.__dict__)
         # A schedule may begin with a rate of 0, which moves nothing; capturable is for devices alone.
-        settings = {"params": [param], "lr": 1.0} | ({"capturable": False} if "capturable" in group else {})
+        settings = {"params": params, "lr": 1.0} | ({"capturable": False} if "capturable" in group else {})
         probe.state, probe.param_groups = defaultdict(dict), [{**group, **settings}]
         for _ in range(30):
-            param.grad = param.detach() - goal[part].view(shape).to(param)
+            for p, (part, shape) in zip(params, pieces, strict=True):
+                p.grad = p.detach() - goal[part].view(shape).to(p)
             type(probe).step(probe)  # a schedule has bound the instance's own to the true optimizer
-        return param.detach().cpu().flatten() - start[part]
+        return torch.cat(
+            [p.detach().cpu().flatten() - start[part] for p, (part, _) in zip(params, pieces, strict=True)]
+        )
 
     for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
         try:
-            whole = moved(group, slice(24), 4, 6)
-            pieces = torch.cat([moved(group, slice(10), 10), moved(group, slice(10, 24), 14)])
+            whole = moved(group, together)
+            parts = torch.cat([moved(group, [piece]) for piece in alone])
         except Exception:  # it cannot even step on pieces
             return False
-        if not (pieces - whole).abs().max() < 1e-4 * whole.abs().max():
+        if not (parts - whole).abs().max() < 1e-4 * whole.abs().max():
             return False
     return True
 
