@@ -156,6 +156,7 @@ class Pipeline(DDPStrategy):
         self._shapes: list[torch.Size] = []
         self._in_step = self._checked = False
         self._received: Tensor | None = None
+        self._loss: Any = None
 
     def _check(self) -> None:
         if self.stages < 2:
@@ -170,16 +171,20 @@ class Pipeline(DDPStrategy):
         if self._layer_sync:
             raise InputError("trainer.sync_batchnorm: stages do without; take false, or configs/strategy/ddp.yaml")
 
-    def _check_rows(self, rows: int, key: str) -> None:
+    def _check_rows(self, rows: int) -> None:
         if rows % self.micro_batches:
-            problem = f"{self.micro_batches} is no divisor of the {rows} samples of a batch"
-            raise InputError(f"trainer.strategy.micro_batches: {problem}; take another, or {key}")
+            problem = f"{self.micro_batches} is no divisor of the {rows} samples of a batch (data.batch_size)"
+            raise InputError(f"trainer.strategy.micro_batches: {problem}; change one of them")
+
+    @property
+    def _module(self) -> Any:
+        return self.lightning_module
 
     def _plan(self) -> Plan:
         """How the net is divided, and whether the data can be."""
-        module: Any = self.lightning_module
-        if module.trainer.state.fn in ("fit", None):
-            self._check_rows(module.trainer.datamodule.batch_size, "data.batch_size")
+        module = self._module
+        if module.trainer.state.fn in ("fit", None):  # preflight has none
+            self._check_rows(module.trainer.datamodule.batch_size)
         plan = plan_of(module.net, self.stages)
         for stage in range(self.stages):
             if not any(p.requires_grad for p, where in plan.stages_of.items() if stage in where):
@@ -237,12 +242,13 @@ class Pipeline(DDPStrategy):
 
     @override
     def model_to_device(self) -> None:
-        self._keep_stage()
+        if not hasattr(self, "_names"):  # nor does a trainer do so for a second command
+            self._keep_stage()
         super().model_to_device()
 
     def _keep_stage(self) -> None:
         """Drop the parameters of other stages, and lead the net's forward pass through the stages."""
-        module: Any = self.lightning_module
+        module = self._module
         net, plan = module.net, self._plan()
         self._names: list[str] = module.param_names
         self._whole_groups = [group["params"] for group in module._groups]
@@ -319,7 +325,7 @@ class Pipeline(DDPStrategy):
             return
         self._checked = True
         if any(leaf.isnan().any() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
-            net = type(self.lightning_module.net).__name__  # type: ignore[union-attr]
+            net = type(self._module.net).__name__
             problem = f"{net} uses in stage {self.stage} what it registers for another (or has no finite weights)"
             raise InputError(f"{KEY}: {problem}; {INSTEAD}")
 
@@ -342,7 +348,7 @@ class Pipeline(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = self.lightning_module.training_step(*args, **kwargs)  # type: ignore  # casts for each micro-batch
+        loss = self._module.training_step(*args, **kwargs)  # casts for each micro-batch
         if loss is not self._loss:
             raise InputError(f"{KEY}: the recipe trains with another loss than that of its shared_step; {INSTEAD}")
         return loss
@@ -379,12 +385,12 @@ class Pipeline(DDPStrategy):
             losses, counts = torch.stack(self._results).T
             result = torch.stack([losses.mean(), counts.sum()])
         dist.broadcast(result, self._last, self._pipeline)
-        self._loss: Any = _Computed.apply(result[0], gradients, *self._params)
+        self._loss = _Computed.apply(result[0], gradients, *self._params)
         return self._loss, result[1]
 
     def _split(self, batch: Any) -> list[Any]:
         rows = len(batch.mask)
-        self._check_rows(rows, "a batch size")
+        self._check_rows(rows)
         leaves, spec = tree_flatten(batch)
         chunks = [
             leaf.chunk(self.micro_batches) if isinstance(leaf, Tensor) else [leaf] * self.micro_batches
@@ -449,8 +455,7 @@ class Pipeline(DDPStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.fit_loop._should_accumulate():
+        if self._module.trainer.fit_loop._should_accumulate():
             return
         replicas = self.world_size // self.stages
         if replicas > 1:
@@ -501,14 +506,14 @@ class Pipeline(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = self.lightning_module.state_dict()  # type: ignore[union-attr]
+        state = self._module.state_dict()
         whole = self._collect({name: value for name, value in state.items() if self._stage_of[name] == self.stage})
         return {name: whole[name] for name in self._stage_of if name in whole}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        own = self.lightning_module.param_names  # type: ignore[union-attr]
+        own = self._module.param_names
         mine = {own[number]: values for number, values in state["state"].items()}
         whole = self._collect({name: values for name, values in mine.items() if self._stage_of[name] == self.stage})
         number_of = {name: number for number, name in enumerate(self._names)}
@@ -521,7 +526,7 @@ class Pipeline(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        own = self.lightning_module.param_names  # type: ignore[union-attr]
+        own = self._module.param_names
         number_of = {name: number for number, name in enumerate(self._names)}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             saved = [(number, state["state"].get(number_of[name])) for number, name in enumerate(own)]
