@@ -1,5 +1,6 @@
 """Pipelines compute what one process does, under either schedule, and their checkpoints are those of one process."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets import causal_lm
 from common.strategies.pipeline import plan_of
-from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import PLAIN, ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.test_resume import digest, killed_main, write_config
+from tests.test_strategies import BINNED
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -31,7 +34,7 @@ def fit(work: Path, lm_args: list[str]) -> Fit:
     def run(name: str, world: int, *args: str, batch_size: int = 16, accumulate: int = 1) -> Path:
         layer = LAYER if world > 1 and "--config" not in args else []
         command = [
-            "fit", *layer, *lm_args, "--name", name, "--data.batch_size", str(batch_size),
+            "fit", *layer, *PLAIN, *lm_args, "--name", name, "--data.batch_size", str(batch_size),
             "--trainer.accumulate_grad_batches", str(accumulate), "--trainer.accelerator", "cpu",
             "--trainer.devices", str(world), "--trainer.max_steps", "20", "--trainer.gradient_clip_val", "0.5",
             "--trainer.val_check_interval", str(10 * accumulate), "--trainer.check_val_every_n_epoch", "null",
@@ -88,6 +91,37 @@ def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any)
     check_state(run, expected)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("classification", []),
+        ("distillation", []),
+        ("curriculum", ["--data.batch", "null", "--trainer.strategy.micro_batches", "8"]),
+    ],
+)
+def test_other_recipes_equal_one_process(
+    recipe: str, flags: list[str], work: Path, plain_args: dict[str, list[str]], record_property: Any
+) -> None:
+    """Nets of other kinds, metrics of all kinds, batches of changing length; two replicas."""
+    runs = []
+    for world, batch_size, layer in ((1, 32, []), (4, 16, LAYER)):
+        args = [
+            "fit", *layer, *PLAIN, *plain_args[recipe], *(flags if world > 1 else flags[:2]), "--name", str(world),
+            "--data.batch_size", str(batch_size), "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
+            "--trainer.max_steps", "10", "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "10",
+            "--trainer.check_val_every_n_epoch", "null", "--trainer.enable_progress_bar", "false",
+        ]  # fmt: skip
+        folder = work / str(world)
+        assert run_ranks(main_of(recipe), args, world=world, folder=folder) == [0] * world, logs(folder)
+        runs.append(work / "runs" / recipe / str(world))
+    tables = [run / "metrics.csv" for run in runs]
+    names = [name for name in tables[0].read_text().splitlines()[0].split(",") if name.startswith(("train/", "val/"))]
+    assert {"train/loss", "val/loss"} < {*names}
+    off = {name: difference(*(read_metrics(table, name) for table in reversed(tables))) for name in names}
+    record_property("summary", f"pipeline, {recipe}: largest relative difference {max(off.values()):.1e}")
+    assert max(value for name, value in off.items() if name.rpartition("/")[2] not in BINNED) < 1e-5, off
+
+
 def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
     """From a pipeline to one process, to DDP, to two pipelines and back, as if it had been one process all along."""
     schedule = ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]  # the same however long the run is
@@ -98,7 +132,6 @@ def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
         (1, 16, ["--trainer.strategy", "auto", *again]),
         (2, 8, [*ddp, *again]),
         (4, 8, [*LAYER, *again]),
-        (2, 16, [*LAYER, *again, "--trainer.strategy.schedule", "gpipe"]),
     ]
     values: dict[str, list[float]] = {column: [] for column in COLUMNS}
     for hop, (world, batch_size, flags) in enumerate(hops, 1):
@@ -217,3 +250,41 @@ def test_a_net_that_registers_its_parts_in_another_order(work: Path, lm_args: li
     assert run_ranks(main_of("lm"), args, folder=work) == [3, 2], logs(work)
     last = (work / "rank1.log").read_text().splitlines()[-1]
     assert "stages: OPTForCausalLM uses in stage 1 what it registers for another" in last
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_texts_are_those_of_one_process(temperature: str, work: Path, lm_args: list[str]) -> None:
+    """Two pipelines share three prompts; all ranks draw the same tokens."""
+    args = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    fit = ["fit", *PLAIN, *lm_args, *args, "--trainer.max_steps", "4", "--trainer.limit_val_batches", "0"]
+    assert run_ranks(main_of("lm"), fit, world=1, folder=work) == [0], logs(work)
+    prompts, texts = '["The import", "a", "An object"]', []
+    for world in (1, 4) if temperature == "0" else (1, 2):
+        layer = ["--trainer.devices", str(world), *(LAYER if world > 1 else [])]
+        given = ["--ckpt_path", "last", "--data.prompts", prompts, "--model.temperature", temperature]
+        codes = run_ranks(main_of("lm"), ["predict", *given, *layer], world=world, folder=work / "predict")
+        assert codes == [0] * world, logs(work / "predict")
+        texts.append((work / "runs/lm/default/predict/predictions.csv").read_text())
+    assert len(texts[0].splitlines()) > 3
+    assert texts[0] == texts[1]
+
+
+def test_killed_pipelines_go_on_to_the_bit(work: Path, lm_args: list[str]) -> None:
+    """Two of them, in the middle of an accumulated step, with dropout."""
+    saves = {"every_n_train_steps": 3}
+    args = [
+        "fit", *LAYER, "--config", str(write_config(work, saves)), *lm_args, "--data.batch_size", "8",
+        "--trainer.accelerator", "cpu", "--trainer.devices", "4", "--trainer.max_steps", "6",
+        "--trainer.accumulate_grad_batches", "2", "--trainer.limit_val_batches", "0",
+        "--trainer.enable_progress_bar", "false", f"{NET}.attention_dropout", "0.1",
+    ]  # fmt: skip
+    codes = run_ranks(main_of("lm"), [*args, "--name", "whole"], world=4, folder=work / "whole")
+    assert codes == [0] * 4, logs(work / "whole")
+    cut = [*args, "--name", "cut"]
+    killed = run_ranks(killed_main, "lm", cut, 8, world=4, folder=work / "killed")
+    assert killed == [-signal.SIGKILL] * 4, logs(work / "killed")
+    last = work / "runs/lm/cut/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 3
+    resumed = run_ranks(main_of("lm"), [*cut, "--ckpt_path", "last"], world=4, folder=work / "resumed")
+    assert resumed == [0] * 4, logs(work / "resumed")
+    assert digest(last) == digest(work / "runs/lm/whole/checkpoints/last.ckpt")
