@@ -47,12 +47,12 @@ def fit(work: Path, lm_args: list[str]) -> Fit:
     return run
 
 
-def worst(run: Path, expected: Path) -> float:
+def differences(run: Path, expected: Path) -> dict[str, float]:
     """The largest relative difference of the losses, norms and validation losses of two runs."""
     tables = [path / "metrics.csv" for path in (run, expected)]
     assert len(read_metrics(tables[1], "train/loss")) == 20
     assert sum(norm > 0.5 for norm in read_metrics(tables[1], "optim/grad_norm")) > 5, "some are clipped"
-    return max(difference(*(read_metrics(table, column) for table in tables)) for column in COLUMNS)
+    return {column: difference(*(read_metrics(table, column) for table in tables)) for column in COLUMNS}
 
 
 def check_state(run: Path, expected: Path) -> None:
@@ -76,6 +76,7 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
     "replicas": (4, [], 8, 1),
     "three_stages": (3, ["--trainer.strategy.stages", "3", f"{NET}.num_hidden_layers", "3"], 16, 1),
     "untied": (2, [f"{NET}.tie_word_embeddings", "false"], 16, 1),
+    "muon": (2, ["--model.optimizer", "common.optim.MuonAdamW", "--model.l1", "1.0e-4"], 16, 1),
     "checkpointed": (2, ["--model.activation_checkpointing", "true"], 16, 1),
 }
 
@@ -86,8 +87,11 @@ def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any)
     of_net = [flag for i in range(0, len(flags), 2) for flag in flags[i : i + 2] if "strategy" not in flags[i]]
     expected = fit("one", 1, *of_net)
     run = fit("run", world, *flags, batch_size=batch_size, accumulate=accumulate)
-    record_property("summary", f"pipeline, {shape}: largest relative difference {worst(run, expected):.1e}")
-    assert worst(run, expected) < 1e-5
+    off = differences(run, expected)
+    record_property("summary", f"pipeline, {shape}: largest relative difference {max(off.values()):.1e}")
+    norms = off.pop("optim/grad_norm")
+    assert max(off.values()) < 1e-5
+    assert norms < (1e-4 if shape == "muon" else 1e-5)  # its products in bf16 magnify rounding
     check_state(run, expected)
 
 
