@@ -55,20 +55,24 @@ def differences(run: Path, expected: Path) -> dict[str, float]:
     return {column: difference(*(read_metrics(table, column) for table in tables)) for column in COLUMNS}
 
 
-def check_state(run: Path, expected: Path) -> None:
+def check_state(run: Path, expected: Path, atol: float = 1e-4) -> None:
     """Weights and optimizer state of two runs are those of one net, up to rounding."""
     last, wanted = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (run, expected))
     assert list(last["state_dict"]) == list(wanted["state_dict"])
     for name, value in wanted["state_dict"].items():
-        assert torch.allclose(last["state_dict"][name], value, atol=1e-4), name
+        assert torch.allclose(last["state_dict"][name], value, atol=atol), name
     states, wanted_states = (checkpoint["optimizer_states"][0] for checkpoint in (last, wanted))
     assert states["param_groups"] == wanted_states["param_groups"]
     assert list(states["state"]) == list(wanted_states["state"])
     for number, state in wanted_states["state"].items():
         for key, value in state.items():
-            assert torch.allclose(states["state"][number][key], value, atol=1e-4), (number, key)
+            assert torch.allclose(states["state"][number][key], value, atol=atol), (number, key)
 
 
+# Nets of other families, without dropout.
+GPT2 = [f"{NET}.n_{key}={value}" for key, value in (("embd", 32), ("layer", 3), ("head", 2))]
+GPT2 += [f"{NET}.{part}_pdrop=0.0" for part in ("resid", "embd", "attn")]
+FALCON = [f"{NET}.hidden_size=32", f"{NET}.num_hidden_layers=2", f"{NET}.num_attention_heads=2"]
 SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch size, accumulation
     "1f1b": (2, [], 16, 1),
     "gpipe": (2, ["--trainer.strategy.schedule", "gpipe", "--trainer.strategy.micro_batches", "2"], 16, 1),
@@ -77,6 +81,8 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
     "three_stages": (3, ["--trainer.strategy.stages", "3", f"{NET}.num_hidden_layers", "3"], 16, 1),
     "untied": (2, [f"{NET}.tie_word_embeddings", "false"], 16, 1),
     "muon": (2, ["--model.optimizer", "common.optim.MuonAdamW", "--model.l1", "1.0e-4"], 16, 1),
+    "gpt2": (2, ["--model.config", "transformers.GPT2Config", *GPT2], 16, 1),
+    "blocks_return_tuples": (2, ["--model.config", "transformers.FalconConfig", *FALCON], 16, 1),
     "checkpointed": (2, ["--model.activation_checkpointing", "true"], 16, 1),
 }
 
@@ -84,15 +90,15 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any) -> None:
     world, flags, batch_size, accumulate = SHAPES[shape]
-    of_net = [flag for i in range(0, len(flags), 2) for flag in flags[i : i + 2] if "strategy" not in flags[i]]
+    of_net = flags[2 * sum("strategy" in flag for flag in flags) :]
     expected = fit("one", 1, *of_net)
     run = fit("run", world, *flags, batch_size=batch_size, accumulate=accumulate)
     off = differences(run, expected)
     record_property("summary", f"pipeline, {shape}: largest relative difference {max(off.values()):.1e}")
-    norms = off.pop("optim/grad_norm")
+    norms, room = off.pop("optim/grad_norm"), 10 if shape == "muon" else 1  # its products in bf16 magnify rounding
     assert max(off.values()) < 1e-5
-    assert norms < (1e-4 if shape == "muon" else 1e-5)  # its products in bf16 magnify rounding
-    check_state(run, expected)
+    assert norms < room * 1e-5
+    check_state(run, expected, room * 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
         run = fit("hops", world, *schedule, *steps, *flags, batch_size=batch_size)
         for column, found in values.items():
             found += read_metrics(run / "metrics.csv", column)
-    whole = fit("whole", 1, *schedule, "--trainer.val_check_interval", "4")
+    whole = fit("whole", 1, *schedule, "--trainer.max_steps", str(4 * len(hops)), "--trainer.val_check_interval", "4")
     off = max(difference(values[column], read_metrics(whole / "metrics.csv", column)) for column in COLUMNS)
     record_property("summary", f"pipeline, through {len(hops)} strategies: largest relative difference {off:.1e}")
     assert off < 1e-5

@@ -83,6 +83,11 @@ def plan_of(net: nn.Module, stages: int) -> Plan:
     return Plan(layers, own, stage_of, stages_of)
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block works on."""
+    return [*args, *kwargs.values()][0]
+
+
 class _Left(Exception):
     """A forward pass has come to the end of this rank's blocks, with what goes on from there."""
 
@@ -157,6 +162,7 @@ class Pipeline(DDPStrategy):
         self._in_step = self._checked = False
         self._received: Tensor | None = None
         self._loss: Any = None
+        self._tuple = -1  # not known yet
 
     def _check(self) -> None:
         if self.stages < 2:
@@ -298,26 +304,28 @@ class Pipeline(DDPStrategy):
 
     # What the forward pass of the net calls in the place of blocks that this rank does not have.
 
-    def _skip(self, *args: Any, **kwargs: Any) -> Tensor:
-        return [*args, *kwargs.values()][0]
+    def _skip(self, *args: Any, **kwargs: Any) -> Any:
+        return self._as_output(_first(args, kwargs))
 
-    def _receive(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = self._skip(*args, **kwargs)
+    def _receive(self, *args: Any, **kwargs: Any) -> Any:
         if not self._in_step:
-            received = torch.empty_like(hidden)
+            received = torch.empty_like(_first(args, kwargs))
             dist.recv(received, self.global_rank - 1, self._pipeline)
-            return received
+            return self._as_output(received)
         received, self._received = self._received, None
         if received is None:
             raise InputError(f"{KEY}: the recipe calls its net several times for a batch; {INSTEAD}")
         # What is drawn before is the same on all stages, such as an augmentation; each drops places of its own.
         seed_draws(step_seed(self._seed, self._number, self.stage), self.root_device)
-        return received
+        return self._as_output(received)
 
-    def _leave(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = self._skip(*args, **kwargs)
+    def _leave(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = _first(args, kwargs)
         self._check_numbers(hidden)
         raise _Left(hidden.contiguous())
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden, *[None] * (self._tuple - 1)) if self._tuple else hidden
 
     def _check_numbers(self, value: Any) -> None:
         """See once whether a pass has used parameters that belong to other stages."""
@@ -331,6 +339,8 @@ class Pipeline(DDPStrategy):
 
     def _evaluate(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The net's forward pass as its callers know it, on all ranks of the pipeline at once."""
+        if self._tuple < 0:
+            self._probe(lambda: forward(*args, **kwargs))
         try:
             output = forward(*args, **kwargs)
             self._check_numbers(output)
@@ -402,7 +412,7 @@ class Pipeline(DDPStrategy):
         """The schedule for micro-batches of such a shape."""
         shapes = [leaf.shape for leaf in tree_leaves(part) if isinstance(leaf, Tensor)]
         if shapes != self._shapes:
-            self._hidden = self._probe(part)
+            hidden = self._probe(lambda: self._shared_step(part, "train"))
             number = torch.zeros(1, dtype=torch.int64, device=self.root_device)
             first, last = self.stage == 0, self.stage == self.stages - 1
             stage = PipelineStage(
@@ -410,8 +420,8 @@ class Pipeline(DDPStrategy):
                 self.stage,
                 self.stages,
                 self.root_device,
-                input_args=number if first else self._hidden,
-                output_args=self._hidden.new_empty(()) if last else self._hidden,
+                input_args=number if first else hidden,
+                output_args=hidden.new_empty(()) if last else hidden,
                 group=self._pipeline,
             )
             kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[self.schedule]
@@ -420,21 +430,47 @@ class Pipeline(DDPStrategy):
         return self._schedule
 
     @torch.no_grad()
-    def _probe(self, part: Any) -> Tensor:
-        """What the first block gets of a micro-batch, without memory: the same goes from each stage to the next."""
+    def _probe(self, call: Callable[[], Any]) -> Tensor:
+        """Find what the first block gets, which goes from each stage to the next, and as what it returns the same.
 
-        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Left(self._skip(*args, **kwargs))
+        Args:
+            call: calls the net.
 
-        handle = self._first_block.register_forward_pre_hook(leave, with_kwargs=True)
+        Returns:
+            The first block's input, without memory.
+        """
+        found: list[Tensor] = []
+        size = torch.zeros(1, dtype=torch.int64, device=self.root_device)  # of a tuple; 0 if there is none
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_first(args, kwargs))
+            if self.stage:
+                raise _Left(found[0])
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            same = isinstance(hidden, Tensor) and (hidden.shape, hidden.dtype) == (found[0].shape, found[0].dtype)
+            size.fill_(-1 if not same else len(output) if isinstance(output, tuple) else 0)
+            raise _Left(hidden)
+
+        block = self._first_block
+        hooks = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
         try:
             with self.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
-                self._shared_step(part, "train")
-        except _Left as left:
-            return torch.empty_like(left.hidden, device="meta").requires_grad_()
+                call()
+        except _Left:
+            pass
         finally:
-            handle.remove()
-        raise InputError(f"{KEY}: the recipe does not call its net in training; {INSTEAD}")
+            for hook in hooks:
+                hook.remove()
+        dist.broadcast(size, self._first, self._pipeline)
+        self._tuple = int(size)
+        if not found:
+            raise InputError(f"{KEY}: the recipe does not call its net in training; {INSTEAD}")
+        if self._tuple < 0:
+            problem = f"{type(block).__name__} does not return what it gets, in shape and type"
+            raise InputError(f"{KEY}: {problem}; {INSTEAD}")
+        return torch.empty_like(found[0], device="meta").requires_grad_()
 
     def _forward(self, received: Tensor) -> Tensor:
         """This stage's part of a micro-batch: what goes to the next one, or the last one's share of the loss."""
@@ -445,9 +481,6 @@ class Pipeline(DDPStrategy):
             with self.precision_plugin.train_step_context():
                 loss, count = self._shared_step(part, "train")
         except _Left as left:
-            if (left.hidden.shape, left.hidden.dtype) != (self._hidden.shape, self._hidden.dtype):
-                problem = f"blocks make {left.hidden.dtype} {list(left.hidden.shape)} of {self._hidden.dtype}"
-                raise InputError(f"{KEY}: {problem} {list(self._hidden.shape)}; {INSTEAD}") from None
             return left.hidden
         self._check_numbers(loss)
         self._results.append(torch.stack([loss.detach().double(), count.double()]))
