@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds Horovod against the torch that is installed, and installs it into the environment of PYTHON:
 #   PYTHON=.venv/bin/python configs/cluster/horovod.sh
-# Once per version of torch and Python: eight minutes on two cores. The wheel stays in
+# Once per version of torch and Python: two to three minutes on two free cores. The wheel stays in
 # ~/.cache/lightning-recipes/horovod, from where the next call installs it. Needs g++ and make; where torch is one for
 # CUDA also nvcc and NCCL as developers need it (libnccl-dev, or HOROVOD_NCCL_HOME). On a cluster, build on a node like
 # those of the jobs.
@@ -20,7 +20,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/lightning-recipes/horovod/torch-$torch
 pip() { "$python" -m pip --disable-pip-version-check -qq "$@"; }
 
 if ! compgen -G "$cache/horovod-$version-$tag-*.whl" > /dev/null; then
-  echo "Building Horovod $version for torch $torch, about eight minutes on two cores ..."
+  echo "Building Horovod $version for torch $torch, some minutes ..."
   mkdir -p "$cache"
   build=$(mktemp -d)
   trap 'rm -rf "$build"' EXIT
@@ -38,6 +38,7 @@ if ! compgen -G "$cache/horovod-$version-$tag-*.whl" > /dev/null; then
   pip wheel --no-deps --no-build-isolation --wheel-dir "$build" "$build/horovod-$version" > "$cache/build.log" 2>&1 ||
     stop "the build failed; $cache/build.log says why"
   mv "$build"/horovod-$version-*.whl "$cache"
+  rm "$cache/build.log"
 fi
 pip uninstall --yes horovod  # of the same version, built for another torch
 pip install "$cache"/horovod-$version-$tag-*.whl
