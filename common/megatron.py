@@ -178,7 +178,8 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
     from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
 
     # They would drop the group that they are given where torch has none.
-    for module in (language_model_embedding, layers, mappings):
+    patched: tuple[Any, ...] = (language_model_embedding, layers, mappings)
+    for module in patched:
         module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
     alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
     gated = config.activation == "swiglu"
@@ -192,7 +193,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
         attention_dropout=config.attention_dropout,
         gated_linear_unit=gated,
         activation_func=nn.functional.silu if gated else nn.functional.gelu,
-        normalization=config.normalization,
+        normalization=config.normalization,  # type: ignore[arg-type]
         add_bias_linear=config.bias,
         init_method_std=config.initializer_range,
         params_dtype=torch.get_default_dtype(),
@@ -206,7 +207,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
         apply_rope_fusion=False,
         cuda_graph_scope=[],
     )
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec: Any = get_gpt_layer_local_spec(normalization=config.normalization)
     spec.submodules.self_attention.submodules.core_attention = Attention
     return GPTModel(
         sizes,
