@@ -220,7 +220,10 @@ def test_shares_of_two_ranks(strategy: FSDP | FSDP2, expected: tuple[int, int, i
 
 @pytest.mark.parametrize(
     "strategies",
-    [["ddp", "fsdp2", "deepspeed_zero3", "tensor_parallel", "pipeline"], pytest.param(STRATEGIES, marks=pytest.mark.matrix)],
+    [
+        ["ddp", "fsdp2", "deepspeed_zero3", "tensor_parallel", "pipeline"],
+        pytest.param(STRATEGIES, marks=pytest.mark.matrix),
+    ],
     ids=len,
 )
 def test_texts_and_metrics_do_not_depend_on_the_strategy(
