@@ -37,14 +37,14 @@ results: $(VENV)/.installed-dev ## measure the recipes with three seeds where nu
 	@$(PY) benchmarks/results.py
 
 # torch and the CUDA packages it pulls in stay out: which build is right depends on the machine. pip-compile loses
-# the marker of an extra, and deepspeed installs on Linux only.
+# the marker of an extra, and deepspeed and megatron-core install on Linux only.
 lock: $(VENV)/.installed-dev ## renew requirements.lock
 	@CUSTOM_COMPILE_COMMAND="make lock" $(PY) -m piptools compile --quiet --upgrade --all-extras \
 	  --generate-hashes --allow-unsafe --strip-extras --resolver=backtracking \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 	  --output-file - pyproject.toml > $(VENV)/requirements.lock
 	@awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[^ ]*|cuda-[^ ]*)==/} \
-	  {sub(/^deepspeed==[^ ]+/, "& ; sys_platform == \"linux\"")} keep || /^#/' \
+	  {sub(/^(deepspeed|megatron-core)==[^ ]+/, "& ; sys_platform == \"linux\"")} keep || /^#/' \
 	  $(VENV)/requirements.lock > requirements.lock
 
 clean: ## remove .venv and caches; runs/ stays
