@@ -32,7 +32,7 @@ STRATEGIES = [path.stem for path in STRATEGY_LAYERS]
 # Those that train near a single process, not as it does, and what makes short runs show it.
 INEXACT = {
     "ddp_powersgd": ["--trainer.strategy.start_step", "2"],
-    "diloco": ["--trainer.strategy.sync_every", "2"],
+    "diloco": ["--trainer.strategy.sync_every", "2", "--trainer.strategy.outer_momentum", "0.5"],
     "local_sgd": ["--trainer.strategy.sync_every", "2"],
 }
 EXACT = [name for name in STRATEGIES if name not in INEXACT]

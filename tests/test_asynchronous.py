@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import statistics
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.strategies.local_sgd import LocalSGD
 from common.strategies.parameter_server import ParameterServer, Server
 from common.strategies.sharding import Memory
-from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -173,7 +176,10 @@ def test_server_counts_staleness_and_ends_near_ddp(work: Path, lm_args: list[str
         assert read_metrics(run / "metrics.csv", "perf/staleness")[-1] == pytest.approx(mean, abs=0.1)
         lost = far_from(plain, run)
         record_property("summary", f"server, max_staleness {staleness}: {found[name]}, {lost:+.1%} of DDP's way")
-        assert lost < (1e-5 if staleness == "0" else BOUND)
+        assert lost < BOUND
+        if staleness == "0":  # later, what Adam makes of rounding parts them
+            losses, expected = (read_metrics(path / "metrics.csv", "train/loss")[:20] for path in (run, plain))
+            assert difference(losses, expected) < 1e-5
     assert found["step"] == {0: 120}
     assert 2 <= max(found["bounded"]) <= 2 * 2 + 1, "from two steps behind to two ahead, and the one under way"
     assert max(found["free"]) > 5
@@ -194,13 +200,98 @@ def test_server_goes_on_from_the_checkpoint_of_any_and_any_from_its(work: Path, 
     assert all(loss < 4 for loss in losses)
 
 
+def test_the_server_counts_updates_since_a_rank_had_its_weights() -> None:
+    server = Server(torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.5), 3, None, default_pg_timeout)
+    for rank in (0, 0, 1, 0, 2, 1):
+        server.exchange(rank, torch.ones(2))
+    assert sorted(server.staleness.elements()) == [0, 0, 1, 2, 2, 4]
+    assert server.clock == [3, 2, 1]
+    late = Server(torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.5), 2, 1, timedelta(seconds=0.1))
+    late.exchange(0, torch.ones(2))
+    with pytest.raises(dist.DistError, match="Timed out: another rank has sent no gradient"):
+        late.exchange(0, torch.ones(2))
+
+
+def test_staleness_starts_anew_where_all_ranks_get_the_weights(work: Path, lm_args: list[str]) -> None:
+    """The server in step, then validation, then one rank alone: nothing is stale."""
+    strategy = ParameterServer(None)
+    strategy.server = Server(torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.5), 2, None, default_pg_timeout)
+    for rank in (0, 0, 0, 1):
+        strategy.server.exchange(rank, torch.ones(2))
+    assert max(strategy.server.staleness) == 3
+    assert run_ranks(refreshed, strategy, world=1, folder=work) == [0], logs(work)
+
+
+def refreshed(strategy: ParameterServer) -> None:
+    """As a validation does, on the one rank that there is."""
+    strategy._params, strategy.model = [nn.Parameter(torch.ones(2))], nn.Module()
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    server = strategy.server
+    assert server is not None
+    ParameterServer.world_size, ParameterServer.barrier = property(lambda _: 2), lambda *_: None  # type: ignore
+    strategy._refresh()
+    server.exchange(0, torch.ones(2))
+    assert server.staleness == {0: 4, 3: 1}, "rank 0 had not seen the update of rank 1"
+    assert torch.equal(strategy._params[0], torch.full((2,), 1 - 0.5 * 4))
+
+
+def test_the_server_in_16_bits(work: Path, lm_args: list[str]) -> None:
+    args = ["--trainer.precision", "bf16-true", "--trainer.max_steps", "20"]
+    runs = [fit(work, lm_args, name, name, *args) for name in ("ddp", "parameter_server")]
+    expected, losses = (read_metrics(run / "metrics.csv", "train/loss") for run in runs)
+    assert len(losses) == 20
+    assert difference(losses, expected) < 2e-2
+
+
+def norm_of_ways(path: Path) -> None:
+    """Each rank has used another parameter."""
+    dist.init_process_group("gloo")
+    rank, strategy = dist.get_rank(), ParameterServer()
+    strategy._params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    strategy._params[rank].grad = torch.ones_like(strategy._params[rank])
+    ParameterServer.world_size = property(lambda _: 2)  # type: ignore  # in this forked process only
+    norm = strategy.total_norm([torch.ones_like(strategy._params[rank])])
+    assert norm.item() == pytest.approx(math.sqrt(5 * 0.25))
+    assert [p.grad.tolist() for p in strategy._params] == [[0.5] * 2, [0.5] * 3]  # type: ignore[union-attr]
+
+
+def test_ranks_may_use_different_parameters(work: Path) -> None:
+    assert run_ranks(norm_of_ways, work, folder=work) == [0, 0], logs(work)
+
+
+def late_main(args: list[str]) -> None:
+    """Rank 1 comes to its second step after all patience."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def wait(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and self.global_rank == 1:
+            time.sleep(10)
+        start(self, batch, batch_idx)
+
+    BaseModule.on_train_batch_start = wait  # type: ignore[method-assign]  # in this forked process only
+    main_of("lm")(args)
+
+
+@pytest.mark.parametrize("strategy", ["parameter_server", "pipeline", "tensor_parallel"])
+def test_a_rank_that_waits_for_another_gives_up(strategy: str, work: Path, lm_args: list[str]) -> None:
+    """Also in the groups of a mesh."""
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.strategy.timeout", "0:00:03"]
+    args = ["fit", *TINY, *layer, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    began = time.monotonic()
+    codes = run_ranks(late_main, [*args, "--trainer.limit_val_batches", "0"], folder=work)
+    assert codes == [3, 3], logs(work)
+    assert time.monotonic() - began < 40
+
+
 def test_schedules_reach_the_server() -> None:
     """What changes in rank 0's optimizer, and nothing else."""
     weight = nn.Parameter(torch.ones(2))
     mine, theirs = (torch.optim.SGD([p], 0.5, momentum=0.9) for p in (weight, copy.deepcopy(weight)))
     strategy = ParameterServer()
     strategy._optimizer, strategy._told = mine, [dict(group) for group in mine.param_groups]
-    strategy.server = Server(theirs, 1, 0)
+    strategy.server = Server(theirs, 1, 0, default_pg_timeout)
     theirs.param_groups[0]["momentum"] = 0.8  # as an optimizer that keeps its state there
     mine.param_groups[0]["lr"] = 0.25
     weights = strategy.server.exchange(0, torch.ones(2), strategy._tell)

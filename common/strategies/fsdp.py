@@ -39,6 +39,7 @@ from common.strategies.sharding import (
     WholeCheckpoints,
     batch_norms,
     blocks,
+    limit_waiting,
     refuse_matrix_optimizer,
     share_buffers,
 )
@@ -93,7 +94,8 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
             if self._mesh[0] * self._mesh[1] != self.world_size:
                 problem = f"{list(self._mesh)} is no mesh of {self.world_size} ranks"
                 raise InputError(f"{key}: {problem}; their product must be equal")
-            self.kwargs["device_mesh"] = init_device_mesh(self.root_device.type, self._mesh)
+            self.kwargs["device_mesh"] = mesh = init_device_mesh(self.root_device.type, self._mesh)
+            limit_waiting(mesh, self._timeout)
 
     @override
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -227,6 +229,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         self._data_parallel_size = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
         self._tensor_parallel_size = self.ranks_per_batch
         super().setup_environment()
+        limit_waiting(self.device_mesh, self._timeout)
 
     @override
     def setup(self, trainer: L.Trainer) -> None:

@@ -75,7 +75,10 @@ class LocalSGD(DDPStrategy):
         super().setup_environment()
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What a rank holds: beside the weights those of the last averaging, and what the outer momentum needs."""
+        """What a rank holds: beside the weights those of the last averaging, and what the outer momentum needs.
+
+        While ranks average there is another copy of the weights for a moment.
+        """
         last = max(whole.gradients, 4 * trained)
         outer = last if self.outer_momentum else 0
         return Memory(whole.weights + last, whole.gradients, whole.optimizer + outer)
@@ -118,12 +121,13 @@ class LocalSGD(DDPStrategy):
         if not self._since:
             return
         self._since, self.syncs = 0, self.syncs + 1
-        moved = torch.cat([(last - p).flatten() for last, p in zip(self._agreed, self._params, strict=True)])
-        dist.all_reduce(moved)
-        moved /= dist.get_world_size()
-        parts = moved.split([last.numel() for last in self._agreed])
-        for last, part in zip(self._agreed, parts, strict=True):
-            last.grad = part.view_as(last)
+        for last, p in zip(self._agreed, self._params, strict=True):
+            last.grad = last - p
+        moved = [last.grad for last in self._agreed if last.grad is not None]
+        for work in [dist.all_reduce(value, async_op=True) for value in moved]:
+            work.wait()  # type: ignore[union-attr]
+        for value in moved:
+            value /= dist.get_world_size()
         self._outer.step()
         self._outer.zero_grad()
         for last, p in zip(self._agreed, self._params, strict=True):

@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.losses import precise
 from common.megatron import MegatronLM, is_sliced, slice_of, whole_of
 from common.module import BaseModule
-from common.strategies.sharding import Memory, WholeCheckpoints, refuse_matrix_optimizer
+from common.strategies.sharding import Memory, WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
 
 
 class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
@@ -52,6 +52,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         super().setup_environment()
         names = "data_parallel", "tensor_parallel"
         mesh = init_device_mesh(self.root_device.type, (copies, self.ranks_per_batch), mesh_dim_names=names)
+        limit_waiting(mesh, self._timeout)
         self._ddp_kwargs["process_group"] = mesh["data_parallel"].get_group()
         self._mesh = mesh["tensor_parallel"]
 
@@ -63,7 +64,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
     @override
     def setup(self, trainer: L.Trainer) -> None:
         net = _checked(self._module, self.ranks_per_batch)
-        if self.ranks_per_batch > 1:
+        if self.ranks_per_batch > 1 and net.mesh is None:  # it is not for a second command of a trainer
             self._module.net = net.sliced(self._mesh)
             self._module._prepare_blocks()
         if trainer.state.fn != TrainerFn.FITTING:
@@ -71,6 +72,13 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
             names = [name for name, _ in self._module.named_parameters()]
             self._module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         super().setup(trainer)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state, net = dict(checkpoint["state_dict"]), self._module.net
+        for name, p in net.named_parameters() if getattr(net, "mesh", None) is not None else ():
+            state[f"net.{name}"] = slice_of(state[f"net.{name}"], p, self._mesh)
+        self._module.load_state_dict(state, strict=strict)
 
     @override
     def setup_optimizers(self, trainer: L.Trainer) -> None:

@@ -47,16 +47,18 @@ class Server:
         optimizer: over the server's own weights.
         ranks: how many send gradients.
         max_staleness: see :class:`ParameterServer`.
+        timeout: after which a rank that waits for the others gives up.
     """
 
-    def __init__(self, optimizer: Optimizer, ranks: int, max_staleness: int | None):
+    def __init__(self, optimizer: Optimizer, ranks: int, max_staleness: int | None, timeout: timedelta):
         self.optimizer, self.ranks, self.max_staleness = optimizer, ranks, max_staleness
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
         self.clock = [0] * ranks  # gradients that each rank has sent
         self.staleness: Counter[int] = Counter()  # of updates between a rank's weights and its gradient
         self.error: Exception | None = None  # of a thread, for rank 0 to raise
-        self._seen = [0] * ranks  # updates in the weights that each rank has
+        self.seen = [0] * ranks  # updates in the weights that each rank has
+        self._timeout = timeout.total_seconds()
         self._given: dict[int, Tensor] = {}  # gradients that wait for those of the other ranks
         self._changed = threading.Condition()
 
@@ -82,15 +84,17 @@ class Server:
             if not in_step or len(self._given) == self.ranks:
                 self._update()
                 self._changed.notify_all()
-            self._changed.wait_for(lambda: self.error or self._may_go_on(rank))
+            ready = self._changed.wait_for(lambda: self.error or self._may_go_on(rank), self._timeout)
             if self.error:
                 raise self.error
-            self._seen[rank] = self.updates
+            if not ready:
+                raise dist.DistError("Timed out: another rank has sent no gradient")
+            self.seen[rank] = self.updates
             return flat(self.params)
 
     def _update(self) -> None:
         """One step of the optimizer by the mean of the gradients that are there, summed in the order of ranks."""
-        self.staleness.update(self.updates - self._seen[rank] for rank in self._given)
+        self.staleness.update(self.updates - self.seen[rank] for rank in self._given)
         gradients = [self._given[rank] for rank in sorted(self._given)]
         self._given.clear()
         mean = reduce(torch.add, gradients).div_(len(gradients))
@@ -110,7 +114,7 @@ class Server:
     def serve(self, rank: int, group: dist.ProcessGroup) -> None:
         """Exchange for another rank until its message ends with a 0."""
         try:
-            message = flat([*self.params, torch.zeros(1)])
+            message = flat([*self.params, self.params[0].new_zeros(1)])
             while True:
                 dist.recv(message, rank, group)
                 if not message[-1]:
@@ -135,6 +139,8 @@ class ParameterServer(DDPStrategy):
     With other values than 0 the server steps as many times as there are ranks for each step of the run, by gradients of
     weights that others have changed meanwhile: a smaller learning rate is due. Ranks still meet where a row is logged,
     for validation and for checkpoints, and the run does not repeat to the bit.
+
+    Parameters that a rank has not used count as a gradient of zeros.
 
     Args:
         max_staleness: as above.
@@ -193,7 +199,7 @@ class ParameterServer(DDPStrategy):
         (self._optimizer,) = self.optimizers
         self._told = [dict(group) for group in self._optimizer.param_groups]
         self._params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        # A rank that is lost closes its connection; one that validates for long is silent.
+        # The server's threads are to outlast a validation; whoever waits for an answer has the strategy's timeout.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self._threads: list[threading.Thread] = []
         if not self.is_global_zero:
@@ -203,7 +209,7 @@ class ParameterServer(DDPStrategy):
             for group in self._optimizer.param_groups
         ]
         make: Callable[[Any], Optimizer] = self._module.optimizer
-        self.server = Server(make(groups), self.world_size, self.max_staleness)
+        self.server = Server(make(groups), self.world_size, self.max_staleness, self._timeout or default_pg_timeout)
         for rank in range(1, self.world_size):
             self._threads.append(threading.Thread(target=self.server.serve, args=(rank, self._group), daemon=True))
             self._threads[-1].start()
@@ -219,7 +225,8 @@ class ParameterServer(DDPStrategy):
         else:
             self._send(gradient, 1.0)
             weights = torch.empty_like(gradient)
-            dist.recv(weights, 0, self._group)
+            answer: Any = dist.irecv(weights, 0, self._group)
+            answer.wait(self._timeout)
         scatter(weights, self._params)
         return output
 
@@ -238,11 +245,14 @@ class ParameterServer(DDPStrategy):
 
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Norm of the gradient that the server will step by: in step, of the mean, which every rank then has."""
-        gradients = list(gradients)
-        if self.max_staleness == 0:
-            mean = flat(gradients)
-            dist.all_reduce(mean)
-            scatter(mean / self.world_size, gradients)
+        if self.max_staleness != 0:
+            return nn.utils.get_total_norm(gradients)
+        for p in self._params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # which others may have used
+        gradients = [p.grad for p in self._params]
+        mean = flat(gradients)
+        dist.all_reduce(mean)
+        scatter(mean / self.world_size, gradients)
         return nn.utils.get_total_norm(gradients)
 
     def _refresh(self) -> None:
@@ -252,6 +262,7 @@ class ParameterServer(DDPStrategy):
         self.barrier()  # no rank is in the middle of an exchange any more
         if self.server is not None:
             scatter(flat(self.server.params), self._params)
+            self.server.seen = [self.server.updates] * self.world_size
         assert self.model is not None
         _sync_module_states(self.model)
 
@@ -266,6 +277,7 @@ class ParameterServer(DDPStrategy):
             self._send(flat(self._params).cpu(), 0.0)
         for thread in self._threads:
             thread.join()
+        del self._params  # a later command has weights of its own
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from common.data import groups, seed_draws, step_seed
 from common.errors import InputError
 from common.optim import MuonAdamW
-from common.strategies.sharding import Memory, batch_norms, blocks, is_separable
+from common.strategies.sharding import Memory, batch_norms, blocks, is_separable, limit_waiting
 
 KEY = "trainer.strategy.stages"
 INSTEAD = "take configs/strategy/fsdp2.yaml"
@@ -219,6 +219,7 @@ class Pipeline(DDPStrategy):
         replicas = groups(self.num_nodes * self.num_processes, self.stages, KEY)
         super().setup_environment()
         mesh = init_device_mesh(self.root_device.type, (replicas, self.stages), mesh_dim_names=("replica", "stage"))
+        limit_waiting(mesh, self._timeout)
         self.stage: int = mesh.get_local_rank("stage")
         self._pipeline, self._replicas = mesh.get_group("stage"), mesh.get_group("replica")
         self._first = self.global_rank - self.stage
@@ -247,6 +248,13 @@ class Pipeline(DDPStrategy):
                 raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")
 
     @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state = checkpoint["state_dict"]
+        if hasattr(self, "_names"):  # of a trainer's second command
+            state = {name: state[name] for name in self._module.state_dict()}
+        self._module.load_state_dict(state, strict=strict)
+
+    @override
     def model_to_device(self) -> None:
         if not hasattr(self, "_names"):  # nor does a trainer do so for a second command
             self._keep_stage()
@@ -263,7 +271,9 @@ class Pipeline(DDPStrategy):
         names = {p: name for name, p in module.named_parameters()}
         mine = {names[p] for p, stages in plan.stages_of.items() if self.stage in stages}
         module._groups = [{**g, "params": [name for name in g["params"] if name in mine]} for g in module._groups]
-        self._tied = [p for p, stages in plan.stages_of.items() if len(stages) > 1 and self.stage in stages]
+        self._tied = [
+            p for p, stages in plan.stages_of.items() if p.requires_grad and len(stages) > 1 and self.stage in stages
+        ]
         for part in net.modules():
             for name, p in list(part._parameters.items()):
                 if p is not None and self.stage not in plan.stages_of[p]:
@@ -352,7 +362,8 @@ class Pipeline(DDPStrategy):
         leaves, spec = tree_flatten(described[0] if output is None else output)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                leaves[number] = torch.empty_like(leaf, device=self.root_device) if output is None else leaf
+                empty = torch.empty(leaf.shape, dtype=leaf.dtype, device=self.root_device)
+                leaves[number] = empty if output is None else leaf.contiguous()
                 dist.broadcast(leaves[number], self._last, self._pipeline)
         return tree_unflatten(leaves, spec)
 

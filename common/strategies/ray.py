@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -151,7 +152,8 @@ class _RayLauncher(_Launcher):
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         strategy, settings = self.strategy, {}
         if strategy.address is None:
-            os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
+            # Other users of this machine could reach it.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             settings = {
                 "_node_ip_address": "127.0.0.1",
                 "num_cpus": strategy.bundle["CPU"],

@@ -3,12 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +31,13 @@ class WholeCheckpoints:
     save_checkpoint = Strategy.save_checkpoint
     load_checkpoint = Strategy.load_checkpoint
     load_model_state_dict = Strategy.load_model_state_dict
+
+
+def limit_waiting(mesh: DeviceMesh, timeout: timedelta | None) -> None:
+    """Let ranks of a mesh wait for one another as long as all ranks do; torch would give its groups another limit."""
+    if timeout is not None:
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Memory(NamedTuple):
