@@ -577,7 +577,7 @@ def test_texts_without_labels_are_predicted(reviews: Reviews, work: Path, capsys
     assert list(table[0]) == ["index", "prediction", "p(bad)", "p(good)"]
     with pytest.raises(SystemExit):
         main_of("classification")([*args, "--data.predict_source.text", "text"])
-    assert capsys.readouterr().err == "data.source.text: 'text': no such column among ['review']\n"
+    assert capsys.readouterr().err == "--data.predict_source.text: 'text': no such column among ['review']\n"
 
 
 def test_a_missing_encoder_is_named(

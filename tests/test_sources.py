@@ -367,9 +367,18 @@ def test_its_own_seed_decides_the_split(monkeypatch: pytest.MonkeyPatch) -> None
     assert not any(torch.equal(a, b) for a, b in zip(splits[0], splits[2], strict=True))
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.0, 0.2), (0.2, 0.0), (0.5, 0.5), (-0.1, 0.2), (0.2, 1.1)])
-def test_fractions_must_leave_samples(val: float, test: float) -> None:
-    with pytest.raises(InputError, match=rf"data.val_fraction {val} and data.test_fraction {test} must be above 0"):
+@pytest.mark.parametrize(
+    ("val", "test", "problem"),
+    [
+        (0.0, 0.2, "^data.val_fraction must be above 0 and below 1, got 0.0$"),
+        (0.2, 0.0, "^data.test_fraction must be above 0 and below 1, got 0.0$"),
+        (0.5, 0.5, "^data.val_fraction 0.5 and data.test_fraction 0.5 must leave samples to train on$"),
+        (-0.1, 0.2, "^data.val_fraction must be above 0 and below 1, got -0.1$"),
+        (0.2, 1.1, "^data.test_fraction must be above 0 and below 1, got 1.1$"),
+    ],
+)
+def test_fractions_must_leave_samples(val: float, test: float, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
         ClassificationData(Skewed(), val_fraction=val, test_fraction=test)
 
 
