@@ -9,6 +9,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import traceback
@@ -168,6 +169,15 @@ def _prepare_forks() -> None:
             main_of(recipe)(["fit", "--print_config"])
 
 
+def free_port() -> int:
+    """A port below those that connections of other tests are given: they could take it before the ranks listen."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)  # `random` is seeded, the same in every worker
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(
     function: Callable[..., Any], *args: Any, world: int = 2, folder: Path, timeout: float = 120, **env: str
 ) -> list[int]:
@@ -178,9 +188,7 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_forks()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     ranks: list[Any] = [
         context.Process(target=_rank, args=(rank, world, port, folder / f"rank{rank}.log", function, args, env))
