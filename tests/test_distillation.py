@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -429,7 +430,8 @@ def test_ranks_wait_for_one_teacher(work: Path, cache: None) -> None:
 def test_language_models(work: Path, small_text: Path) -> None:
     cli = main_of(RECIPE)(["fit", *text_args(small_text)])
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
-    assert 0 < metrics["val/loss"] < 5
+    assert metrics["val/loss"] < math.log(len(cli.datamodule.class_names)) - 0.3  # that of a net that knows nothing
+    assert metrics["val/agreement"] > metrics["val/accuracy"]
     assert {"val/accuracy", "val/teacher_accuracy", "val/agreement"} < metrics.keys()
     main_of(RECIPE)(["predict", "--ckpt_path", "last"])
     with Path("runs/distillation/default/predict/predictions.csv").open(newline="") as file:

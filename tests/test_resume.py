@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def killed_main(recipe: str, args: list[str], micro_batch: int) -> None:
 
     def start_or_die(self: BaseModule, batch: Any, batch_idx: int) -> None:
         if self.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == micro_batch:
+            # A rank that still waited for this one would see it die, and end by itself.
+            Path(f"reached-{self.global_rank}").touch()
+            while not all(Path(f"reached-{rank}").exists() for rank in range(self.trainer.world_size)):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         start(self, batch, batch_idx)
 
