@@ -86,8 +86,8 @@ def config_hash(row: Row) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
-def measure(row: Row, seed: int) -> tuple[float, float]:
-    """Train and test once on one core; returns the metric and the seconds that training took."""
+def measure(row: Row, seed: int) -> tuple[dict[str, float], float]:
+    """Train and test once on one core; returns the metrics of test and the seconds that training took."""
     script = [sys.executable, str(ROOT / "recipes" / row.recipe / "train.py")]
     name = ["--name", f"{row.name}-seed{seed}", "--trainer.default_root_dir", str(PLACE)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -99,7 +99,7 @@ def measure(row: Row, seed: int) -> tuple[float, float]:
         seconds = time.perf_counter() - began
         run([*script, "test", *name])
     metrics = read_metrics(PLACE / "runs" / row.recipe / name[1] / "test")
-    return metrics[row.metric][1][-1], seconds
+    return {name: values[-1] for name, (_, values) in metrics.items()}, seconds
 
 
 def _number(row: Row, value: float) -> str:
@@ -150,13 +150,15 @@ def main() -> None:
     environment = describe_environment()
     facts = {key: environment[key] for key in ("python", "torch", "commit")}
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(disable=not todo) as progress:
-        bar = progress.add_task("runs", total=len(todo) * len(SEEDS))
-        futures = {row: [pool.submit(measure, row, seed) for seed in SEEDS] for row in todo}
+        one_each = {row.command: row for row in todo}  # rows of one command differ in their metric only
+        bar = progress.add_task("runs", total=len(one_each) * len(SEEDS))
+        futures = {command: [pool.submit(measure, row, seed) for seed in SEEDS] for command, row in one_each.items()}
         for future in (future for mine in futures.values() for future in mine):
             future.add_done_callback(lambda _: progress.advance(bar))
         try:
-            for row, mine in futures.items():
-                values, seconds = zip(*(future.result() for future in mine), strict=True)
+            for row in todo:
+                metrics, seconds = zip(*(future.result() for future in futures[row.command]), strict=True)
+                values = [found[row.metric] for found in metrics]
                 store[row.key] = {"hash": hashes[row.key], "values": values, "seconds": seconds, **facts}
                 STORE.write_text(json.dumps(dict(sorted(store.items())), indent=1) + "\n")
                 PAGE.write_text(render(store, hashes))
