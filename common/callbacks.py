@@ -1,9 +1,9 @@
 """Callbacks of every recipe: throughput, pictures and texts, predictions, the run's record."""
 
+import contextlib
 import csv
 import html
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import shutil
@@ -350,10 +350,16 @@ def describe_environment() -> dict[str, str]:
         "tokenizers",
         "datasets",
         "deepspeed",
+        "megatron-core",
+        "ray",
+        "horovod",
         "kornia",
         "numpy",
     )
-    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     commit = ""
     if git := shutil.which("git"):
         command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

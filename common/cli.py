@@ -201,9 +201,10 @@ class RecipeCLI(LightningCLI):
         self._set_run_dir(config)
         name = config.get("ckpt_path")
         if of_run and not name:
-            name = "best" if any(self.run_dir.glob("checkpoints/*.ckpt")) else None
+            untrained = any(flag.startswith("--ckpt_path") for flag in flags)  # which null asks for
+            name = "best" if not untrained and any(self.run_dir.glob("checkpoints/*.ckpt")) else None
             trained = sorted({path.parent.parent.name for path in self.run_dir.parent.glob("*/checkpoints/*.ckpt")})
-            if name is None and trained and not any(flag.startswith("--ckpt_path") for flag in flags):
+            if name is None and trained and not untrained:
                 hint = nearest(config.name, trained) or f"; there are {', '.join(trained)}"
                 problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
                 raise InputError(f"--name {config.name}: {problem}{hint}")

@@ -179,8 +179,15 @@ class Features:
         self._kept[name] = output if isinstance(output, Tensor) else output[0]  # hidden states stand first
 
     def take(self) -> list[Tensor]:
-        """The outputs in the order of the names; each can be taken once."""
+        """The outputs in the order of the names; each can be taken once.
+
+        Raises:
+            InputError: the forward pass of this rank has not come by one of them.
+        """
         kept, self._kept = self._kept, {}
+        if missing := [name for name in self.names if name not in kept]:
+            problem = f"this rank's part of the net has no output of {missing[0]!r}"
+            raise InputError(f"model.features: {problem}; name another, or take configs/strategy/fsdp2.yaml")
         return [kept[name] for name in self.names]
 
 

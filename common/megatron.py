@@ -140,12 +140,25 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def get_output_embeddings(self) -> None:
         """None: a tied head has no weight of its own, it is given the embedding's."""
 
-    def forward(self, input_ids: Int64[Tensor, "batch time"], **_: Any) -> CausalLMOutput:
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        labels: Int64[Tensor, "batch time"] | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
         """Logits (batch, time, vocab) of the next token at each position, whole on every rank.
 
+        Args:
+            input_ids: tokens, without padding.
+            attention_mask: as callers of transformers give it; all ones.
+            labels: for the loss of transformers: the tokens again, -100 where none is asked for.
+
         Raises:
-            InputError: autocast on a CPU, of which Megatron's layers know nothing.
+            InputError: autocast on a CPU, of which Megatron's layers know nothing, or padded tokens.
         """
+        if attention_mask is not None and not attention_mask.all():
+            raise InputError("model.config: Megatron's layers attend to all tokens before; give them no padding")
         if input_ids.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             raise InputError("trainer.precision: Megatron's layers have no autocast on a CPU; take fp32 or bf16-true")
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -153,7 +166,8 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if self.mesh is not None:  # by torch, for Megatron's own gathering needs a GPU
             slices = DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False)
             logits = slices.redistribute(placements=[Replicate()]).to_local()[..., : self.config.vocab_size]
-        return CausalLMOutput(logits=logits)
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def sliced(self, mesh: DeviceMesh) -> "MegatronLM":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchjd import Stateful
-from torchjd.aggregation import Aggregator, ConFIG, PCGrad, Sum, WeightedAggregator
+from torchjd.aggregation import Aggregator, ConFIG, FairGrad, GradDrop, PCGrad, Sum, WeightedAggregator
 from torchjd.linalg import DualConeProjector
 
 from common.data import global_seed, read_batch, step_seed
@@ -58,7 +58,8 @@ def task_gradients(
     return torch.stack(rows)
 
 
-SUMMING = (PCGrad, ConFIG, Sum)  # that give the sum of gradients without conflict; all others give their mean
+# Of gradients that do not conflict these give the sum, and not their mean as the others do.
+SUMMING = (ConFIG, FairGrad, GradDrop, PCGrad, Sum)
 
 
 class TaskGradients:

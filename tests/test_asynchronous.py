@@ -23,6 +23,7 @@ from common.strategies.parameter_server import ParameterServer, Server
 from common.strategies.sharding import Memory
 from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
+from tests.test_resume import digest
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -198,6 +199,33 @@ def test_server_goes_on_from_the_checkpoint_of_any_and_any_from_its(work: Path, 
     losses = read_metrics(run / "metrics.csv", "train/loss")
     assert len(losses) == 10
     assert all(loss < 4 for loss in losses)
+
+
+def test_the_server_saves_the_rate_that_a_schedule_has_set(work: Path, lm_args: list[str]) -> None:
+    """One of torch's, which goes on from the rate that it finds."""
+    schedule = ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR", "--trainer.max_steps"]
+    rates = []
+    for strategy in ("parameter_server", "ddp"):
+        whole = fit(work, lm_args, f"{strategy}-whole", strategy, *schedule, "5")
+        fit(work, lm_args, f"{strategy}-cut", strategy, *schedule, "3")
+        cut = fit(work, lm_args, f"{strategy}-cut", strategy, *schedule, "5", "--ckpt_path", "last")
+        ends = [read_checkpoint(run / "checkpoints/last.ckpt") for run in (whole, cut)]
+        assert digest(whole / "checkpoints/last.ckpt") == digest(cut / "checkpoints/last.ckpt")
+        rates += [end["optimizer_states"][0]["param_groups"][0]["lr"] for end in ends]
+    assert rates == [rates[0]] * 4
+
+
+def save_after_validation(args: list[str], path: Path) -> None:
+    cli = main_of("lm")(args)
+    cli.trainer.save_checkpoint(path)
+
+
+@pytest.mark.parametrize("strategy", ["local_sgd", "parameter_server"])
+def test_what_has_only_been_evaluated_can_be_saved(strategy: str, work: Path, lm_args: list[str]) -> None:
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
+    args = ["validate", *TINY, *layer, *lm_args, "--trainer.devices", "2"]
+    assert run_ranks(save_after_validation, args, work / "net.ckpt", folder=work) == [0, 0], logs(work)
+    assert "net.lm_head.weight" in read_checkpoint(work / "net.ckpt")["state_dict"]
 
 
 def test_the_server_counts_updates_since_a_rank_had_its_weights() -> None:

@@ -177,6 +177,8 @@ def test_features_are_the_layers_outputs_in_order() -> None:
     assert again is first
     net(pixels)
     features.take()
+    with pytest.raises(InputError, match=r"model.features: this rank's part of the net has no output of '13'"):
+        features.take()
     with pytest.raises(InputError, match=r"ConvNet has no layer '66'; did you mean '6'"):
         Features(net, ["66"])
 

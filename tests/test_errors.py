@@ -707,5 +707,6 @@ def test_a_mistyped_name_is_no_untrained_net(work: Path, capfd: pytest.CaptureFi
             "did you mean 'default'?"
         )
     assert not (work / "runs/classification/defualt").exists()
-    main(["validate", "--name", "fresh", "--ckpt_path", "null"])
-    assert "validate: no checkpoint of" in capfd.readouterr().out
+    for name in ("fresh", "default"):  # also where there is a checkpoint
+        main(["validate", "--name", name, "--ckpt_path", "null"])
+        assert "validate: no checkpoint of" in capfd.readouterr().out

@@ -61,7 +61,8 @@ def key_of(cell: tuple[str, str, str]) -> str:
     sha = hashlib.sha256()
     for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
         sha.update(path.read_bytes())
-    for package in ("torch", "lightning", "transformers", "deepspeed", "kornia", "tabm", "torchjd"):
+    packages = "torch", "lightning", "transformers", "deepspeed", "megatron-core", "ray", "kornia", "tabm", "torchjd"
+    for package in packages:
         sha.update(importlib.metadata.version(package).encode())
     return sha.hexdigest()
 
@@ -158,7 +159,7 @@ def render() -> str:
         "which a single process does not: there the single process is one of DeepSpeed, and a plain one may differ by",
         "a tenth. ≈ is the same of a strategy that trains near a single process, not as it does, and may differ by a",
         "fifth. Ranks of ray are started here as those of all others. [n] is the line with which the cell is refused",
-        "before training starts; `not run` alone is a cell that is still to be run.",
+        "before training starts or at its first step; `not run` alone is a cell that is still to be run.",
     ]
     for recipe in RECIPES:
         lines += [

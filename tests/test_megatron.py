@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,8 +153,30 @@ def test_what_else_is_done_with_a_run(fit: Any, work: Path) -> None:
     assert isinstance(net, MegatronLM)
     assert all(torch.equal(p, state[f"net.{name}"]) for name, p in net.named_parameters())
     tokens = AutoTokenizer.from_pretrained(run / "export")("The import", return_tensors="pt").input_ids
-    assert net(tokens).logits.shape == (1, 10, net.config.vocab_size)
+    logits = net(tokens).logits
+    assert logits.shape == (1, 10, net.config.vocab_size)
+    loss = nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    assert net(tokens, torch.ones_like(tokens), labels=tokens).loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    with pytest.raises(InputError, match="attend to all tokens before; give them no padding"):
+        net(tokens, torch.tensor([[0] + [1] * 9]))
     assert [path.name for path in (run / "export").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def validate_then_fit(args: list[str], path: Path) -> None:
+    """With one trainer; the weights of both slices end as of one that has only been trained."""
+    cli = main_of("lm")(args)
+    if args[0] == "validate":
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.save_checkpoint(path)
+
+
+@needs_megatron
+def test_a_second_command_of_a_trainer(work: Path, lm_args: list[str]) -> None:
+    args = [*PRESET, *TINY, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    for command in ("validate", "fit"):
+        codes = run_ranks(validate_then_fit, [command, *args], work / f"{command}.ckpt", folder=work / command)
+        assert codes == [0, 0], logs(work / command)
+    same_checkpoints(work / "validate.ckpt", work / "fit.ckpt", 1e-7)
 
 
 @needs_megatron

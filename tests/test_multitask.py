@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchjd import scalarization
-from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, Mean, PCGrad, Sum, UPGrad
+from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, FairGrad, GradDrop, Mean, PCGrad, Sum, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from benchmarks.multitask import delta_m
@@ -207,7 +207,9 @@ def test_the_mean_of_the_tasks_gradients_is_the_gradient_of_the_mean(parts: int,
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize(
-    "aggregator", [PCGrad(), MGDA(), AlignedMTL(), ConFIG(), UPGrad(projector=NNLSProjector())], ids=str
+    "aggregator",
+    [PCGrad(), FairGrad(alpha=1.0), GradDrop(), MGDA(), AlignedMTL(), ConFIG(), UPGrad(projector=NNLSProjector())],
+    ids=str,
 )
 def test_aggregated_gradients_are_those_of_torchjds_engine(aggregator: Aggregator, parts: int) -> None:
     """Micro-batches give what the whole batch gives: it is their mean gradients that are aggregated."""
@@ -221,8 +223,10 @@ def test_aggregated_gradients_are_those_of_torchjds_engine(aggregator: Aggregato
     mtl_backward(losses, features, shared_params=net.body.parameters(), tasks_params=heads)
     torch.manual_seed(5)
     jac_to_grad(net.body.parameters(), aggregator)
-    # The loss is the mean over tasks, and so is what these two sum up.
-    for p in net.parameters() if isinstance(aggregator, PCGrad | ConFIG) else net.heads.parameters():
+    # The loss is the mean over tasks, and so is what these sum up.
+    for p in (
+        net.parameters() if isinstance(aggregator, PCGrad | ConFIG | FairGrad | GradDrop) else net.heads.parameters()
+    ):
         p.grad /= 3  # type: ignore[operator]
     for gradient, p in zip(found, net.parameters(), strict=True):
         assert torch.allclose(gradient, p.grad, atol=1e-5)  # type: ignore[arg-type]

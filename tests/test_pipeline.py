@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.nets import causal_lm
 from common.strategies.pipeline import plan_of
 from tests.support import PLAIN, ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.test_distillation import text_args
 from tests.test_resume import digest, killed_main, write_config
 from tests.test_strategies import BINNED
 
@@ -271,6 +272,79 @@ def test_a_net_that_registers_its_parts_in_another_order(work: Path, lm_args: li
     assert run_ranks(main_of("lm"), args, folder=work) == [3, 2], logs(work)
     last = (work / "rank1.log").read_text().splitlines()[-1]
     assert "stages: OPTForCausalLM uses in stage 1 what it registers for another" in last
+
+
+def biased_main(args: list[str]) -> None:
+    """Blocks that pass on what the next ones need, beside the hidden state, as T5's."""
+    from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+
+    forward = FalconDecoderLayer.forward
+
+    def with_bias(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden, *_ = forward(self, *args, **kwargs)
+        return hidden, hidden.mean()
+
+    FalconDecoderLayer.forward = with_bias  # in this forked process only
+    main_of("lm")(args)
+
+
+def logging_main(args: list[str]) -> None:
+    """A recipe whose ``shared_step`` logs by itself."""
+    from recipes.lm.module import LMModule
+
+    shared_step = LMModule.shared_step
+
+    def with_log(self: LMModule, batch: Any, stage: Any) -> Any:
+        loss, count = shared_step(self, batch, stage)
+        if stage == "train":
+            self.log("train/own", loss.detach())
+        return loss, count
+
+    LMModule.shared_step = with_log  # type: ignore[method-assign]  # in this forked process only
+    main_of("lm")(args)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "codes", "line"),
+    [
+        (
+            biased_main,
+            ["--model.config", "transformers.FalconConfig", *FALCON],
+            [2, 2],
+            "FalconDecoderLayer does not return what it gets, in shape and type, and nothing else",
+        ),
+        (logging_main, [], [3, 2], "shared_step logs train/own in training, which the first stage does not compute"),
+    ],
+)
+def test_what_would_be_lost(
+    main: Callable[..., None], flags: list[str], codes: list[int], line: str, work: Path, lm_args: list[str]
+) -> None:
+    args = ["fit", *LAYER, "--trainer.accelerator", "cpu", *lm_args, *flags, "--trainer.devices", "2"]
+    assert run_ranks(main, args, folder=work) == codes, logs(work)
+    assert line in (work / "rank1.log").read_text().splitlines()[-1]
+
+
+def test_features_of_another_stage(work: Path, small_text: Path) -> None:
+    """A block that the last stage skips, and a layer within, after a validation that asks for neither."""
+    net = ["--model.net.config.init_args.num_hidden_layers", "4", "--model.teacher_training", "null"]
+    features = ["--model.feature_loss", "common.distillation.SimilarityPreserving", "--model.features"]
+    for layer, line in (
+        ("model.layers.0", "CausalLM uses in stage 1 what it registers for another"),
+        ("model.layers.0.mlp", "model.features: this rank's part of the net has no output of"),
+    ):
+        pair = f"[[model.{layer}, model.{layer}]]"
+        args = ["fit", *LAYER, *text_args(small_text), *net, *features, pair, "--trainer.devices", "2"]
+        assert run_ranks(main_of("distillation"), args, folder=work) == [3, 2], logs(work)
+        assert line in (work / "rank1.log").read_text().splitlines()[-1]
+
+
+def test_a_checkpoint_of_other_parameters(fit: Fit, work: Path, lm_args: list[str]) -> None:
+    """The rest of whose optimizer's state would be that of other parameters."""
+    fit("tied", 2, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2")
+    args = ["fit", "--name", "tied", "--ckpt_path", "last", f"{NET}.tie_word_embeddings", "false"]
+    assert run_ranks(main_of("lm"), args, folder=work) == [2, 2], logs(work)
+    last = (work / "rank0.log").read_text().splitlines()[-1]
+    assert last.startswith("--ckpt_path: does not fit this model or optimizer: contains a parameter group")
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.8"])

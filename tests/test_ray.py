@@ -14,7 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from common.checkpoint import read_checkpoint
+from common.errors import InputError
 from common.faults import StopOnSigterm
+from common.strategies import ray as ray_strategy
+from common.strategies.ray import RayDDP
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 from tests.test_resume import digest
 
@@ -123,6 +126,41 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     assert (code, err) == (0, []), out
     assert "val/loss" in out
     assert sorted(path.name for path in runs.iterdir()) == ["cut", "ddp", "whole"]
+
+
+def cluster_of_half_a_core() -> None:
+    """Ranks that end in other ways than by themselves."""
+    import torch
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    strategy = RayDDP(cpus_per_worker=0.5)
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
+    launcher = ray_strategy._RayLauncher(strategy)
+    launcher._connect()
+    # Its child holds what the rank has written to.
+    child = "import os, subprocess; subprocess.Popen(['sleep', '60']); os.write(1, b'here\\n'); os.kill(os.getpid(), 9)"
+    began = time.monotonic()
+    codes = launcher._run([sys.executable, "-c", child], dict(os.environ))
+    print(codes, time.monotonic() - began < 30)
+    try:
+        launcher._run(["/nonexistent/python"], dict(os.environ))
+    except InputError as error:
+        print(error)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_lost_or_never_start(work: Path) -> None:
+    pytest.importorskip("ray")
+    command = [sys.executable, "-c", "from tests.test_ray import cluster_of_half_a_core as main; main()"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.splitlines() == [
+        "here",
+        "[-9] True",
+        "trainer.strategy: a node has no /nonexistent/python; all need the same files at the same paths",
+    ]
 
 
 @pytest.mark.parametrize(

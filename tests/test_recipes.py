@@ -68,10 +68,10 @@ def test_configs_say_what_they_are_for(path: Path) -> None:
     assert isinstance(yaml.safe_load(text), dict)
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the modules that a file imports absolutely."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path: Path, at_once: bool = False) -> set[str]:
+    """Names of the modules that a file imports absolutely; ``at_once`` for those that it does not put off."""
+    names, module = set(), ast.parse(path.read_text())
+    for node in module.body if at_once else ast.walk(module):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -84,6 +84,9 @@ def test_import_rules() -> None:
     files = [*(ROOT / "common").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
     assert len(files) > 10
     assert [str(path) for path in files if any(name.split(".")[0] == "recipes" for name in imported(path))] == []
+    heavy = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
+    for path in files:
+        assert heavy.isdisjoint(name.split(".")[0] for name in imported(path, at_once=True)), path
 
 
 def tiny(recipe: str, lm_args: list[str]) -> list[str]:

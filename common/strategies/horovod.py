@@ -32,7 +32,8 @@ class Horovod(DDPStrategy):
     here, without it. Further settings of Horovod are its environment variables.
 
     Args:
-        compression: fp16 sends gradients in half the bytes of fp32, rounded, those below 6e-8 as zeros.
+        compression: fp16 sends gradients in half the bytes of fp32, rounded, those below 6e-8 as zeros
+            and those above 65,504 as infinite.
         fusion_threshold: bytes of gradients that are averaged together if they are ready at the same time, in a buffer
             of this size. Which ones are depends on the time they take, and on more than two ranks the order of sums
             with it: with 0, which averages each by itself, a run repeats to the bit.
@@ -81,16 +82,19 @@ class Horovod(DDPStrategy):
         """Let the ranks find one another in Horovod as well."""
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer  # type: ignore
 
-        server = RendezvousHTTPServer(("", 0), RendezvousHandler, 0) if self.is_global_zero else None
-        port = self.broadcast(server.server_port if server else 0)
         assert self.cluster_environment is not None
+        # It asks nobody who they are: other machines reach it where they have to.
+        address = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
+        listens = address if self.num_nodes == 1 else ""
+        server = RendezvousHTTPServer((listens, 0), RendezvousHandler, 0) if self.is_global_zero else None
+        port = self.broadcast(server.server_port if server else 0)
         own = {
             "RANK": self.global_rank, "SIZE": self.world_size,
             "LOCAL_RANK": self.local_rank, "LOCAL_SIZE": self.num_processes,
             "CROSS_RANK": self.node_rank, "CROSS_SIZE": self.num_nodes,
             "HOSTNAME": f"node{self.node_rank}",  # by which ranks of a node find one another
             "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
-            "GLOO_RENDEZVOUS_ADDR": self.cluster_environment.main_address, "GLOO_RENDEZVOUS_PORT": port,
+            "GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port,
             "GLOO_TIMEOUT_SECONDS": max(int(self._seconds), 1), "FUSION_THRESHOLD": self.fusion_threshold,
         }  # fmt: skip
         os.environ.update({f"HOROVOD_{key}": str(value) for key, value in own.items()})

@@ -149,7 +149,8 @@ class LocalSGD(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        checkpoint["outer_optimizer"] = self._outer.state_dict()
+        if hasattr(self, "_outer"):  # not of a trainer that has only evaluated
+            checkpoint["outer_optimizer"] = self._outer.state_dict()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

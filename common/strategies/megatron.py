@@ -67,10 +67,10 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         if self.ranks_per_batch > 1 and net.mesh is None:  # it is not for a second command of a trainer
             self._module.net = net.sliced(self._mesh)
             self._module._prepare_blocks()
-        if trainer.state.fn != TrainerFn.FITTING:
-            # Lightning would give every rank the slices of the first one.
-            names = [name for name, _ in self._module.named_parameters()]
-            self._module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+        # In evaluation Lightning would give every rank the slices of the first one.
+        evaluates = trainer.state.fn != TrainerFn.FITTING
+        names = [name for name, _ in self._module.named_parameters()] if evaluates else []
+        self._module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         super().setup(trainer)
 
     @override

@@ -286,7 +286,10 @@ class ParameterServer(DDPStrategy):
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return super().optimizer_state(optimizer if self.server is None else self.server.optimizer)
+        if self.server is None:
+            return super().optimizer_state(optimizer)
+        self._tell()  # a schedule has stepped since the last exchange
+        return super().optimizer_state(self.server.optimizer)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

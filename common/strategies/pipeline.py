@@ -88,7 +88,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return [*args, *kwargs.values()][0]
 
 
-class _Left(Exception):
+class _Left(BaseException):  # which no "except Exception" of a net or a recipe holds up
     """A forward pass has come to the end of this rank's blocks, with what goes on from there."""
 
     def __init__(self, hidden: Tensor):
@@ -135,7 +135,7 @@ class Pipeline(DDPStrategy):
     Args:
         stages: ranks that share a net; more ranks form replicas, which average gradients.
         micro_batches: parts of a batch that go through the stages one after the other; of the time, each rank idles
-            (stages - 1) / (micro_batches + stages - 1).
+            (stages - 1) / (micro_batches + stages - 1), the bubble.
         schedule: ``1f1b`` goes backward as soon as it can, and keeps the activations of ``stages`` micro-batches at
             most (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2); ``gpipe`` goes forward with all
             of them first (Huang et al. 2019, https://arxiv.org/abs/1811.06965).
@@ -159,7 +159,8 @@ class Pipeline(DDPStrategy):
         self.ranks_per_batch = self.stages = stages
         self.micro_batches, self.schedule = micro_batches, schedule
         self._shapes: list[torch.Size] = []
-        self._in_step = self._checked = False
+        self._in_step = False
+        self._checked: set[bool] = set()  # whether in evaluation, in training
         self._received: Tensor | None = None
         self._loss: Any = None
         self._tuple = -1  # not known yet
@@ -311,11 +312,22 @@ class Pipeline(DDPStrategy):
         net.forward = through_stages
         self._shared_step = module.shared_step
         module.shared_step = self._step
+        log = module.log
+
+        @wraps(log)
+        def log_outside_of_steps(name: str, *args: Any, **kwargs: Any) -> None:
+            if self._in_step:  # on the last stage, and rank 0 writes the logs
+                problem = f"the recipe's shared_step logs {name} in training, which the first stage does not compute"
+                raise InputError(f"{KEY}: {problem}; log it in evaluation alone, or {INSTEAD}")
+            log(name, *args, **kwargs)
+
+        module.log = log_outside_of_steps
 
     # What the forward pass of the net calls in the place of blocks that this rank does not have.
 
     def _skip(self, *args: Any, **kwargs: Any) -> Any:
-        return self._as_output(_first(args, kwargs))
+        hidden = _first(args, kwargs)
+        return self._as_output(hidden.new_full((), torch.nan).expand(hidden.shape))  # nobody is to work with it
 
     def _receive(self, *args: Any, **kwargs: Any) -> Any:
         if not self._in_step:
@@ -338,10 +350,10 @@ class Pipeline(DDPStrategy):
         return (hidden, *[None] * (self._tuple - 1)) if self._tuple else hidden
 
     def _check_numbers(self, value: Any) -> None:
-        """See once whether a pass has used parameters that belong to other stages."""
-        if self._checked:
+        """See once each in training and evaluation whether a pass has used parameters of other stages."""
+        if self._in_step in self._checked:
             return
-        self._checked = True
+        self._checked.add(self._in_step)
         if any(leaf.isnan().any() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
             net = type(self._module.net).__name__
             problem = f"{net} uses in stage {self.stage} what it registers for another (or has no finite weights)"
@@ -413,6 +425,8 @@ class Pipeline(DDPStrategy):
         rows = len(batch.mask)
         self._check_rows(rows)
         leaves, spec = tree_flatten(batch)
+        if any(leaf.shape[:1] != (rows,) for leaf in leaves if isinstance(leaf, Tensor)):
+            raise InputError(f"{KEY}: a batch of {rows} samples has tensors without an axis of them; {INSTEAD}")
         chunks = [
             leaf.chunk(self.micro_batches) if isinstance(leaf, Tensor) else [leaf] * self.micro_batches
             for leaf in leaves
@@ -461,7 +475,8 @@ class Pipeline(DDPStrategy):
         def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             same = isinstance(hidden, Tensor) and (hidden.shape, hidden.dtype) == (found[0].shape, found[0].dtype)
-            size.fill_(-1 if not same else len(output) if isinstance(output, tuple) else 0)
+            alone = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(output)) == 1
+            size.fill_(-1 if not same or not alone else len(output) if isinstance(output, tuple) else 0)
             raise _Left(hidden)
 
         block = self._first_block
@@ -479,7 +494,7 @@ class Pipeline(DDPStrategy):
         if not found:
             raise InputError(f"{KEY}: the recipe does not call its net in training; {INSTEAD}")
         if self._tuple < 0:
-            problem = f"{type(block).__name__} does not return what it gets, in shape and type"
+            problem = f"{type(block).__name__} does not return what it gets, in shape and type, and nothing else"
             raise InputError(f"{KEY}: {problem}; {INSTEAD}")
         return torch.empty_like(found[0], device="meta").requires_grad_()
 
@@ -576,8 +591,13 @@ class Pipeline(DDPStrategy):
             saved = [(number, state["state"].get(number_of[name])) for number, name in enumerate(own)]
             mine = {number: values for number, values in saved if values is not None}
             numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+            sizes = [len(group["params"]) for group in state["param_groups"]]
+            if sizes != [len(names) for names in self._whole_groups]:  # what torch would say of the whole
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's"
+                )
             param_groups = [
                 {**group, "params": own_numbers}
-                for group, own_numbers in zip(state["param_groups"], numbers, strict=False)
+                for group, own_numbers in zip(state["param_groups"], numbers, strict=True)
             ]
             optimizer.load_state_dict({**state, "state": mine, "param_groups": param_groups})

@@ -1,6 +1,7 @@
 """DDP on a Ray cluster: the command that a user gives starts workers there, which run it again as ranks."""
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ from typing_extensions import override
 from common.errors import InputError, Stopped
 from common.faults import LOST_RANK_EXIT, SIGTERM_EXIT
 
-RUN_ID = "ray"  # of torchelastic's variables: these ranks belong to workers of Ray
+STARTED = "RECIPES_RAY"  # variable of the ranks that workers of Ray start
 GRACE = 30.0  # seconds that ranks have to end by themselves once another has failed
 
 
@@ -36,6 +37,11 @@ def _worker_class() -> type:
 
     A rank is a process of its own: Ray's has threads, next to which the processes that read data could not be forked.
     """
+    import secrets
+    import selectors
+    import socket
+    from contextlib import suppress
+
     import ray.util
 
     class Worker:
@@ -43,14 +49,14 @@ def _worker_class() -> type:
 
         def place(self) -> tuple[str, int, list[str]]:
             """Address of the node, a free port, and the worker's GPUs."""
-            with socket.socket() as listener:
-                listener.bind(("", 0))
-                return ray.util.get_node_ip_address(), listener.getsockname()[1], [str(i) for i in ray.get_gpu_ids()]
+            while True:
+                port = 20_000 + secrets.randbelow(12_000)  # below those that any connection may be given meanwhile
+                with socket.socket() as listener, suppress(OSError):
+                    listener.bind(("", port))
+                    return ray.util.get_node_ip_address(), port, [str(i) for i in ray.get_gpu_ids()]
 
         def run(self, command: list[str], folder: str, env: dict[str, str]) -> Iterator[tuple[int, Any]]:
             """What the rank writes to 1 as it does so, and to 2 line by line; then 0 and its exit code."""
-            import selectors
-
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
             with selectors.DefaultSelector() as streams:
@@ -58,7 +64,10 @@ def _worker_class() -> type:
                     streams.register(stream, selectors.EVENT_READ, number)  # type: ignore[arg-type]
                 rest = b""  # of a line on 2: those of several ranks must not end up in one
                 while streams.get_map():
-                    for key, _ in streams.select():
+                    ready = streams.select(1.0)
+                    if not ready and self.process.poll() is not None:
+                        break  # processes that a killed rank has left behind hold them open
+                    for key, _ in ready:
                         if not (written := os.read(key.fd, 1 << 16)):
                             streams.unregister(key.fileobj)
                         elif key.data == 2:
@@ -152,11 +161,10 @@ class _RayLauncher(_Launcher):
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         strategy, settings = self.strategy, {}
         if strategy.address is None:
-            # Other users of this machine could reach it.
+            # It listens on the network: nobody gets in without this run's token.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             settings = {
-                "_node_ip_address": "127.0.0.1",
-                "num_cpus": strategy.bundle["CPU"],
+                "num_cpus": math.ceil(strategy.bundle["CPU"]),
                 "include_dashboard": False,
                 "object_store_memory": 100 << 20,  # what ranks print
             }
@@ -170,7 +178,7 @@ class _RayLauncher(_Launcher):
     def _run(self, command: list[str], env: dict[str, str]) -> list[int]:
         """Run a command as ranks, print what they print, and return their exit codes; negative for a lost one."""
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -205,7 +213,7 @@ class _RayLauncher(_Launcher):
                 variables = {
                     "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node,
                     "WORLD_SIZE": len(places), "LOCAL_WORLD_SIZE": strategy.num_processes,
-                    "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": RUN_ID,
+                    "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": "ray", STARTED: 1,
                     "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", max(int(strategy.cpus_per_worker), 1)),
                 }  # fmt: skip
                 if sys.stdout.isatty():  # or rank 0 would show its progress at the end only
@@ -223,6 +231,11 @@ class _RayLauncher(_Launcher):
                 for output in ready:
                     try:
                         number, content = ray.get(next(output))
+                    except RayTaskError as error:  # the worker lives, and could not start its rank
+                        if isinstance(error.cause, FileNotFoundError):
+                            problem = f"a node has no {error.cause.filename}; all need the same files at the same paths"
+                            raise InputError(f"trainer.strategy: {problem}") from error
+                        raise
                     except (StopIteration, RayError):
                         failed = codes[outputs.pop(output)]
                         killed_at = min(killed_at, time.monotonic() + GRACE) if failed else killed_at
@@ -235,6 +248,8 @@ class _RayLauncher(_Launcher):
                         codes[outputs[output]] = content
                 if time.monotonic() > killed_at:
                     self.kill(signal.SIGKILL)
+        except RayTaskError:
+            raise
         except RayError:  # a node that was lost while workers started
             pass
         finally:
@@ -265,7 +280,8 @@ class RayDDP(DDPStrategy):
     The process of the command is a driver: it finds mistakes, starts ``trainer.devices`` workers on each of
     ``trainer.num_nodes`` nodes of the cluster, which run the same command with torchrun's variables, prints what they
     print and ends with their exit code. Under these variables, torchrun's own too, this is plain DDP. All nodes need
-    the same files at the same paths. A rank has one GPU if ``trainer.accelerator`` is one, and none otherwise.
+    the same files at the same paths, and ranks have the environment of the command. A rank has one GPU if
+    ``trainer.accelerator`` is one, and none otherwise; Lightning wants the machine of the command to have GPUs as well.
 
     Args:
         address: ``host:port`` of a running cluster, ``auto`` for the one that this machine belongs to; None starts one
@@ -338,5 +354,5 @@ class RayDDP(DDPStrategy):
             self._launcher = _RayLauncher(self)
             return
         super()._configure_launcher()
-        if os.environ["TORCHELASTIC_RUN_ID"] == RUN_ID:
+        if STARTED in os.environ:
             threading.Thread(target=_end_with_worker, daemon=True).start()

@@ -174,6 +174,8 @@ def refuse_matrix_optimizer(optimizer: Any) -> None:
 def has_whole_gradients(strategy: Strategy) -> bool:
     """Whether each rank holds every parameter whole, so that its gradient can be asked for; after the set-up."""
     whole = strategy.model is strategy.lightning_module or isinstance(strategy.model, DistributedDataParallel)
+    if getattr(strategy, "ranks_per_batch", 1) > 1:  # a stage each, or a slice
+        return False
     return whole and not any(isinstance(p, DTensor) for p in strategy.model.parameters())  # type: ignore[union-attr]
 
 
