@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -34,7 +36,7 @@ from common import layers
 from common.callbacks import PredictionWriter, RunRecord
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import InputError, Stopped, nearest
+from common.errors import InputError, Stopped, closest, nearest
 from common.faults import LOST_RANK_EXIT, StopOnSigterm, lost_rank
 from common.messages import explain
 from common.module import BaseModule
@@ -68,6 +70,7 @@ NO_WARNINGS = (
     "Couldn't infer the batch indices fetched from your dataloader",
     "The dirpath has changed from",
     "Found .* module\\(s\\) in eval mode at the start of training",
+    "The number of training batches .* is smaller than the logging interval",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "`torch.distributed.\\w+` is deprecated",
     "Since DeepSpeed handles gradient clipping internally",
@@ -258,7 +261,8 @@ class RecipeCLI(LightningCLI):
             others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stem not in ("last", "best"))
             found = ", ".join(p.stem for p in others) or "none"
             runs = sorted(p.parent.parent.name for p in self.run_dir.parent.glob(f"*/checkpoints/{name}.ckpt"))
-            hint = f"give --name {runs[-1]}" if runs else "run fit first or give --name"
+            near = runs and (closest(self.run_dir.name, runs) or runs[-1])
+            hint = f"give --name {near}" if near else "run fit first or give --name"
             if others:
                 hint = f"give --ckpt_path {others[0].stem if others[0].stem in ('last', 'best') else others[0]}"
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
@@ -312,10 +316,12 @@ class RecipeCLI(LightningCLI):
         Called when everything is built, so that a mistake found until then leaves the earlier run where it is; one that
         shows before the first step puts it back.
         """
+        checkpoint, steps = self.config.fit.ckpt_path, self.trainer.max_steps
+        self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
+        if -1 < steps < self.first_step:
+            raise InputError(f"trainer.max_steps: {steps} is below the {self.first_step} of --ckpt_path; raise it")
         if self.config.fit.trainer.fast_dev_run or self.trainer.global_rank:
             return
-        checkpoint = self.config.fit.ckpt_path
-        self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
         if self._is_of_this_run(checkpoint):
             kept = (self.run_dir / name for name in ("config.yaml", "hparams.yaml", "environment.json"))
             self.record = {path: path.read_bytes() for path in kept if path.exists()}
@@ -476,7 +482,10 @@ def _trainer_mistake(message: str) -> str:
     """Lightning's refusal of a trainer argument, with the key and the nearest name."""
     if m := re.search(r"`(strategy|accelerator)='([^']+)'`", message):
         names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto", "gpu"]
-        return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{nearest(m[2], names)}"
+        layer = Path(f"configs/{m[1]}/{m[2]}.yaml")
+        found = (Path(__file__).parent.parent / layer).is_file()
+        hint = f"; take --config {layer}" if found else nearest(m[2], names)
+        return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{hint}"
     if m := re.search(r"precision='([\w-]+)'.*(?:one of|among): (.*)", message):
         names = re.findall(r"\w+-(?:true|mixed)", m[2])
         return f"trainer.precision: {m[1]} does not go with this strategy; take one of {', '.join(names)}"
@@ -497,7 +506,13 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         parsers = getattr(cli, "_subcommand_parsers", {})
         actions = {action.dest: action for parser in parsers.values() for action in parser._actions}
         known = {k: v for k, v in actions.items() if k not in cli.links.values() and not k.endswith("help")}
+        launcher = cli.trainer.strategy.launcher if hasattr(cli, "trainer") else None
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not is_torchelastic_launched():
+            # Lightning's first rank has started this one, has mostly found the same, and then ends it.
+            time.sleep(5.0)
         print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
+        if launcher is not None:
+            launcher.kill(signal.SIGKILL)
         raise SystemExit(2) from None
     except Stopped as error:
         if debug:

@@ -59,7 +59,9 @@ def groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_parall
     Raises:
         InputError: the ranks cannot be divided so.
     """
-    if together < 1 or ranks % together:
+    if together < 1:
+        raise InputError(f"{key}: must be at least 1, got {together}")
+    if ranks % together:
         problem = f"{together} is no divisor of {ranks} ranks"
         raise InputError(f"{key}: {problem}; take another, or --trainer.devices")
     return ranks // together

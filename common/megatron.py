@@ -66,7 +66,7 @@ class MegatronConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         if importlib.util.find_spec("megatron") is None:
-            raise InputError("model.config: megatron-core is not installed; pip install -e '.[megatron]'")
+            raise InputError("model.config: megatron-core is not installed; run pip install -e '.[megatron]'")
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.intermediate_size = intermediate_size or 4 * hidden_size
         self.num_attention_heads = num_attention_heads

@@ -112,8 +112,11 @@ def _problem(message: str, path: str, given: str, inside: bool, action: Action |
         if importlib.util.find_spec(m[2]) is None:
             return "", path, f"no module named {m[2]!r}{nearest(m[2], (info.name for info in pkgutil.iter_modules()))}"
         return "", path, f"{m[1]} may not be imported; allow your own package with RECIPES_ALLOW={m[2]}"
-    if m := re.search(r"No module named '(?:([\w.]+)\.)?(\w+)'", message):
-        return "", path, f"no module named {m[2]!r}{nearest(m[2], _contents(m[1] or path.split('.')[0]))}"
+    if m := re.search(r"No module named '(\w+)'", message):  # of those that may be named
+        extra = " -e '.[optim]'" if m[1] == "pytorch_optimizer" else f" {m[1]}"
+        return "", path, f"{m[1]} is not installed; run pip install{extra}"
+    if m := re.search(r"No module named '([\w.]+)\.(\w+)'", message):
+        return "", path, f"no module named {m[2]!r}{nearest(m[2], _contents(m[1]))}"
     if m := re.search(r"not correspond to a subclass of (\w+)|to be a subclass of <class '(\w+)'>", message):
         return "", path, f"{path} is no {m[1] or m[2]}"
     if m := re.search(r"Multiple subclasses with name (\w+).*?: ([\w.]+)", message):

@@ -21,7 +21,7 @@ def to_float8(net: nn.Module) -> None:
         problem = "needs a GPU with float8 (Ada, Hopper, Blackwell)"
         raise InputError(f"model.float8: {problem}; take configs/precision/bf16-mixed.yaml")
     if importlib.util.find_spec("torchao") is None:
-        raise InputError("model.float8: torchao is not installed; pip install -e '.[fp8]'")
+        raise InputError("model.float8: torchao is not installed; run pip install -e '.[fp8]'")
     from torchao.float8 import convert_to_float8_training  # type: ignore[import-not-found]
 
     head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]

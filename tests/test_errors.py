@@ -275,6 +275,8 @@ WRONG_NUMBERS = [
     built(LM, {}, "--trainer.devices 0", "--trainer.devices", "is not a valid input using cpu accelerator"),
     built(LM, {}, "--trainer.accelerator cpuu", "--trainer.accelerator", "no accelerator is named 'cpuu'", "cpu"),
     built(LM, {}, "--trainer.strategy=dpp", "--trainer.strategy", "no strategy is named 'dpp'", "ddp"),
+    built(LM, {}, "--trainer.strategy pipeline", "--trainer.strategy",
+          "no strategy is named 'pipeline'; take --config configs/strategy/pipeline.yaml"),
     built(LM, {}, f"{NET}.num_attention_heads 3", f"{NET}.num_attention_heads", "is not a multiple of the number of"),
     built(LM, {"bad.yaml": CALLBACK + "EarlyStopping\n      init_args: {monitor: val/loss, mode: mni}\n"},
          "--config bad.yaml", "bad.yaml:4", "trainer.callbacks[0].init_args.mode: `mode` can be min, max"),
@@ -340,6 +342,10 @@ WRONG_RUNS = [
     built(CLASSES, {}, "--model.activation_checkpointing true", "--model.activation_checkpointing", "names no blocks"),
     built(LM, {}, f"--config {STRATEGY}/fsdp.yaml --trainer.precision bf16-mixed", "--trainer.precision",
           "under FSDP1 needs a GPU"),
+    built(LM, {}, f"--config {STRATEGY}/fsdp.yaml --trainer.strategy.cpu_offload true",
+          "--trainer.strategy.cpu_offload", "takes parameters out of a GPU's memory; take false on a CPU"),
+    built(LM, {}, f"--config {STRATEGY}/fsdp2.yaml --trainer.strategy.cpu_offload true",
+          "--trainer.strategy.cpu_offload", "takes parameters out of a GPU's memory; take false on a CPU"),
     built(LM, {}, "--data.batch_size 100000", "--data.batch_size", "> 1687 training samples; lower it"),
     built(CLASSES, {}, "--data.batch_size 100000", "--data.batch_size", "> 1257 training samples; lower it"),
     built(LM, {}, f"{SCHEDULE}.warmup 500", f"{SCHEDULE}.warmup", "500 does not fit into 4 steps"),
@@ -597,6 +603,53 @@ class Broken(torch.nn.Linear):
     def forward(self, pixel_values):
         raise RuntimeError("a bug of mine")
 """
+
+
+def test_ranks_say_the_same_mistake_once(work: Path) -> None:
+    """Of the ranks that Lightning starts the others end with the first one, which finds it as they do."""
+    train = [
+        sys.executable,
+        str(ROOT / "recipes/classification/train.py"),
+        "fit",
+        *TINY,
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for flags, line in (
+        (["pipeline.yaml", "--trainer.strategy.stages", "3"], "--trainer.strategy.stages: 3 is no divisor of 2 ranks"),
+        (["ddp.yaml", "--model.optimizer.lr=-1"], "--model.optimizer.lr: Invalid learning rate: -1.0"),
+    ):
+        command = [*train, "--trainer.devices", "2", "--config", f"{ROOT}/configs/strategy/{flags[0]}", *flags[1:]]
+        # Returns when nobody holds the pipes any more.
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        (said,) = done.stderr.splitlines()
+        assert said.startswith(line)
+
+
+def test_a_run_that_is_beyond_its_last_step(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main = main_of("classification")
+    main(["fit", *TINY, "--trainer.max_steps", "4"])
+    main(["fit", *TINY, "--trainer.max_steps", "4", "--ckpt_path", "last"])  # nothing is left to do
+    before = contents(work / "runs/classification/default")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *TINY, "--trainer.max_steps", "3", "--ckpt_path", "last"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "--trainer.max_steps: 3 is below the 4 of --ckpt_path; raise it\n"
+    assert contents(work / "runs/classification/default") == before
+
+
+def test_a_package_that_is_not_installed(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPES_ALLOW", "my_optimizers")
+    with pytest.raises(SystemExit) as stop:
+        main_of("classification")(["fit", "--model.optimizer", "my_optimizers.Prodigy"])
+    assert stop.value.code == 2
+    line = "--model.optimizer: my_optimizers is not installed; run pip install my_optimizers"
+    assert capfd.readouterr().err == f"{line}\n"
 
 
 def test_bugs_keep_their_traceback(work: Path) -> None:

@@ -362,4 +362,4 @@ def test_a_missing_package_is_named_with_its_command(work: Path, lm_args: list[s
     for command in ("fit", "preflight"):
         assert run_ranks(main_of("lm"), [command, *PRESET, *lm_args], world=1, folder=work) == [2], logs(work)
         last = (work / "rank0.log").read_text().splitlines()[-1]
-        assert "megatron-core is not installed; pip install -e '.[megatron]'" in last
+        assert "megatron-core is not installed; run pip install -e '.[megatron]'" in last

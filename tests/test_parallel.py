@@ -322,7 +322,7 @@ def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) ->
     ("recipe", "flags", "line"),
     [
         ("lm", ["--trainer.strategy.tensor_parallel", "3"], "tensor_parallel: 3 is no divisor of 2 ranks"),
-        ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: 0 is no divisor of 2 ranks"),
+        ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: must be at least 1, got 0"),
         ("lm", ["--model.config.init_args.num_attention_heads", "1"], "num_attention_heads of LlamaConfig is 1, no"),
         ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (_tp_plan)"),
         ("classification", [], "ConvNet has no plan (_tp_plan)"),

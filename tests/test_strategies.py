@@ -364,7 +364,7 @@ def test_a_missing_engine_is_named_with_its_command(work: Path, plain_args: dict
     layer = ["--config", str(ROOT / "configs/strategy/deepspeed_zero2.yaml")]
     assert run_ranks(without_deepspeed, ["fit", *layer, *plain_args["lm"]], world=1, folder=work) == [2], logs(work)
     last = (work / "rank0.log").read_text().splitlines()[-1]
-    assert "trainer.strategy: DeepSpeed is not installed; pip install -e '.[deepspeed]'" in last
+    assert "trainer.strategy: DeepSpeed is not installed; run pip install -e '.[deepspeed]'" in last
 
 
 def without_deepspeed(args: list[str]) -> None:

@@ -59,7 +59,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         timeout: timedelta = default_pg_timeout,
     ):
         if importlib.util.find_spec("deepspeed") is None:
-            raise InputError("trainer.strategy: DeepSpeed is not installed; pip install -e '.[deepspeed]'")
+            raise InputError("trainer.strategy: DeepSpeed is not installed; run pip install -e '.[deepspeed]'")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         zero: dict[str, Any] = {"stage": stage}

@@ -83,6 +83,8 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         if self.root_device.type == "cpu" and "mixed" in self.precision_plugin.precision:
             problem = "under FSDP1 needs a GPU: Lightning would leave it out on a CPU"
             raise InputError(f"trainer.precision: {self.precision_plugin.precision} {problem}; take fsdp2 or bf16-true")
+        if self.cpu_offload.offload_params:
+            _refuse_offload(self.root_device)
         key, hybrid = "trainer.strategy.device_mesh", self.sharding_strategy.name == "HYBRID_SHARD"
         if self._mesh and not hybrid:
             raise InputError(f"{key}: is for sharding_strategy HYBRID_SHARD; take that, or null")
@@ -226,6 +228,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
     def setup_environment(self) -> None:
         if self._layer_sync:
             raise InputError("trainer.sync_batchnorm: FSDP2 does without; take false, or configs/strategy/ddp.yaml")
+        if self.cpu_offload:
+            _refuse_offload(self.root_device)
         self._data_parallel_size = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
         self._tensor_parallel_size = self.ranks_per_batch
         super().setup_environment()
@@ -293,6 +297,11 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": mine})
+
+
+def _refuse_offload(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise InputError("trainer.strategy.cpu_offload: takes parameters out of a GPU's memory; take false on a CPU")
 
 
 def _share_like(parameter: Tensor, value: Any) -> Any:

@@ -46,7 +46,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         copies = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
         if self.ranks_per_batch > 1 and self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} overflows in one slice and not in the others"
-            raise InputError(f"trainer.precision: {problem}; take bf16-mixed")
+            raise InputError(f"trainer.precision: {problem}; take bf16-true")
         # Megatron counts on it, so that sums over ranks start before the products that are to hide them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         super().setup_environment()
