@@ -215,7 +215,9 @@ def test_every_rank_ends(fault: str, work: Path, lm_args: list[str]) -> None:
     assert run_ranks(faulty_main, "lm", args, faults, folder=work) == expected, logs(work)
     line = "another rank has ended (" if fault == "kill_1" else "SIGTERM to another rank after step"
     assert line in (work / "rank0.log").read_text().splitlines()[-1]
-    resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "12"]
+    path = work / "runs/lm/default/checkpoints/last.ckpt"
+    end = read_checkpoint(path)["global_step"] + 2
+    resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(end)]
     assert run_ranks(main_of("lm"), resumed, folder=work) == [0, 0], logs(work)
 
 
