@@ -21,7 +21,7 @@ from common.errors import InputError
 from common.strategies.local_sgd import LocalSGD
 from common.strategies.parameter_server import ParameterServer, Server
 from common.strategies.sharding import Memory
-from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
 from tests.test_resume import digest
 
@@ -302,7 +302,10 @@ def late_main(args: list[str]) -> None:
     main_of("lm")(args)
 
 
-@pytest.mark.parametrize("strategy", ["parameter_server", "pipeline", "tensor_parallel"])
+HOROVOD = pytest.param("horovod", marks=pytest.mark.skipif("horovod" in MISSING, reason="Horovod is not installed"))
+
+
+@pytest.mark.parametrize("strategy", ["parameter_server", "pipeline", "tensor_parallel", HOROVOD])
 def test_a_rank_that_waits_for_another_gives_up(strategy: str, work: Path, lm_args: list[str]) -> None:
     """Also in the groups of a mesh."""
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.strategy.timeout", "0:00:03"]
@@ -311,6 +314,7 @@ def test_a_rank_that_waits_for_another_gives_up(strategy: str, work: Path, lm_ar
     codes = run_ranks(late_main, [*args, "--trainer.limit_val_batches", "0"], folder=work)
     assert codes == [3, 3], logs(work)
     assert time.monotonic() - began < 40
+    assert "rank 0: another rank has ended (" in (work / "rank0.log").read_text().splitlines()[-1]
 
 
 def test_schedules_reach_the_server() -> None:

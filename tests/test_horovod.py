@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning as L
@@ -181,28 +180,6 @@ def test_ranks_may_use_different_parameters(work: Path) -> None:
     for name, value in net.state_dict().items():
         assert torch.equal(found[0][name], found[1][name]), name
         assert torch.allclose(found[0][name], value, atol=1e-6), name
-
-
-def late_main(args: list[str]) -> None:
-    """Rank 1 comes to its second step after all patience."""
-    from common.module import BaseModule
-
-    def wait(self: BaseModule, batch: object, batch_idx: int) -> None:
-        if batch_idx == 1 and self.global_rank == 1:
-            time.sleep(10)
-
-    BaseModule.on_train_batch_start = wait  # type: ignore[method-assign]  # in this forked process only
-    main_of("lm")(args)
-
-
-@installed
-def test_a_rank_that_waits_for_another_gives_up(work: Path, lm_args: list[str]) -> None:
-    args = ["fit", *TINY, *LAYER, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-    args += ["--trainer.strategy.timeout", "0:00:03", "--trainer.limit_val_batches", "0"]
-    began = time.monotonic()
-    assert run_ranks(late_main, args, folder=work) == [3, 3], logs(work)
-    assert time.monotonic() - began < 40
-    assert "rank 0: another rank has ended (" in (work / "rank0.log").read_text().splitlines()[-1]
 
 
 @installed
