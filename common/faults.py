@@ -1,5 +1,6 @@
-"""Runs that are ended from outside: SIGTERM, and ranks that are lost."""
+"""Runs that are ended from outside: SIGTERM, and ranks that are lost. How ranks leave one another at the end."""
 
+import atexit
 import re
 import signal
 import time
@@ -21,6 +22,17 @@ _LOST = re.compile(
     r"Connection (?:closed|reset|refused)(?: by peer)?|Broken pipe|remote process (?:has )?exited|"
     r"[Tt]imed out|Timeout|Socket closed|Horovod has been shut down"
 )
+
+
+@atexit.register
+def _leave_ranks() -> None:
+    """Give gloo's threads the time to let go of the last tensors that they have sent.
+
+    For that they need the interpreter's lock, and a process whose interpreter ends meanwhile is aborted.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(0.05)  # without the lock; more than one of the threads may be waiting for it
 
 
 def lost_rank(error: Exception) -> str | None:
