@@ -605,22 +605,19 @@ class Broken(torch.nn.Linear):
 """
 
 
+TRAIN = [
+    sys.executable, str(ROOT / "recipes/classification/train.py"), "fit", *TINY, "--trainer.accelerator", "cpu",
+]  # fmt: skip
+
+
 def test_ranks_say_the_same_mistake_once(work: Path) -> None:
     """Of the ranks that Lightning starts the others end with the first one, which finds it as they do."""
-    train = [
-        sys.executable,
-        str(ROOT / "recipes/classification/train.py"),
-        "fit",
-        *TINY,
-        "--trainer.accelerator",
-        "cpu",
-    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for flags, line in (
         (["pipeline.yaml", "--trainer.strategy.stages", "3"], "--trainer.strategy.stages: 3 is no divisor of 2 ranks"),
         (["ddp.yaml", "--model.optimizer.lr=-1"], "--model.optimizer.lr: Invalid learning rate: -1.0"),
     ):
-        command = [*train, "--trainer.devices", "2", "--config", f"{ROOT}/configs/strategy/{flags[0]}", *flags[1:]]
+        command = [*TRAIN, "--trainer.devices", "2", "--config", f"{ROOT}/configs/strategy/{flags[0]}", *flags[1:]]
         # Returns when nobody holds the pipes any more.
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 2
@@ -655,21 +652,13 @@ def test_a_package_that_is_not_installed(
 def test_bugs_keep_their_traceback(work: Path) -> None:
     """In processes of their own: a mistake on stderr as a line, the same with --debug, and a bug in somebody's net."""
     Path("mine.py").write_text(BROKEN)
-    train = [
-        sys.executable,
-        str(ROOT / "recipes/classification/train.py"),
-        "fit",
-        *TINY,
-        "--trainer.accelerator",
-        "cpu",
-    ]
     monitor = CALLBACK + "EarlyStopping\n      init_args: {monitor: val/los}\n"
     Path("bad.yaml").write_text(monitor)
     env = os.environ | {"PYTHONPATH": ".", "RECIPES_ALLOW": "mine", "OMP_NUM_THREADS": "1"}
     commands = [
-        [*train, "--config", "bad.yaml", "--name", "mistake"],
-        [*train, "--data.batchsize", "3", "--debug"],
-        [*train, "--model.net", "mine.Broken", "--name", "bug"],
+        [*TRAIN, "--config", "bad.yaml", "--name", "mistake"],
+        [*TRAIN, "--data.batchsize", "3", "--debug"],
+        [*TRAIN, "--model.net", "mine.Broken", "--name", "bug"],
     ]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     processes = [subprocess.Popen(command, **pipe) for command in commands]  # type: ignore[call-overload]
