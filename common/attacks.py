@@ -8,7 +8,7 @@ training alone takes the gradients of inputs and of parameters from one backward
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -186,7 +186,7 @@ class PGD(Attack):
 
     def _ascend(self, loss: Loss, inputs: Tensor, index: Tensor, seed: int, mask: Tensor | None) -> Tensor:
         # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it.
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _without_fp16(inputs.device.type):
             clean = _copy(inputs)
             point = self.start(clean, index, seed, mask)
             for _ in range(self.steps):
@@ -243,6 +243,12 @@ class PGD(Attack):
             point = clean + delta * (self.eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
         # Clean inputs lie in the range, so this moves every element towards them and does not leave the ball.
         return point if self.clamp is None else point.clamp(*self.clamp)
+
+
+def _without_fp16(device_type: str) -> AbstractContextManager:
+    """Computes in fp32 where autocast has fp16: gradients of samples that are sure would be 0 there, and mislead."""
+    fp16 = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    return torch.autocast(device_type, enabled=False) if fp16 else nullcontext()
 
 
 def _copy(inputs: Tensor) -> Tensor:
@@ -364,6 +370,9 @@ def logits_at(
         net: the net.
         inputs: keyword arguments of the net.
         points: pixels, or perturbations of embeddings, of the batch or of several passes over it on end.
+
+    Raises:
+        InputError: the net itself is in fp16.
     """
     copies = len(points) // len(next(iter(inputs.values())))
     others = {name: torch.cat([values] * copies) for name, values in inputs.items() if name != "pixel_values"}
@@ -372,7 +381,11 @@ def logits_at(
     else:
         with perturbed_embeddings(net, points):
             output = net(**others)
-    return output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else output.logits
+    if logits.dtype == torch.float16 and not torch.is_autocast_enabled(logits.device.type):
+        problem = "the gradients that attacks follow vanish in a net of fp16 weights"
+        raise InputError(f"trainer.precision: {problem}; take bf16-mixed, or 16-mixed under DDP")
+    return logits
 
 
 class UnderAttack(NamedTuple):

@@ -101,7 +101,10 @@ class Throughput(Callback):
 
 
 class RunProgressBar(RichProgressBar):
-    """Counts to the end of the run where ``max_steps`` ends it within an epoch; Lightning's counts the whole epoch."""
+    """Counts to the end of the run where ``max_steps`` ends it within an epoch; Lightning's counts the whole epoch.
+
+    Where the output is no terminal, as in a job's log, each validation prints a line.
+    """
 
     @property
     @override
@@ -124,6 +127,16 @@ class RunProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         else:
             self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self.is_disabled or trainer.state.fn != "fit" or trainer.sanity_checking or Console().is_terminal:
+            return
+        total = trainer.estimated_stepping_batches
+        of = f" of {total:,}" if isinstance(total, int) else ""
+        values = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
+        print(f"step {trainer.global_step:,}{of}: {', '.join(values)}", flush=True)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:
@@ -323,12 +336,14 @@ class RunRecord(Callback):
     def _finish(self, trainer: L.Trainer, stage: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        from common.report import write_report
+        from common.report import LOWEST_LOSS, Best, write_report
 
         for logger in trainer.loggers:
             logger.save()
         folder = run_folder(trainer)
-        report = write_report(folder, f"{folder.parent.name} / {folder.name}")
+        monitored = [saved for saved in trainer.checkpoint_callbacks if getattr(saved, "monitor", None)]
+        best = Best(monitored[0].monitor, monitored[0].mode) if monitored else LOWEST_LOSS  # type: ignore[attr-defined]
+        report = write_report(folder, f"{folder.parent.name} / {folder.name}", best)
         console, table = Console(), Table(show_header=False, box=None)
         for name, value in trainer.callback_metrics.items():
             if name.startswith(("val/", "test/")):

@@ -213,6 +213,8 @@ class ReferenceLoss(Difficulty):
     """
 
     def __init__(self, name: str, cache_dir: str = os.path.join(CACHE, "scores"), batch_size: int = 32):
+        if batch_size < 1:
+            raise InputError(f"data.difficulty.batch_size must be at least 1, got {batch_size}")
         self.name, self.cache_dir, self.batch_size = name, Path(cache_dir).expanduser(), batch_size
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102

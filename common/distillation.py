@@ -1,5 +1,6 @@
 """What a student learns from: its teacher's logits and inner layers, of a net that is only asked."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from common.checkpoint import read_checkpoint
 from common.data import read_batch
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, speaking_of
 from common.labelled import LabelledBatch
 from common.losses import precise
 from common.module import evaluating
@@ -23,6 +24,7 @@ from common.module import evaluating
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SPLIT = ("split_seed", "val_fraction", "test_fraction")
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -228,7 +230,8 @@ class FrozenNet:
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the outputs of the layers."""
         inputs = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
+        autocast = torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
+        with autocast, speaking_of(self.key, instead_of="model.net"):
             logits = logits_of(self.net(**inputs))
         return logits, self.features.take()
 
@@ -238,11 +241,10 @@ class FrozenNet:
         except InputError as error:
             raise InputError(f"{self.checkpoint_key} {error}") from error
         here, there = trainer.datamodule.hparams, checkpoint.get("datamodule_hyper_parameters", {})  # type: ignore
-        if there.get("source") == here.get("source"):
-            for name in ("split_seed", "val_fraction", "test_fraction"):
-                if name in there and there[name] != here.get(name):  # then it has learned what tests here
-                    problem = f"was trained on another split of the same data, with {name} {there[name]}"
-                    raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --data.{name} {there[name]}")
+        if (key := _other_split(there, here)) is not None:  # then it has learned what tests here
+            value = _value(there, key)
+            problem = f"was trained on another split of the same data, with {key.rpartition('.')[2]} {value}"
+            raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --{key} {value}")
         theirs = checkpoint.get("hyper_parameters", {}).get("class_names")
         if theirs and theirs != trainer.datamodule.class_names:  # type: ignore[attr-defined]
             problem = f"was trained on other classes, {', '.join(theirs)}"
@@ -260,6 +262,24 @@ class FrozenNet:
             )  # fmt: skip
             problem = f"does not fit {self.key} {type(net).__name__}: {reason}"
             raise InputError(f"{self.checkpoint_key} {problem}") from error
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    """The value of ``data.<name>`` or ``data.source.<name>``, None where there is none."""
+    owner = data["source"].get("init_args", {}) if key.startswith("data.source.") else data
+    return owner.get(key.rpartition(".")[2])
+
+
+def _other_split(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The key by which two configs split the same samples differently, however their files are written; or None."""
+    if not all(isinstance(data.get("source"), Mapping) for data in (there, here)):
+        return None  # one has no source of labelled samples
+    paths = [_value(data, "data.source.path") for data in (there, here)]
+    files = [path and os.path.realpath(os.path.expanduser(path)) for path in paths]
+    if there["source"]["class_path"] != here["source"]["class_path"] or files[0] != files[1]:
+        return None
+    names = [f"{where}{name}" for where in ("data.", "data.source.") for name in SPLIT]
+    return next((key for key in names if _value(there, key) not in (None, _value(here, key))), None)
 
 
 class Teacher(FrozenNet):

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -88,10 +88,25 @@ def read_metrics(run_dir: Path) -> Series:
     return series
 
 
-def best_step(series: Series) -> int | None:
-    """The optimizer step of the lowest `val/loss`, None where it was never logged."""
-    steps, values = series.get("val/loss", ([], []))
-    return min(zip(values, steps, strict=True))[1] if steps else None
+class Best(NamedTuple):
+    """What makes a checkpoint the best of a run."""
+
+    metric: str
+    mode: str  # min or max
+
+    @property
+    def words(self) -> str:
+        """As in a legend."""
+        return f"{'lowest' if self.mode == 'min' else 'highest'} {self.metric}"
+
+    def find(self, series: Series) -> tuple[int, float] | None:
+        """The optimizer step where the metric was best first, and its value; None where it was never logged."""
+        steps, values = series.get(self.metric, ([], []))
+        sign = 1 if self.mode == "min" else -1
+        return min(zip(steps, values, strict=True), key=lambda point: sign * point[1], default=None)
+
+
+LOWEST_LOSS = Best("val/loss", "min")
 
 
 def _loss_first(name: str) -> tuple[bool, str]:
@@ -153,8 +168,8 @@ def _plot(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool = True
         axes.set_yscale("log")
 
 
-def learning_curves(series: Series) -> "Figure | None":
-    """One panel per metric with its train and val values over optimizer steps, the lowest `val/loss` marked.
+def learning_curves(series: Series, best: Best = LOWEST_LOSS) -> "Figure | None":
+    """One panel per metric with its train and val values over optimizer steps, the best step marked.
 
     Returns:
         The figure, None where neither train nor val metrics were logged.
@@ -163,7 +178,8 @@ def learning_curves(series: Series) -> "Figure | None":
     names = sorted({name for stage, _, name in split if stage in STAGES}, key=_loss_first)
     if not names:
         return None
-    columns, best = min(2, len(names)), best_step(series)
+    stage_of_best, _, name_of_best = best.metric.partition("/")
+    columns, found = min(2, len(names)), best.find(series)
     rows = math.ceil(len(names) / columns)
     figure = _figure(3.7 * columns if columns > 1 else 5.0, 2.2 * rows + 0.8)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
@@ -173,12 +189,11 @@ def learning_curves(series: Series) -> "Figure | None":
         axes.tick_params(labelbottom=True)
         lines = {stage: series[f"{stage}/{name}"] for stage in STAGES if f"{stage}/{name}" in series}
         _plot(axes, lines, [STAGES[stage] for stage in lines])
-        if best is not None:
-            axes.axvline(best, color="#888888", lw=1, ls=":", label=f"lowest val/loss (step {best:,})")
-        if best is not None and name == "loss":
-            lowest = min(lines["val"][1])
-            axes.plot(best, lowest, marker="*", ms=12, color=STAGES["val"], mec="white", mew=0.8, zorder=5)
-            axes.set_title(f"best val {_number(lowest)}", loc="right", fontsize=9, color=GREY)
+        if found is not None:
+            axes.axvline(found[0], color="#888888", lw=1, ls=":", label=f"{best.words} (step {found[0]:,})")
+        if found is not None and name == name_of_best and stage_of_best in lines:
+            axes.plot(*found, marker="*", ms=12, color=STAGES[stage_of_best], mec="white", mew=0.8, zorder=5)
+            axes.set_title(f"best {stage_of_best} {_number(found[1])}", loc="right", fontsize=9, color=GREY)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in figure.axes[len(names) :]:
         axes.remove()
@@ -279,7 +294,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="table">{table}</div>' if body else ""
 
 
-def _metrics(run_dir: Path, series: Series) -> str:
+def _metrics(run_dir: Path, series: Series, best: Best) -> str:
     """Last, best, validated and tested values as a table, and the speed as another."""
 
     def values(source: Series, stage: str, step: int | None = None) -> dict[str, float]:
@@ -288,11 +303,11 @@ def _metrics(run_dir: Path, series: Series) -> str:
             return {name: values[-1] for name, (_, values) in lines.items()}
         return {name: values[steps.index(step)] for name, (steps, values) in lines.items() if step in steps}
 
-    best = best_step(series)
+    found = best.find(series)
     columns = {
         "train, last": values(series, "train/"),
         "val, last": values(series, "val/"),
-        "val, lowest loss": values(series, "val/", best) if best is not None else {},
+        f"val, {best.words.replace('val/', '')}": values(series, "val/", found[0]) if found is not None else {},
         "validate": values(read_metrics(run_dir / "validate"), "val/"),
         "test": values(read_metrics(run_dir / "test"), "test/"),
     }
@@ -317,21 +332,26 @@ def _picture(path: Path) -> str:
     return f"<figure><figcaption>{label}</figcaption>{image}</figure>"
 
 
-def write_report(run_dir: Path, title: str) -> Path:
+def write_report(run_dir: Path, title: str, best: Best = LOWEST_LOSS) -> Path:
     """Draws the run's curves into `figures/` and writes `report.html` from what the run's folder holds.
+
+    Args:
+        run_dir: the run's folder.
+        title: of the page.
+        best: what makes a checkpoint the best; that step is marked in the curves.
 
     Returns:
         The page: one file that needs no other file and no network.
     """
     series, figures = read_metrics(run_dir), run_dir / "figures"
-    for curves in (learning_curves, learning_rate):
-        figure = curves(series)
+    curves = {"learning_curves": learning_curves(series, best), "learning_rate": learning_rate(series)}
+    for name, figure in curves.items():
         if figure is not None:
             figures.mkdir(exist_ok=True)
-            save_figure(figure, figures / f"{curves.__name__}.png")
+            save_figure(figure, figures / f"{name}.png")
     # The curves stand first; the recipe's own pictures follow by name.
     pictures = sorted(figures.glob("*.png"), key=lambda path: ("learning_" not in path.stem, path.stem))
-    parts = {"Metrics": _metrics(run_dir, series), "Pictures": "".join(map(_picture, pictures))}
+    parts = {"Metrics": _metrics(run_dir, series, best), "Pictures": "".join(map(_picture, pictures))}
     for path in sorted(run_dir.glob("texts/*.txt")):
         parts[_label(path)] = f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
     folded = {}
@@ -472,10 +492,10 @@ def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
     """The weights ``optim/weight_<task>`` of the tasks' losses or gradients over optimizer steps.
 
     Returns:
-        The figure, None where fewer than two were logged.
+        The figure, None where they did not change.
     """
     lines = {name: series[f"optim/weight_{name}"] for name in names if f"optim/weight_{name}" in series}
-    if not lines or len(next(iter(lines.values()))[0]) < 2:
+    if not lines or all(len(set(values)) < 2 for _, values in lines.values()):
         return None
     figure = _figure(4.4, 2.9)
     axes = figure.add_subplot()

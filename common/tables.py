@@ -374,15 +374,22 @@ def encode(
         key: where the rows come from, for messages.
 
     Raises:
-        InputError: a column is not there, or holds text where it should hold numbers.
+        InputError: a column is not there, holds text where it should hold numbers, or numbers where training had
+            text that begins with zeros.
     """
     from pandas import Index
+    from pandas.api.types import is_numeric_dtype
 
     raw, facts = raw_numbers(frame, columns, key), columns["numeric"].values()
     filled = np.where(np.isnan(raw), [each["median"] for each in facts], raw)
     codes = []
     for name, categories in columns["categorical"].items():
-        labels = _labels(_column(frame, name, key))
+        values = _column(frame, name, key)
+        padded = next((label for label in categories if re.fullmatch(r"0\d+", label)), None)
+        if padded is not None and is_numeric_dtype(values):  # readers of CSV files drop zeros in front
+            problem = f"holds numbers, where training had text such as {padded!r}"
+            raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
+        labels = _labels(values)
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
         codes.append(np.select([labels.isna(), found < 0], [1, 0], found + 2))
     codes += [np.isnan(raw[:, number]) for number, each in enumerate(facts) if each["has_missing"]]

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from filelock import FileLock
@@ -16,11 +19,12 @@ from typing_extensions import override
 
 from common.cli import RecipeCLI
 from common.data import TrainSampler
-from common.errors import InputError, nearest, speaking_of
+from common.errors import InputError, Stopped, nearest, speaking_of
+from common.faults import SIGTERM_EXIT
 from common.labelled import fingerprint
 from common.text import CACHE
 
-FORMAT = 1  # to be raised when the same settings would train another teacher
+FORMAT = 2  # to be raised when the same settings would train another teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that ask the teacher
 LOADING = ("batch_size", "eval_batch_size", "num_workers")  # of the student's data, no property of it
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
@@ -39,7 +43,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
         config: the student's resolved config.
         training: a YAML file in that folder, or anywhere, that says how the teacher is trained.
         fingerprint: of the samples.
-        cache_dir: where teachers are kept, each in the folder of its run.
+        cache_dir: where teachers are kept, each in a folder of its own.
 
     Raises:
         InputError: there is no such file, or the training was refused.
@@ -56,37 +60,49 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    done = folder / "done"  # holds the name of the attempt that has ended
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            _train(recipe, base, layer, config["trainer"], folder)
-    return folder / "checkpoints/best.ckpt"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: the lock is ours
+            # A name of its own: what a killed process has started may still write to the folder of that attempt.
+            attempt = folder / uuid4().hex[:8]
+            attempt.mkdir(parents=True)
+            try:
+                _train(recipe, base, layer, config["trainer"], attempt)
+            except BaseException:
+                shutil.rmtree(folder)
+                raise
+            done.write_text(f"{attempt.name}/runs/{recipe.name}/teacher", encoding="utf-8")
+    return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
 
 
 def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: the lock is ours
-    part.mkdir()
-    (part / "base.yaml").write_text(yaml.safe_dump(dict(base)), encoding="utf-8")
-    print(f"teacher: trained first, and kept in {folder}", flush=True)
+    config = folder / "base.yaml"
+    config.write_text(yaml.safe_dump(dict(base)), encoding="utf-8")
+    print(f"teacher: trained first, and kept in {folder.parent}", flush=True)
     command = [
-        sys.executable, str(recipe / "train.py"), "fit", "--config", str(part / "base.yaml"), "--config", str(layer),
-        "--name", "teacher", "--trainer.default_root_dir", str(part), "--trainer.devices", "1",
+        sys.executable, str(recipe / "train.py"), "fit", "--config", str(config), "--config", str(layer),
+        "--name", "teacher", "--trainer.default_root_dir", str(folder), "--trainer.devices", "1",
         "--trainer.accelerator", str(trainer["accelerator"]),
     ]  # fmt: skip
     if trainer["enable_progress_bar"] is False:
         command += ["--trainer.enable_progress_bar", "false"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
-    try:
-        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode == 2 and done.stderr.strip():
-            raise InputError(f"model.teacher_training {layer.name}: {done.stderr.strip().splitlines()[-1]}")
-        if done.returncode:
-            sys.stderr.write(done.stderr)
-            done.check_returncode()
-        (part / "runs" / recipe.name / "teacher").rename(folder)
-    finally:
-        shutil.rmtree(part)
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        _, errors = child.communicate()
+        signal.signal(signal.SIGTERM, before)
+    if child.returncode in (SIGTERM_EXIT, -signal.SIGTERM):
+        raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
+    if child.returncode == 2 and errors.strip():
+        # It names its own config, and its net is the teacher here.
+        line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", errors.strip().splitlines()[-1])
+        line = line.replace(".init_args", "").replace("model.net", "model.teacher")
+        raise InputError(f"model.teacher_training {layer.name}: {line}")
+    if child.returncode:
+        sys.stderr.write(errors)
+        raise subprocess.CalledProcessError(child.returncode, command)
 
 
 class TeacherCLI(RecipeCLI):
@@ -97,7 +113,10 @@ class TeacherCLI(RecipeCLI):
         super().instantiate_classes()
         module: Any = self.model
         make, training = module.make_teacher, module.teacher_training
-        if make is None or module.teacher_checkpoint or not training or self.subcommand not in COMPARING:
+        if make is None or module.teacher_checkpoint or self.subcommand not in COMPARING:
+            return
+        if not training:
+            print("teacher: has the weights that model.teacher comes with; there is no model.teacher_checkpoint")
             return
         with speaking_of("model.teacher", instead_of="model.net"):
             make(module.num_classes)  # a mistake in its arguments shows at once

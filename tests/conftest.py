@@ -50,7 +50,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Reports are drawn in tests of the recipes and of the loggers, and by every command of the docs.
     """
-    monkeypatch.setattr(common.report, "write_report", lambda folder, title: folder / "report.html")
+    monkeypatch.setattr(common.report, "write_report", lambda folder, title, best: folder / "report.html")
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from common.attacks import (
     under_attack,
 )
 from common.cli import RecipeCLI
+from common.errors import InputError
 from common.nets import ConvNet, PretrainedEncoder
 from tests.support import PLAIN, ROOT, TINY, logs, main_of, run_ranks, write_encoder
 
@@ -480,6 +481,23 @@ def test_the_adversarial_robustness_toolbox_finds_the_same(
         assert ours == pytest.approx(expected, abs=0.02 if starts else 0.01)
 
 
+def test_fp16_does_not_hide_gradients() -> None:
+    """Of a sample that the net is sure of; 0 has no sign, and the attack would stay where it is."""
+    net = ConvNet(2, widths=(4,)).eval()
+    with torch.no_grad():
+        net[-1].bias.copy_(torch.tensor([20.0, 0.0]))  # type: ignore[index, operator]
+    pixels, target, index = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4)
+    assert 0 < gradient(net, pixels, target).abs().max() < torch.finfo(torch.float16).smallest_normal / 1024
+    attack = PGD(0.1, 1, random_start=False)
+    expected = under_attack(net.eval(), attack, {"pixel_values": pixels}, target, index, 0).points
+    with torch.autocast("cpu", torch.float16):
+        found = under_attack(net, attack, {"pixel_values": pixels}, target, index, 0).points
+    assert (expected != pixels).float().mean() > 0.9
+    assert torch.equal(found, expected)
+    with pytest.raises(InputError, match=r"vanish in a net of fp16 weights; take bf16-mixed"):
+        under_attack(net.half(), attack, {"pixel_values": pixels.half()}, target, index, 0)
+
+
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:
     natural = ["--model.objective", "common.attacks.Natural", ATTACK, "null"]
     args = ["--model.net.widths", "[16, 32]", "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", *natural]
@@ -487,7 +505,7 @@ def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:
     plain = main_of("adversarial")(["test"]).trainer.callback_metrics
     found = robust[0].trainer.callback_metrics
     assert found["test/robust_accuracy"] > plain["test/robust_accuracy"] + 0.2
-    assert found["test/robust_accuracy"] <= found["test/accuracy"] > 0.9
+    assert found["test/accuracy"] > 0.9
 
 
 def test_accuracy_falls_to_nothing_for_large_radii(robust: Any) -> None:
@@ -568,7 +586,7 @@ MISTAKES = [
     (f"{EVAL}.restarts 3 {EVAL}.random_start false", f"{EVAL}.restarts: ", "are all the same; give 1"),
     (f"{ATTACK}.norm l1", f"{ATTACK}.norm: ", "'l1'"),
     (f"{ATTACK}.clamp [1.0,0.0]", f"{ATTACK}.clamp: ", "clamp must be [smallest, largest], got [1.0, 0.0]"),
-    (f"{ATTACK}.clamp [0.0]", f"{ATTACK}.clamp: ", ""),
+    (f"{ATTACK}.clamp [0.0]", f"{ATTACK}.clamp: ", "tuple"),
     (f"{ATTACK}.clamp [0.0,0.5]", f"{ATTACK}.clamp: ", "does not hold the images, which go from 0 to 1; widen it"),
     (f"{EVAL}.clamp [0.1,1.0]", f"{EVAL}.clamp: ", "does not hold the images"),
     ("--model.objective common.attacks.TRADES --model.objective.beta=-1", "--model.objective.beta: ",
@@ -589,7 +607,7 @@ MISTAKES = [
     ("--model.objective.clean_weight 1", "--model.objective.clean_weight: ", "must be in [0, 1), got 1.0"),
     (f"{ATTACK} common.attacks.TRADES", f"{ATTACK}: ", "common.attacks.TRADES is no Attack"),
     (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give common.attacks.PGD"),
-    (f"{EVAL} null", f"{EVAL}: ", ""),
+    (f"{EVAL} null", f"{EVAL}: ", "expected a class path, got 'None'"),
     (f"{ATTACK}.stepsize 0.1", f"{ATTACK}.stepsize: ", "did you mean 'step_size'?"),
     ("--model.input_range [0.0,1.0]", "--model.input_range: ", "is taken from data.input_range"),
 ]

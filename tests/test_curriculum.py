@@ -263,6 +263,7 @@ MISTAKES = [
     (f"{SCORES} pickle.npy", "pickle.npy: cannot be read as numbers"),
     (f"{SCORES} missing.txt", "missing.txt: cannot be read as numbers"),
     (f"{OTHER} no/such", "neither a folder with a language model"),
+    (f"{OTHER} no/such --data.difficulty.batch_size 0", "data.difficulty.batch_size: must be at least 1, got 0"),
     ("--data.path missing.txt", "missing.txt"),
 ]
 

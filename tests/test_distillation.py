@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +218,17 @@ def loss_rows(name: str) -> list[float]:
 
 def kept() -> dict[str, int]:
     """The teachers in the cache, and when their checkpoint was written."""
+    return {path.name: (run_of(path) / "checkpoints/best.ckpt").stat().st_mtime_ns for path in teachers()}
+
+
+def teachers() -> list[Path]:
     folder = Path(os.environ["XDG_CACHE_HOME"], "lightning-recipes/teachers")
-    return {
-        path.name: (path / "checkpoints/best.ckpt").stat().st_mtime_ns for path in folder.glob("*") if path.is_dir()
-    }
+    return [path for path in folder.glob("*") if path.is_dir()]
+
+
+def run_of(teacher: Path) -> Path:
+    """The folder of the run that trained it."""
+    return teacher / (teacher / "done").read_text()
 
 
 @pytest.fixture
@@ -234,14 +243,40 @@ def test_teacher_is_trained_once(work: Path, cache: None) -> None:
     cli = fit()
     first = kept()
     assert len(first) == 1
-    record = Path(os.environ["XDG_CACHE_HOME"]) / "lightning-recipes/teachers" / next(iter(first)) / "config.yaml"
-    assert "teacher: null" in record.read_text()
+    assert "teacher: null" in (run_of(teachers()[0]) / "config.yaml").read_text()
     assert not cli.model.teacher.net.training
     fit("--model.optimizer.lr", "0.1", "--data.batch_size", "8", "--seed_everything", "5", "--model.alpha", "0.5")
     assert kept() == first
     fit("--model.teacher.widths", "[4]")
     assert len(kept()) == 2
     assert kept().items() > first.items()
+    (teachers()[0].parent / next(iter(first)) / "done").unlink()  # as a killed process leaves it
+    fit()
+    second = kept()
+    assert second.keys() > first.keys()
+    assert not second.items() & first.items(), "half a teacher was taken"
+
+
+def test_sigterm_ends_the_training_of_a_teacher(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        ends = time.monotonic() + 60
+        while signal.getsignal(signal.SIGTERM) == before and time.monotonic() < ends:
+            time.sleep(0.05)
+        if signal.getsignal(signal.SIGTERM) != before:  # else it would end the tests
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+        fit()
+    thread.join()
+    assert stop.value.code == 143
+    assert "stopped by SIGTERM while the teacher was trained" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert kept() == {}
 
 
 def test_a_resumed_run_keeps_its_teacher(work: Path, cache: None) -> None:
@@ -521,6 +556,10 @@ MISTAKES = [
     ("--model.teacher_checkpoint classes.ckpt", "--model.teacher_checkpoint", "size mismatch for 17.weight"),
     ("--model.teacher_checkpoint split.ckpt", "--model.teacher_checkpoint", "another split of the same data, with"),
     ("--model.alone_checkpoint split.ckpt", "--model.alone_checkpoint", "split_seed 9; give --data.split_seed 9"),
+    (f"{SOURCE} --data.source.path ./short.txt --data.source.context 8 --model.teacher_checkpoint windows.ckpt",
+     "--model.teacher_checkpoint", "val_fraction 0.3; give --data.source.val_fraction 0.3"),
+    (f"--model.teacher_training null {TEACHER}.in_channels 3", f"{TEACHER}.in_channels", "is 3, but the images have 1"),
+    (f"{TEACHER}.in_channels 3", "--model.teacher_training", "model.teacher.in_channels: is 3, but the images have 1"),
     ("--model.teacher null --model.alone_checkpoint a.ckpt", "--model.alone_checkpoint", "model.teacher is null"),
     ("--model.alone_checkpoint some.ckpt", "--model.alone_checkpoint", "some.ckpt: no such checkpoint"),
     ("--model.alone_checkpoint classes.ckpt", "--model.alone_checkpoint", "does not fit model.net"),
@@ -532,8 +571,8 @@ MISTAKES = [
     (f"{PAIR} [['3','conv']]", "--model.features", "ConvNet has no layer 'conv'"),
     (f"{PAIR} [['6','3']]", "--model.features", "pair layers with the same height and width"),
     (f"{PAIR} [['10','17']]", "--model.features", "which has no places"),
-    (f"{PAIR} [['6']]", "--model.features", ""),
-    (f"{PAIR} 6", "--model.features", ""),
+    (f"{PAIR} [['6']]", "--model.features", "tuple"),
+    (f"{PAIR} 6", "--model.features", "list"),
     ("--data.train_fraction 0", "--data.train_fraction", "must be in (0, 1], got 0.0"),
     ("--model.teacher null --data.train_fraction 0.001", "data.batch_size", "> 1 training samples; lower it"),
     ("--data.val_fraction 0", "--data.val_fraction", "must be above 0"),
@@ -563,6 +602,9 @@ def test_mistakes_cost_a_line(
         torch.save({"state_dict": state, "global_step": 1}, f"{name}.ckpt")
     data = {"source": {"class_path": "common.sources.Digits"}, "split_seed": 9}
     torch.save({"state_dict": {}, "global_step": 1, "datamodule_hyper_parameters": data}, "split.ckpt")
+    source = {"class_path": "common.text.TextWindows", "init_args": {"path": "short.txt", "val_fraction": 0.3}}
+    data = {"source": source, "split_seed": 0}
+    torch.save({"state_dict": {}, "global_step": 1, "datamodule_hyper_parameters": data}, "windows.ckpt")
     if ".name vit" in flags:
         from transformers import ViTConfig, ViTForImageClassification
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,8 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (work / "runs" / recipe / "default/checkpoints/last.ckpt").is_file()
     assert len(list((work / "runs" / recipe).iterdir())) == 1, "one run for all ranks"
+    lines = re.findall(r"^step (\d) of (\d): .*val/loss (\d)", done.stdout, re.MULTILINE)
+    assert [line[:2] for line in lines] == [("2", "4"), ("4", "4")], "a line per validation, of one rank"
 
 
 @pytest.mark.usefixtures("no_report")

@@ -116,6 +116,16 @@ def test_numbers_that_are_categories_do_not_depend_on_gaps() -> None:
     assert codes[0] == codes[1] == codes[2]
 
 
+def test_numbers_that_have_lost_their_zeros_are_refused() -> None:
+    """As readers of CSV files make them of a column in which no other text is left."""
+    codes = [["01234", "10115", "b"][row % 3] for row in range(ROWS)]
+    columns = fitted(house_table().assign(district=codes), categorical=["district"])
+    new = house_table().iloc[:2]
+    assert encode(new.assign(district=["01234", "10115"]), columns)[1][:, 0].tolist() == [2, 3]
+    with pytest.raises(InputError, match="'district' holds numbers, where training had text such as '01234'; give it"):
+        encode(new.assign(district=[1234, 10115]), columns)
+
+
 def test_statistics_come_from_the_training_rows_alone(houses: Path) -> None:
     data = main(["preflight", *SMALL, *TABLE]).datamodule
     other: Any = pd.read_csv(houses)

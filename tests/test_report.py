@@ -169,6 +169,20 @@ def test_learning_curves_have_a_panel_per_metric_and_mark_the_best(tmp_path: Pat
         assert (np.abs(image.astype(int) - rgb).max(axis=-1) < 3).sum() > 200, "a curve is missing"
 
 
+def test_the_best_is_that_of_the_checkpoint() -> None:
+    series = {"val/loss": ([9, 19, 29], [0.4, 0.5, 0.6]), "val/accuracy": ([9, 19, 29], [0.7, 0.8, 0.8])}
+    best = report.Best("val/accuracy", "max")
+    assert best.find(series) == (19, 0.8)
+    figure = report.learning_curves(series, best)
+    assert figure is not None
+    assert [axes.get_title(loc="right") for axes in figure.axes] == ["", "best val 0.8"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "highest val/accuracy (step 19)" in labels
+    figure = report.learning_curves(series, report.Best("optim/lr", "max"))
+    assert figure is not None
+    assert [axes.get_title(loc="right") for axes in figure.axes] == ["", ""]
+
+
 def test_learning_rates_of_groups_and_gradient_norm(tmp_path: Path) -> None:
     both = report.learning_rate(report.read_metrics(make_run(tmp_path / "run")))
     assert both is not None
@@ -179,6 +193,15 @@ def test_learning_rates_of_groups_and_gradient_norm(tmp_path: Path) -> None:
     assert titles(figure) == ["learning rate"]
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
     assert drawn == {"lr-body": [0.1, 0.2], "lr-head": [1.0, 2.0]}
+
+
+def test_weights_are_drawn_where_they_change() -> None:
+    series = {"optim/weight_left": ([1, 2], [1.0, 0.8]), "optim/weight_right": ([1, 2], [1.0, 1.2])}
+    figure = report.task_weights(series, ["left", "right", "depth"])
+    assert figure is not None
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
+    assert drawn == {"left": [1.0, 0.8], "right": [1.0, 1.2]}
+    assert report.task_weights({"optim/weight_left": ([1, 2], [0.5, 0.5])}, ["left"]) is None
 
 
 def test_nothing_logged_draws_nothing() -> None:
