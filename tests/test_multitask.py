@@ -1,5 +1,6 @@
 """Multi-task learning: weightings and aggregated gradients against other implementations, ranks, resume, mistakes."""
 
+import contextlib
 import logging
 import math
 import shlex
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchjd import scalarization
+from torchjd import aggregation, scalarization
 from torchjd.aggregation import MGDA, Aggregator, AlignedMTL, ConFIG, FairGrad, GradDrop, Mean, PCGrad, Sum, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
@@ -20,7 +21,7 @@ from common.cli import RecipeCLI
 from common.errors import InputError
 from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Uncertainty, Weighting
 from common.overlay import draw_pairs
-from common.task_gradients import NNLSProjector, TaskGradients, cosines, task_gradients
+from common.task_gradients import SUMMING, NNLSProjector, TaskGradients, cosines, make_aggregator, task_gradients
 from common.tasks import Task, TaskDataset, TaskMetrics, task_loss, task_losses
 from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, strategies_of
 from tests.test_resume import digest, killed_main, write_config
@@ -429,6 +430,20 @@ def test_aggregators_refuse_strategies_that_shard(strategy: str, work: Path) -> 
     assert "model.aggregator: needs the whole gradient of each task" in line
     assert len(line) <= 200
     assert not list(work.glob("runs/*/*/checkpoints/*"))
+
+
+def test_gradients_that_agree_keep_their_length() -> None:
+    """Under each aggregator that needs no argument: those that sum gradients up are known."""
+    gradient, tried = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64), []
+    for name, kind in vars(aggregation).items():
+        if not (isinstance(kind, type) and issubclass(kind, Aggregator)):
+            continue
+        with contextlib.suppress(InputError, NotImplementedError):  # it needs an argument, a package or a memory
+            aggregator = make_aggregator(kind, Fixed(TASKS))
+            length = aggregator(gradient.expand(3, 3).clone()) / gradient
+            assert length.tolist() == pytest.approx([3.0 if isinstance(aggregator, SUMMING) else 1.0] * 3), name
+            tried.append(name)
+    assert len(tried) >= 9, tried
 
 
 def test_another_list_of_tasks_does_not_fit_the_checkpoint(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
