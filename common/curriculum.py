@@ -159,7 +159,8 @@ class DocumentLength(Difficulty):
     """Mean length, in tokens, of the pieces of documents in a window: short texts first."""
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
-        return windows.length / (1.0 + (_tokens(windows) == eos_id).sum(1))
+        ends = [(tokens == eos_id).sum(1) for tokens in _blocks(windows)]
+        return windows.length / (1.0 + np.concatenate(ends))
 
 
 class Rarity(Difficulty):
@@ -169,10 +170,11 @@ class Rarity(Difficulty):
     """
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
-        tokens = _tokens(windows)
-        counts = np.bincount(tokens.ravel()).astype(np.float64)
+        counts = np.zeros(int(np.max(windows.tokens)) + 1)
+        for tokens in _blocks(windows):
+            counts += np.bincount(tokens.ravel(), minlength=len(counts))
         surprise = -np.log(np.maximum(counts, 1) / counts.sum())
-        return surprise[tokens].mean(1)
+        return np.concatenate([surprise[tokens].mean(1) for tokens in _blocks(windows)])
 
 
 class ScoreFile(Difficulty):
@@ -234,7 +236,8 @@ class ReferenceLoss(Difficulty):
         if highest >= known:
             problem = f"knows {known} tokens, but the data has number {highest}; it needs the same tokenizer"
             raise InputError(f"data.difficulty.name {self.name!r}: {problem}")
-        sha = hashlib.sha256(np.ascontiguousarray(windows.tokens).tobytes() + str(windows.length).encode())
+        sha = hashlib.sha256(np.ascontiguousarray(windows.tokens).data)
+        sha.update(str(windows.length).encode())
         for weight in net.state_dict().values():
             sha.update(weight.float().numpy().tobytes())
         path = self.cache_dir / f"{sha.hexdigest()[:16]}.npy"
@@ -259,6 +262,8 @@ class ReferenceLoss(Difficulty):
         return torch.cat(losses).double().numpy()
 
 
-def _tokens(windows: Windows) -> np.ndarray:
-    """The input tokens of all windows, (windows, time)."""
-    return np.asarray(windows.tokens[: len(windows) * windows.length]).reshape(len(windows), windows.length)
+def _blocks(windows: Windows, size: int = 1024) -> Iterator[np.ndarray]:
+    """The input tokens of so many windows at a time, (windows, time): those of all may not fit into memory."""
+    tokens = np.asarray(windows.tokens[: len(windows) * windows.length]).reshape(len(windows), windows.length)
+    for start in range(0, len(windows), size):
+        yield tokens[start : start + size]
