@@ -5,6 +5,7 @@ import csv
 import html
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -134,7 +135,7 @@ class RunProgressBar(RichProgressBar):
         if self.is_disabled or trainer.state.fn != "fit" or trainer.sanity_checking or Console().is_terminal:
             return
         total = trainer.estimated_stepping_batches
-        of = f" of {total:,}" if isinstance(total, int) else ""
+        of = f" of {total:,}" if 0 < total < math.inf else ""  # where an end is known
         values = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
         print(f"step {trainer.global_step:,}{of}: {', '.join(values)}", flush=True)
 
@@ -341,8 +342,10 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             logger.save()
         folder = run_folder(trainer)
-        monitored = [saved for saved in trainer.checkpoint_callbacks if getattr(saved, "monitor", None)]
-        best = Best(monitored[0].monitor, monitored[0].mode) if monitored else LOWEST_LOSS  # type: ignore[attr-defined]
+        # Of a train metric every step is another: the best is that of validation.
+        saving: list[Any] = trainer.checkpoint_callbacks
+        monitored = [saved for saved in saving if (getattr(saved, "monitor", None) or "").startswith("val/")]
+        best = Best(monitored[0].monitor, monitored[0].mode) if monitored else LOWEST_LOSS
         report = write_report(folder, f"{folder.parent.name} / {folder.name}", best)
         console, table = Console(), Table(show_header=False, box=None)
         for name, value in trainer.callback_metrics.items():

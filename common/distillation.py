@@ -24,7 +24,6 @@ from common.module import evaluating
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SPLIT = ("split_seed", "val_fraction", "test_fraction")
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -240,13 +239,14 @@ class FrozenNet:
             checkpoint = read_checkpoint(path, hint=self.hint)
         except InputError as error:
             raise InputError(f"{self.checkpoint_key} {error}") from error
-        here, there = trainer.datamodule.hparams, checkpoint.get("datamodule_hyper_parameters", {})  # type: ignore
-        if (key := _other_split(there, here)) is not None:  # then it has learned what tests here
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        there = checkpoint.get("datamodule_hyper_parameters", {})
+        if (key := _other_split(there, data)) is not None:  # then it has learned what tests here
             value = _value(there, key)
             problem = f"was trained on another split of the same data, with {key.rpartition('.')[2]} {value}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --{key} {value}")
         theirs = checkpoint.get("hyper_parameters", {}).get("class_names")
-        if theirs and theirs != trainer.datamodule.class_names:  # type: ignore[attr-defined]
+        if theirs and theirs != data.class_names:
             problem = f"was trained on other classes, {', '.join(theirs)}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
         saved = checkpoint["state_dict"]
@@ -270,15 +270,18 @@ def _value(data: Mapping[str, Any], key: str) -> Any:
     return owner.get(key.rpartition(".")[2])
 
 
-def _other_split(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The key by which two configs split the same samples differently, however their files are written; or None."""
+def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
+    """The key by which a config splits the samples of a data module differently, however it names them; or None."""
+    here = datamodule.hparams
     if not all(isinstance(data.get("source"), Mapping) for data in (there, here)):
         return None  # one has no source of labelled samples
     paths = [_value(data, "data.source.path") for data in (there, here)]
-    files = [path and os.path.realpath(os.path.expanduser(path)) for path in paths]
+    files = [os.path.realpath(os.path.expanduser(path)) if isinstance(path, str) else path for path in paths]
     if there["source"]["class_path"] != here["source"]["class_path"] or files[0] != files[1]:
         return None
-    names = [f"{where}{name}" for where in ("data.", "data.source.") for name in SPLIT]
+    labelled = datamodule.labelled  # its own sets for validation and testing come before those of a split
+    ours = [] if labelled.num_val else ["split_seed", "val_fraction", *["test_fraction"] * (not labelled.num_test)]
+    names = [*(f"data.{name}" for name in ours), "data.source.val_fraction"]
     return next((key for key in names if _value(there, key) not in (None, _value(here, key))), None)
 
 

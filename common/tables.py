@@ -385,11 +385,12 @@ def encode(
     codes = []
     for name, categories in columns["categorical"].items():
         values = _column(frame, name, key)
-        padded = next((label for label in categories if re.fullmatch(r"0\d+", label)), None)
-        if padded is not None and is_numeric_dtype(values):  # readers of CSV files drop zeros in front
-            problem = f"holds numbers, where training had text such as {padded!r}"
-            raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
         labels = _labels(values)
+        if is_numeric_dtype(values):  # readers of CSV files drop zeros in front where they find nothing but digits
+            padded = {label.lstrip("0") or "0": label for label in categories if re.fullmatch(r"0\d+", label)}
+            if lost := padded.keys() & set(labels) - set(categories):
+                problem = f"holds the number {min(lost)}, where training had the text {padded[min(lost)]!r}"
+                raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
         codes.append(np.select([labels.isna(), found < 0], [1, 0], found + 2))
     codes += [np.isnan(raw[:, number]) for number, each in enumerate(facts) if each["has_missing"]]

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -69,10 +71,12 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
             attempt.mkdir(parents=True)
             try:
                 _train(recipe, base, layer, config["trainer"], attempt)
+                written = attempt / "done"
+                written.write_text(f"{attempt.name}/runs/{recipe.name}/teacher", encoding="utf-8")
+                written.rename(done)
             except BaseException:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
-            done.write_text(f"{attempt.name}/runs/{recipe.name}/teacher", encoding="utf-8")
     return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
 
 
@@ -89,20 +93,33 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
         command += ["--trainer.enable_progress_bar", "false"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        _, errors = child.communicate()
-        signal.signal(signal.SIGTERM, before)
-    if child.returncode in (SIGTERM_EXIT, -signal.SIGTERM):
-        raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
-    if child.returncode == 2 and errors.strip():
+    with _ending_at_sigterm():
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 2 and done.stderr.strip():
         # It names its own config, and its net is the teacher here.
-        line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", errors.strip().splitlines()[-1])
+        line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", done.stderr.strip().splitlines()[-1])
         line = line.replace(".init_args", "").replace("model.net", "model.teacher")
         raise InputError(f"model.teacher_training {layer.name}: {line}")
-    if child.returncode:
-        sys.stderr.write(errors)
-        raise subprocess.CalledProcessError(child.returncode, command)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """Lets ``subprocess.run`` end its process when this one is sent SIGTERM, as it does at any exception."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
+
+    if threading.current_thread() is not threading.main_thread():  # others can neither set handlers nor get signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class TeacherCLI(RecipeCLI):

@@ -257,15 +257,22 @@ def test_teacher_is_trained_once(work: Path, cache: None) -> None:
     assert not second.items() & first.items(), "half a teacher was taken"
 
 
+def children() -> set[str]:
+    """Numbers of this process's children."""
+    return {number for task in Path("/proc/self/task").glob("*/children") for number in task.read_text().split()}
+
+
 def test_sigterm_ends_the_training_of_a_teacher(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before, others = signal.getsignal(signal.SIGTERM), children()
+    found: set[str] = set()
 
     def end() -> None:
         ends = time.monotonic() + 60
-        while signal.getsignal(signal.SIGTERM) == before and time.monotonic() < ends:
+        while not found and time.monotonic() < ends:
             time.sleep(0.05)
+            if signal.getsignal(signal.SIGTERM) != before:
+                found.update(children() - others)
         if signal.getsignal(signal.SIGTERM) != before:  # else it would end the tests
-            time.sleep(1)
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=end)
@@ -276,6 +283,8 @@ def test_sigterm_ends_the_training_of_a_teacher(work: Path, cache: None, capfd: 
     assert stop.value.code == 143
     assert "stopped by SIGTERM while the teacher was trained" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+    assert len(found) == 1
+    assert not found & children()
     assert kept() == {}
 
 

@@ -122,7 +122,9 @@ def test_numbers_that_have_lost_their_zeros_are_refused() -> None:
     columns = fitted(house_table().assign(district=codes), categorical=["district"])
     new = house_table().iloc[:2]
     assert encode(new.assign(district=["01234", "10115"]), columns)[1][:, 0].tolist() == [2, 3]
-    with pytest.raises(InputError, match="'district' holds numbers, where training had text such as '01234'; give it"):
+    assert encode(new.assign(district=[10115, 99]), columns)[1][:, 0].tolist() == [3, 0], "nothing is lost"
+    assert encode(new.assign(district=[np.nan, np.nan]), columns)[1][:, 0].tolist() == [1, 1]
+    with pytest.raises(InputError, match="'district' holds the number 1234, where training had the text '01234'; give"):
         encode(new.assign(district=[1234, 10115]), columns)
 
 
