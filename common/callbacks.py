@@ -104,8 +104,16 @@ class Throughput(Callback):
 class RunProgressBar(RichProgressBar):
     """Counts to the end of the run where ``max_steps`` ends it within an epoch; Lightning's counts the whole epoch.
 
-    Where the output is no terminal, as in a job's log, each validation prints a line.
+    Where the output is no terminal, as in a job's log, it prints a line at each validation and about once a minute.
     """
+
+    seconds = 60.0
+    _told = 0.0  # when the last line was printed
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._told = time.monotonic()
 
     @property
     @override
@@ -126,18 +134,25 @@ class RunProgressBar(RichProgressBar):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 1 % every or self.train_progress_bar_id is None or self.progress is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if time.monotonic() - self._told >= self.seconds:
+                self._tell(trainer)
         else:
             self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if self.is_disabled or trainer.state.fn != "fit" or trainer.sanity_checking or Console().is_terminal:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        self._told = time.monotonic()
+        if self.is_disabled or Console().is_terminal:
             return
         total = trainer.estimated_stepping_batches
         of = f" of {total:,}" if 0 < total < math.inf else ""  # where an end is known
         values = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
-        print(f"step {trainer.global_step:,}{of}: {', '.join(values)}", flush=True)
+        print(", ".join([f"step {trainer.global_step:,}{of}", *values]), flush=True)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:

@@ -186,8 +186,19 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (work / "runs" / recipe / "default/checkpoints/last.ckpt").is_file()
     assert len(list((work / "runs" / recipe).iterdir())) == 1, "one run for all ranks"
-    lines = re.findall(r"^step (\d) of (\d): .*val/loss (\d)", done.stdout, re.MULTILINE)
-    assert [line[:2] for line in lines] == [("2", "4"), ("4", "4")], "a line per validation, of one rank"
+    lines = re.findall(r"^step (\d) of (\d), .*val/loss \d", done.stdout, re.MULTILINE)
+    assert lines == [("2", "4"), ("4", "4")], "a line per validation, of one rank"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_log_says_how_far_training_is_between_validations(
+    work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", *tiny("lm", lm_args), "--trainer.val_check_interval", "4"]
+    for seconds, expected in ((60.0, ["4"]), (0.0, [*"12344"])):
+        monkeypatch.setattr("common.callbacks.RunProgressBar.seconds", seconds)
+        main_of("lm")([*args, "--name", f"every-{seconds:.0f}"])
+        assert re.findall(r"^step (\d) of 4(?:, train/loss \d.*)?$", capfd.readouterr().out, re.MULTILINE) == expected
 
 
 @pytest.mark.usefixtures("no_report")
