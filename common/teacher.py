@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,9 +111,6 @@ def _ending_at_sigterm() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
 
-    if threading.current_thread() is not threading.main_thread():  # others can neither set handlers nor get signals
-        yield
-        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

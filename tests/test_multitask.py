@@ -298,6 +298,7 @@ def test_looking_back_is_no_second_step_of_batch_norm(work: Path) -> None:
     norms = [module for module in cli.model.net.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all(norm.num_batches_tracked == cli.trainer.global_step > 0 for norm in norms)
+    assert (work / "runs/multitask/default/figures/val-weights.png").is_file()
 
 
 WEIGHTS = [f"optim/weight_{task}" for task in ("left", "right", "offset")]
