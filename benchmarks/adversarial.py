@@ -20,19 +20,19 @@ import torch
 from torch import nn
 
 from benchmarks.pool import ROOT, run_each
-from common.attacks import PGD, under_attack
 from common.module import BaseModule
+from recipes.adversarial.attacks import PGD, under_attack
 from recipes.adversarial.train import main
 
 RESULTS = ROOT / "benchmarks/results/adversarial.json"
 
 # The net is attacked with one step in training mode (Wong et al. 2020), with several in evaluation mode.
 METHODS = {
-    "natural": ["--model.objective", "common.attacks.Natural", "--model.attack", "null"],
+    "natural": ["--model.objective", "Natural", "--model.attack", "null"],
     "FGSM-RS": ["--model.attack.steps", "1", "--model.objective.attack_mode", "train"],
     "PGD-7": ["--model.attack.steps", "7", "--model.objective.attack_mode", "eval"],
-    "Free": ["--model.objective", "common.attacks.Free", "--model.objective.replays", "4", "--model.attack.steps", "1"],
-    "TRADES": ["--model.objective", "common.attacks.TRADES", "--model.attack.steps", "7"],
+    "Free": ["--model.objective", "Free", "--model.objective.replays", "4", "--model.attack.steps", "1"],
+    "TRADES": ["--model.objective", "TRADES", "--model.attack.steps", "7"],
 }
 # A smaller net, so that all are done in some minutes on a CPU. The preset's own radius is for its one step.
 SMALL = ["--model.net.widths", "[8, 16]", "--model.attack.eps", "0.1"]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.tasks import METRIC
+from recipes.multitask.tasks import METRIC
 from recipes.multitask.train import main
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,7 +28,7 @@ METHODS = {
     "Uncertainty": f"{WEIGHTING}Uncertainty",
     "DynamicWeightAverage": f"{WEIGHTING}DynamicWeightAverage",
     "FAMO": f"{WEIGHTING}FAMO",
-    "UPGrad": f"{AGGREGATOR}UPGrad --model.aggregator.projector common.task_gradients.NNLSProjector",
+    "UPGrad": f"{AGGREGATOR}UPGrad --model.aggregator.projector NNLSProjector",
     "PCGrad": f"{AGGREGATOR}PCGrad",
     "MGDA": f"{AGGREGATOR}MGDA",
     "IMTLG": f"{AGGREGATOR}IMTLG",

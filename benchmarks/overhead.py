@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.callbacks import Throughput
-from common.text import Characters, Windows, prepare
+from common.run.callbacks import Throughput
+from common.sources.text import Windows, prepare
+from common.sources.tokenizers import Characters
 from recipes.lm.train import main
 
 ROOT = Path(__file__).resolve().parent.parent

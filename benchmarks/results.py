@@ -27,9 +27,9 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.callbacks import describe_environment  # noqa: E402
-from common.report import read_metrics  # noqa: E402
-from common.text import CACHE  # noqa: E402
+from common.figures import read_metrics  # noqa: E402
+from common.run.record import describe_environment  # noqa: E402
+from common.sources.text import CACHE  # noqa: E402
 
 STORE = ROOT / "benchmarks/results/recipes.json"
 PAGE = ROOT / "recipes/README.md"

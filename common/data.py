@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
+from common.parts import answers
 
 
 @runtime_checkable
@@ -48,12 +49,12 @@ def step_seed(*parts: int) -> int:
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
     """How many ranks read samples of their own, and which of them this is; ranks that share samples count as one."""
-    together = getattr(trainer.strategy, "ranks_per_batch", 1)
-    key = getattr(trainer.strategy, "ranks_per_batch_key", "trainer.strategy.tensor_parallel")
-    return groups(trainer.world_size, together, key), trainer.global_rank // together
+    asked = answers(trainer.strategy)
+    together = asked.ranks_per_batch
+    return rank_groups(trainer.world_size, together, asked.ranks_per_batch_key), trainer.global_rank // together
 
 
-def groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_parallel") -> int:
+def rank_groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_parallel") -> int:
     """How many groups ranks form if so many of them share each sample, as a setting says.
 
     Raises:

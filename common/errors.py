@@ -1,8 +1,12 @@
 """Exceptions that the command line prints as one line: mistakes of the user, and an end that comes from outside."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+SIGTERM_EXIT = 128 + signal.SIGTERM  # what shells give a process that ends by it
+LOST_RANK_EXIT = 3
 
 
 class InputError(Exception):
@@ -42,3 +46,9 @@ def speaking_of(key: str, instead_of: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(str(error).replace(instead_of, key)) from error
+
+
+def short_path(path: object) -> str:
+    """The end of a long path, for a message of one line."""
+    text = str(path)
+    return text if len(text) <= 60 else f"…{text[-59:]}"

@@ -5,7 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+
+from common.errors import InputError
 
 
 def precise(values: Tensor) -> Tensor:
@@ -38,6 +41,41 @@ def cross_entropy(
         return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     total = F.cross_entropy(logits, target, weight.to(logits.dtype), reduction="sum", label_smoothing=label_smoothing)
     return total / (target != -100).sum()
+
+
+class StepLosses:
+    """Losses of micro-batches, kept on the device until a row is logged: looking at each would wait for it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Float[Tensor, ""]) -> None:
+        """Keep the loss of a micro-batch of an optimizer step."""
+        self._kept.append((step, loss))
+
+    def take(self, strategy: Strategy) -> Float[Tensor, ""]:
+        """The mean over micro-batches and ranks; then begin anew. Raises as :meth:`check` does."""
+        losses = self.check(strategy)
+        self._kept.clear()
+        return losses.mean()
+
+    def check(self, strategy: Strategy) -> Float[Tensor, " losses"]:
+        """The losses averaged over ranks, called on each of them.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        if not self._kept:
+            return torch.empty(0)
+        losses = strategy.reduce(torch.stack([loss for _, loss in self._kept]), reduce_op="mean")
+        assert isinstance(losses, Tensor)
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise InputError(
+                f"train/loss is {losses[bad[0]].item()} at step {self._kept[bad[0]][0]}: lower model.optimizer.lr, "
+                "warm up longer or set trainer.gradient_clip_val; the last checkpoint is intact"
+            )
+        return losses
 
 
 def text_scores(stage: str, loss: Float[Tensor, ""], bytes_per_token: float) -> dict[str, Tensor]:

@@ -4,24 +4,25 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from common.data import data_ranks, geometry, global_seed, move_position, seed_draws, step_seed, total_steps
 from common.errors import InputError, nearest
-from common.losses import precise
-from common.optim import Schedule, param_groups, scale_lr
-from common.precision import to_float8
-from common.strategies.sharding import blocks, plain_name, share
+from common.losses import StepLosses, precise
+from common.optim import GivenSettings, Schedule, param_groups, scale_lr
+from common.parts import answers, blocks, plain_name, share, to_float8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +93,7 @@ class BaseModule(L.LightningModule):
             about a third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
         matmul_precision: of products of fp32 matrices, see ``torch.set_float32_matmul_precision``; high is TF32.
             Convolutions go along: fp32 with highest, else TF32.
-        float8: run linear layers in float8, see :func:`common.precision.to_float8`.
+        float8: run linear layers in float8, see :func:`common.parts.to_float8`.
     """
 
     net: nn.Module
@@ -119,10 +120,8 @@ class BaseModule(L.LightningModule):
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
-        # Of the micro-batches since the last logged step: which step they belong to, and their losses.
-        self._losses: list[tuple[int, Tensor]] = []
-        self._given: list[dict[str, Any]] = []  # the optimizer's arguments that no schedule changes, by group
-        self._rates: list[float] = []  # and the rates that a schedule of torch starts from
+        self._losses = StepLosses()  # of the micro-batches since the last logged step
+        self._given = GivenSettings()
         self._log_now = False
         self._lr = 0.0
         self.grad_norm = torch.tensor(0.0)
@@ -154,6 +153,21 @@ class BaseModule(L.LightningModule):
     def flops_per_item(self) -> float | None:
         """Floating-point operations of a training step per item, for MFU; None where they are not known."""
         return None
+
+    @property
+    def data(self) -> Any:
+        """The recipe's data module."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, ``runs/<recipe>/<name>``."""
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the present micro-batch is the last of its optimizer step, as samplers hold whole steps only."""
+        return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     @override
     def configure_model(self) -> None:
@@ -209,17 +223,14 @@ class BaseModule(L.LightningModule):
             problem = f"{interval} micro-batches are no multiple of accumulate_grad_batches {accumulate}"
             raise InputError(f"trainer.val_check_interval: {problem}; a checkpoint there would lose half a step")
         # A checkpoint brings the optimizer's arguments of its own run; those given now win.
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        for group, given in zip(groups, self._given, strict=False):
-            group.update(given)
-        for group, rate in zip(groups, self._rates, strict=False):
-            if group.get("initial_lr", rate) != rate:
-                problem = f"{rate} is not the checkpoint's {group['initial_lr']}, which its lr_scheduler goes on from"
-                raise InputError(f"model.optimizer.lr: {problem}; those of common.optim can change it")
+        self._given.restore([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout and augmentation become a function of (seed, rank, micro-step): a resumed run draws the same numbers.
+        self.seed_micro_batch()
+
+    def seed_micro_batch(self) -> None:
+        """Make dropout and augmentation a function of (seed, rank, micro-step), the same in a resumed run."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         _, rank = data_ranks(self.trainer)
         seed_draws(step_seed(global_seed(), rank, step), self.device)
@@ -227,9 +238,13 @@ class BaseModule(L.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, _ = self.shared_step(batch, "train")
-        # The mean over micro-batches and ranks needs more digits than 16 bits have.
-        self._losses.append((self.trainer.global_step, precise(loss.detach())))
+        self.count_loss(loss)
         return loss
+
+    def count_loss(self, loss: Float[Tensor, ""]) -> None:
+        """Take a micro-batch's loss into ``train/loss``."""
+        # The mean over micro-batches and ranks needs more digits than 16 bits have.
+        self._losses.add(self.trainer.global_step, precise(loss.detach()))
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # DeepSpeed's is no torch.optim.Optimizer
@@ -246,35 +261,17 @@ class BaseModule(L.LightningModule):
         # micro-batch since the last row, on all ranks.
         if self._log_now:
             self._log_now = False
-            self.log("train/loss", self._checked_losses().mean(), prog_bar=True)
-            self._losses.clear()
+            self.log("train/loss", self._losses.take(self.trainer.strategy), prog_bar=True)
             self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self.grad_norm, **self.train_metrics()})
-
-    def _checked_losses(self) -> Tensor:
-        """The losses since the last logged step, averaged over ranks.
-
-        Raises:
-            InputError: one of them is not finite. Looking only here spares a device sync in every step.
-        """
-        losses = self.trainer.strategy.reduce(torch.stack([loss for _, loss in self._losses]), reduce_op="mean")
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise InputError(
-                f"train/loss is {losses[bad[0]].item()} at step {self._losses[bad[0]][0]}: lower model.optimizer.lr, "
-                "warm up longer or set trainer.gradient_clip_val; the last checkpoint is intact"
-            )
-        return losses
 
     @override
     def on_train_epoch_end(self) -> None:
-        if self._losses:
-            self._checked_losses()
+        self._losses.check(self.trainer.strategy)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Raising here leaves the last good checkpoint in its place.
-        if self._losses:
-            self._checked_losses()
+        self._losses.check(self.trainer.strategy)
         self._check_weights()
         checkpoint["geometry"] = geometry(self.trainer)
 
@@ -331,14 +328,14 @@ class BaseModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if self.trainer.fit_loop._should_accumulate():
+        if not self.ends_step:
             return  # DeepSpeed accumulates by itself and calls this for every micro-batch
         self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._log_now or gradient_clip_val:
             self._lr = max(group["lr"] for group in optimizer.param_groups)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             # What a strategy shards in a way of its own, it adds up by itself.
-            norm = getattr(self.trainer.strategy, "total_norm", nn.utils.get_total_norm)(gradients)
+            norm = answers(self.trainer.strategy).total_norm(gradients)
             self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
@@ -360,21 +357,18 @@ class BaseModule(L.LightningModule):
             problem = "clips and logs gradients before it undoes their loss scaling; drop it, or take bf16-mixed"
             raise InputError(f"model.optimizer.fused: with trainer.precision 16-mixed it {problem}")
         scale_lr(optimizer)
-        scheduled = ["params"] + ["lr"] * (self.lr_scheduler is not None)
-        self._given = [{k: v for k, v in group.items() if k not in scheduled} for group in optimizer.param_groups]
         if self.lr_scheduler is None:
+            self._given = GivenSettings(optimizer)
             return optimizer
+        self._given = GivenSettings(optimizer, but=["lr"])
         try:
             scheduler = self.lr_scheduler(optimizer)
         except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"model.lr_scheduler: {error}") from error
-        if isinstance(scheduler, CyclicLR | OneCycleLR):
-            self._given = [{k: v for k, v in g.items() if k not in ("momentum", "betas")} for g in self._given]
-        self._rates = []
         if isinstance(scheduler, Schedule):
             scheduler.start(total_steps(self.trainer))
         else:
-            self._rates = [group.get("initial_lr", 0.0) for group in optimizer.param_groups]
+            self._given.leave_to(scheduler)
         if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < total_steps(self.trainer):
             problem = f"{scheduler.total_steps} is less than the run's {total_steps(self.trainer)}"
             raise InputError(f"model.lr_scheduler.total_steps {problem}")

@@ -6,13 +6,13 @@ here differ in that they know the length of the run, so that it is written down 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from common.errors import InputError
 
@@ -60,6 +60,41 @@ def scale_lr(optimizer: Optimizer) -> None:
     """Multiply each group's learning rate by its ``lr_scale``, once, right after construction."""
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)
+
+
+class GivenSettings:
+    """The settings that a config gives an optimizer, which win over those of a checkpoint.
+
+    Args:
+        optimizer: as it was made; None before.
+        but: names of settings that a schedule changes, which go on from the checkpoint.
+    """
+
+    def __init__(self, optimizer: Optimizer | None = None, but: Sequence[str] = ()):
+        groups = optimizer.param_groups if optimizer else []
+        self.groups = [{k: v for k, v in group.items() if k not in ("params", *but)} for group in groups]
+        self.rates: list[float] = []  # that a schedule of torch starts from
+
+    def leave_to(self, scheduler: LRScheduler) -> None:
+        """Leave to a schedule of torch, which goes on from a checkpoint, what it changes."""
+        if isinstance(scheduler, CyclicLR | OneCycleLR):
+            for group in self.groups:
+                group.pop("momentum", None)
+                group.pop("betas", None)
+        self.rates = [group.get("initial_lr", 0.0) for group in scheduler.optimizer.param_groups]
+
+    def restore(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Put the settings back into an optimizer's groups after a checkpoint was loaded.
+
+        Raises:
+            InputError: a schedule of torch goes on from another rate than the one that is given.
+        """
+        for group, given in zip(groups, self.groups, strict=False):
+            group.update(given)
+        for group, rate in zip(groups, self.rates, strict=False):
+            if group.get("initial_lr", rate) != rate:
+                problem = f"{rate} is not the checkpoint's {group['initial_lr']}, which its lr_scheduler goes on from"
+                raise InputError(f"model.optimizer.lr: {problem}; those of common.optim can change it")
 
 
 class Schedule(LRScheduler):

@@ -3,7 +3,7 @@
 Importing this module first in a script gives ``__main__`` the package its folder belongs to (PEP 366), so that
 ``from .data import …`` works with ``python recipes/lm/train.py``, ``python -m recipes.lm.train``, ``torchrun`` and in
 the ranks that DDP launches again, from any working directory and in a copied recipe too. It also imports
-``common.cli``, and with it all large libraries, in less time.
+``common.run.cli``, and with it all large libraries, in less time.
 """
 
 import gc
@@ -21,16 +21,13 @@ if _file and not getattr(_main, "__package__", None) and (Path(_file).resolve().
         _parts.insert(0, _folder.name)
         _folder = _folder.parent
     # The script's own folder must not shadow top-level modules: its data.py is recipes.<task>.data, never `data`.
-    sys.path[0] = str(_folder)
-    # The common beside these recipes, also when the environment has another clone's installed.
-    if (_folder / "common").is_dir():
-        importlib.import_module("common").__path__ = [str(_folder / "common")]
+    sys.path[:] = [str(_folder), *(path for path in sys.path if Path(path).resolve() != Path(_file).resolve().parent)]
     _main.__package__ = ".".join(_parts)
     importlib.import_module(_main.__package__)
 
 # What libraries make while they are imported stays: to look for garbage among it takes a seventh of the start, and as
 # long again whenever Python looks through all of its objects later.
 gc.disable()
-importlib.import_module("common.cli")
+importlib.import_module("common.run.cli")
 gc.freeze()
 gc.enable()

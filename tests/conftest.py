@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common.report
+import common.run.report
 from tests.support import RECIPES, ROOT, text_args
 
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
@@ -50,7 +50,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Reports are drawn in tests of the recipes and of the loggers, and by every command of the docs.
     """
-    monkeypatch.setattr(common.report, "write_report", lambda folder, title, best: folder / "report.html")
+    monkeypatch.setattr(common.run.report, "write_report", lambda folder, title, best: folder / "report.html")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def lm_args(small_text: Path) -> list[str]:
     """Arguments that make the lm recipe small."""
     net = "--model.config.init_args"
     return [
-        "--data.path", str(small_text), "--data.tokenizer", "common.text.Characters", "--data.context", "32",
+        "--data.path", str(small_text), "--data.tokenizer", "common.sources.tokenizers.Characters", "--data.context", "32",
         f"{net}.hidden_size", "32", f"{net}.intermediate_size", "64", f"{net}.num_hidden_layers", "2",
         f"{net}.num_attention_heads", "2", "--model.sample_tokens", "16",
     ]  # fmt: skip

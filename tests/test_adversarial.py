@@ -18,12 +18,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from common import report
-from common.attacks import (
+from common.errors import InputError
+from common.nets import ConvNet, PretrainedEncoder
+from common.run.cli import RecipeCLI
+from recipes.adversarial.attacks import (
     PGD,
-    TRADES,
-    Adversarial,
-    Free,
-    Natural,
     UnderAttack,
     attackable,
     cross_entropy_to,
@@ -31,9 +30,7 @@ from common.attacks import (
     random_in_ball,
     under_attack,
 )
-from common.cli import RecipeCLI
-from common.errors import InputError
-from common.nets import ConvNet, PretrainedEncoder
+from recipes.adversarial.objectives import TRADES, Adversarial, Free, Natural
 from tests.support import PLAIN, ROOT, TINY, logs, main_of, run_ranks, write_encoder
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -326,7 +323,7 @@ def test_free_training_on_ranks(strategy: str, work: Path, plain_args: dict[str,
     def fit(name: str, world: int, *args: str) -> Path:
         given = [
             "fit", "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), *PLAIN, *plain_args["adversarial"],
-            "--name", name, "--model.objective", "common.attacks.Free", "--model.objective.replays", "4",
+            "--name", name, "--model.objective", "Free", "--model.objective.replays", "4",
             f"{ATTACK}.steps", "1", "--data.batch_size", str(16 // world), "--trainer.devices", str(world),
             "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches",
             "0", "--trainer.log_every_n_steps", "1", "--model.lr_scheduler", "common.optim.Constant", *args,
@@ -499,7 +496,7 @@ def test_fp16_does_not_hide_gradients() -> None:
 
 
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:
-    natural = ["--model.objective", "common.attacks.Natural", ATTACK, "null"]
+    natural = ["--model.objective", "Natural", ATTACK, "null"]
     args = ["--model.net.widths", "[16, 32]", "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", *natural]
     main_of("adversarial")(["fit", *args, "--trainer.enable_progress_bar", "false"])
     plain = main_of("adversarial")(["test"]).trainer.callback_metrics
@@ -589,24 +586,24 @@ MISTAKES = [
     (f"{ATTACK}.clamp [0.0]", f"{ATTACK}.clamp: ", "tuple"),
     (f"{ATTACK}.clamp [0.0,0.5]", f"{ATTACK}.clamp: ", "does not hold the images, which go from 0 to 1; widen it"),
     (f"{EVAL}.clamp [0.1,1.0]", f"{EVAL}.clamp: ", "does not hold the images"),
-    ("--model.objective common.attacks.TRADES --model.objective.beta=-1", "--model.objective.beta: ",
+    ("--model.objective TRADES --model.objective.beta=-1", "--model.objective.beta: ",
      "must not be negative, got -1"),
-    (f"--model.objective common.attacks.TRADES {ATTACK}.random_start false", f"{ATTACK}.random_start: ",
+    (f"--model.objective TRADES {ATTACK}.random_start false", f"{ATTACK}.random_start: ",
      "must be true for TRADES"),
-    ("--model.objective common.attacks.Trades", "--model.objective: ", "did you mean 'TRADES'?"),
-    ("--model.objective common.attacks.PGD", "--model.objective: ", "common.attacks.PGD is no Objective"),
+    ("--model.objective Trades", "--model.objective: ", "did you mean 'TRADES'?"),
+    ("--model.objective PGD", "--model.objective: ", "PGD is no Objective"),
     ("--model.objective.attack_mode test", "--model.objective.attack_mode: ", "'test'"),
-    ("--model.objective common.attacks.Free --model.objective.replays 1", "--model.objective.replays: ",
+    ("--model.objective Free --model.objective.replays 1", "--model.objective.replays: ",
      "must be at least 2, got 1"),
-    (f"--model.objective common.attacks.Free {ATTACK}.steps 2", f"{ATTACK}.steps: ", "must be 1 for Free"),
-    (f"--model.objective common.attacks.Free {ATTACK}.steps 1 {ATTACK}.restarts 2", f"{ATTACK}.restarts: ",
+    (f"--model.objective Free {ATTACK}.steps 2", f"{ATTACK}.steps: ", "must be 1 for Free"),
+    (f"--model.objective Free {ATTACK}.steps 1 {ATTACK}.restarts 2", f"{ATTACK}.restarts: ",
      "must be 1 for Free"),
-    (f"--model.objective common.attacks.Free {ATTACK}.steps 1 --trainer.accumulate_grad_batches 2",
+    (f"--model.objective Free {ATTACK}.steps 1 --trainer.accumulate_grad_batches 2",
      "--trainer.accumulate_grad_batches: ", "must be 1: Free replays each batch"),
-    (f"--model.objective common.attacks.Free {ATTACK} null", f"{ATTACK}: ", "Free needs one"),
+    (f"--model.objective Free {ATTACK} null", f"{ATTACK}: ", "Free needs one"),
     ("--model.objective.clean_weight 1", "--model.objective.clean_weight: ", "must be in [0, 1), got 1.0"),
-    (f"{ATTACK} common.attacks.TRADES", f"{ATTACK}: ", "common.attacks.TRADES is no Attack"),
-    (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give common.attacks.PGD"),
+    (f"{ATTACK} TRADES", f"{ATTACK}: ", "TRADES is no Attack"),
+    (f"{ATTACK} null", f"{ATTACK}: ", "Adversarial needs one; give PGD"),
     (f"{EVAL} null", f"{EVAL}: ", "expected a class path, got 'None'"),
     (f"{ATTACK}.stepsize 0.1", f"{ATTACK}.stepsize: ", "did you mean 'step_size'?"),
     ("--model.input_range [0.0,1.0]", "--model.input_range: ", "is taken from data.input_range"),

@@ -18,9 +18,9 @@ from torch.distributed.constants import default_pg_timeout
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
+from common.parts import Memory
 from common.strategies.local_sgd import LocalSGD
 from common.strategies.parameter_server import ParameterServer, Server
-from common.strategies.sharding import Memory
 from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
 from tests.test_resume import digest

@@ -12,19 +12,12 @@ import pytest
 import torch
 import transformers
 
-from common.curriculum import (
-    CurriculumSampler,
-    DocumentLength,
-    Lesson,
-    Pacing,
-    Rarity,
-    ReferenceLoss,
-    ScoreFile,
-    halvings,
-)
 from common.errors import InputError
-from common.text import CACHE, Characters, Windows
+from common.sources.text import CACHE, Windows
+from common.sources.tokenizers import Characters
 from recipes.curriculum.data import CurriculumData
+from recipes.curriculum.difficulty import DocumentLength, Rarity, ReferenceLoss, ScoreFile
+from recipes.curriculum.lessons import CurriculumSampler, Lesson, Pacing, halvings
 from tests.support import Rank, logs, main_of, read_metrics, run_ranks, text_args
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -196,7 +189,7 @@ def test_preflight_measures_the_largest_step(pace: list[str], fit: Fit, lm_args:
 def scores_of(path: Path, seed: int) -> list[str]:
     """Random scores of the windows, and the flags that take them."""
     np.savetxt(path, np.random.default_rng(seed).permutation(1687))
-    return ["--data.difficulty", "common.curriculum.ScoreFile", "--data.difficulty.path", str(path)]
+    return ["--data.difficulty", "ScoreFile", "--data.difficulty.path", str(path)]
 
 
 def test_a_run_goes_on_in_the_same_order_of_difficulty_only(
@@ -234,8 +227,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "nan.npy": lambda path: np.save(path, np.full(1687, np.nan)),
     "pickle.npy": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
 }
-OTHER = "--data.difficulty common.curriculum.ReferenceLoss --data.difficulty.name"
-SCORES = "--data.difficulty common.curriculum.ScoreFile --data.difficulty.path"
+OTHER = "--data.difficulty ReferenceLoss --data.difficulty.name"
+SCORES = "--data.difficulty ScoreFile --data.difficulty.path"
 
 
 MISTAKES = [
@@ -247,7 +240,7 @@ MISTAKES = [
     ("--data.competence.power x", "--data.competence.power: expected float, got 'x'"),
     ("--data.length.starts 0.5", "did you mean 'start'?"),
     ("--data.length 3", "data.length"),
-    ("--data.difficulty null", "needs data.difficulty; take common.curriculum.Rarity"),
+    ("--data.difficulty null", "needs data.difficulty; take Rarity"),
     ("--data.difficulty Rarety", "did you mean 'Rarity'?"),
     ("--data.context 0", "data.context: must be at least 1, got 0"),
     ("--data.context 100000", "too few for a window"),

@@ -24,21 +24,16 @@ from torch import nn
 from transformers import LlamaConfig
 
 from common.checkpoint import read_checkpoint
-from common.cli import RecipeCLI
-from common.distillation import (
-    AttentionTransfer,
-    Features,
-    LogitError,
-    SimilarityPreserving,
-    SoftTargets,
-    compare_models,
-    gap_closed,
-)
 from common.errors import InputError
-from common.labelled import fingerprint
 from common.nets import CausalLM, ConvNet, Pretrained
+from common.run.cli import RecipeCLI
 from common.sources import Digits
-from common.text import Characters, TextWindows
+from common.sources.labelled import fingerprint
+from common.sources.tokenizers import Characters
+from recipes.distillation.compare import compare_models, gap_closed
+from recipes.distillation.losses import AttentionTransfer, LogitError, SimilarityPreserving, SoftTargets
+from recipes.distillation.teacher import Features
+from recipes.distillation.text import TextWindows
 from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
 from tests.test_resume import digest, killed_main, write_config
 
@@ -91,7 +86,14 @@ def text_args(text: Path) -> list[str]:
     for net in ("net", "teacher"):
         flags += [f"--model.{net}.config", f"{{class_path: transformers.LlamaConfig, init_args: {sizes}}}"]
     source = "--data.source.init_args"
-    flags += [f"{source}.path", str(text), f"{source}.tokenizer", "common.text.Characters", f"{source}.context", "32"]
+    flags += [
+        f"{source}.path",
+        str(text),
+        f"{source}.tokenizer",
+        "common.sources.tokenizers.Characters",
+        f"{source}.context",
+        "32",
+    ]
     return [*flags, "--model.teacher_training", SHORT]
 
 
@@ -546,7 +548,7 @@ def test_pretrained_language_model_may_know_more_tokens(work: Path) -> None:
 # Mistakes
 
 NET, TEACHER = "--model.net", "--model.teacher"
-SOURCE = "--data.source common.text.TextWindows --data.source.tokenizer common.text.Characters"
+SOURCE = "--data.source TextWindows --data.source.tokenizer common.sources.tokenizers.Characters"
 PAIR = "--model.teacher_training null --model.features"
 PRETRAINED = f"--model.teacher_training null {TEACHER} common.nets.Pretrained {TEACHER}.name"
 # fmt: off
@@ -555,9 +557,9 @@ MISTAKES = [
     ("--model.alpha much", "--model.alpha", "expected float, got 'much'"),
     ("--model.loss.temperature 0", "--model.loss.temperature", "must be above 0, got 0.0"),
     ("--model.loss.temperature -2", "--model.loss.temperature", "must be above 0, got -2.0"),
-    ("--model.loss common.distillation.SoftTarget", "--model.loss", "did you mean 'SoftTargets'?"),
+    ("--model.loss SoftTarget", "--model.loss", "did you mean 'SoftTargets'?"),
     ("--model.feature_weight -1", "--model.feature_weight", "must be a number from 0 on, got -1.0"),
-    ("--model.feature_loss common.distillation.LogitError", "--model.feature_loss", "is no FeatureLoss"),
+    ("--model.feature_loss LogitError", "--model.feature_loss", "is no FeatureLoss"),
     ("--model.teacher null --model.teacher_checkpoint a.ckpt", "--model.teacher_checkpoint", "model.teacher is null"),
     ("--model.teacher_checkpoint some.ckpt", "--model.teacher_checkpoint", "some.ckpt: no such checkpoint"),
     ("--model.teacher_checkpoint text.ckpt", "--model.teacher_checkpoint", "cut short, damaged or no checkpoint"),
@@ -611,7 +613,7 @@ def test_mistakes_cost_a_line(
         torch.save({"state_dict": state, "global_step": 1}, f"{name}.ckpt")
     data = {"source": {"class_path": "common.sources.Digits"}, "split_seed": 9}
     torch.save({"state_dict": {}, "global_step": 1, "datamodule_hyper_parameters": data}, "split.ckpt")
-    source = {"class_path": "common.text.TextWindows", "init_args": {"path": "short.txt", "val_fraction": 0.3}}
+    source = {"class_path": "TextWindows", "init_args": {"path": "short.txt", "val_fraction": 0.3}}
     data = {"source": source, "split_seed": 0}
     torch.save({"state_dict": {}, "global_step": 1, "datamodule_hyper_parameters": data}, "windows.ckpt")
     if ".name vit" in flags:

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from common.cli import RecipeCLI
+from common.run.cli import RecipeCLI
 from tests.support import RECIPES, ROOT, TINY, main_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -281,7 +281,7 @@ WRONG_NUMBERS = [
     built(LM, {"bad.yaml": CALLBACK + "EarlyStopping\n      init_args: {monitor: val/loss, mode: mni}\n"},
          "--config bad.yaml", "bad.yaml:4", "trainer.callbacks[0].init_args.mode: `mode` can be min, max"),
     built(LM,
-         {"bad.yaml": "trainer:\n  callbacks+:\n    - class_path: common.callbacks.Media\n"
+         {"bad.yaml": "trainer:\n  callbacks+:\n    - class_path: common.run.record.Media\n"
           "      init_args: {every_n_validations: 0}\n"},
          "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.every_n_validations: Media.every_n_validations must be at least 1"),
@@ -296,9 +296,9 @@ WRONG_DATA = [
     built(LM, {"e.jsonl": '{"text": 3\n'}, "--data.path e.jsonl", "--data.path", "cannot be read as json"),
     built(LM, {"e.csv": "txt,b\nabc,d\n"}, "--data.path e.csv --data.column body", "--data.column",
          "no column 'body'; there are: txt, b"),
-    built(LM, {"t.json": "{}"}, "--data.tokenizer common.text.Pretrained --data.tokenizer.name t.json",
+    built(LM, {"t.json": "{}"}, "--data.tokenizer common.sources.tokenizers.PretrainedTokenizer --data.tokenizer.name t.json",
          "--data.tokenizer.name", "no fast tokenizer there"),
-    built(LM, {}, "--data.tokenizer common.text.BPE --data.tokenizer.vocab_size 3", "--data.tokenizer.vocab_size",
+    built(LM, {}, "--data.tokenizer common.sources.tokenizers.BPE --data.tokenizer.vocab_size 3", "--data.tokenizer.vocab_size",
          "at least 257"),
     built(CLASSES, {}, IDX, "--data.source.path", "no file train-images-idx3-ubyte[.gz] in files"),
     built(CLASSES, idx_files(t10k_labels=None), IDX, "--data.source.path", "no file t10k-labels-idx1-ubyte"),

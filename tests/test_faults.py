@@ -11,7 +11,7 @@ import torch
 
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
-from common.faults import StopOnSigterm, lost_rank
+from common.run.faults import StopOnSigterm, lost_rank
 from tests.support import INEXACT, RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -116,7 +116,7 @@ def test_every_rank_ends(
     ]  # fmt: skip
     saves = work / "saves.yaml"
     saves.write_text(
-        "trainer:\n  logger: false\n  callbacks:\n    - class_path: common.callbacks.LastCheckpoint\n"
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: common.run.callbacks.LastCheckpoint\n"
         "      init_args: {every_n_train_steps: 5}\n"
     )
     began = time.monotonic()

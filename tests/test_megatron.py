@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
-from common.megatron import MegatronConfig, MegatronLM, is_sliced, slice_of, whole_of
 from common.nets import causal_lm
+from common.nets.megatron import MegatronConfig, MegatronLM, is_sliced, slice_of, whole_of
 from common.strategies.megatron import Megatron
 from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_faults import FAULTS, faulty_main
@@ -324,7 +324,7 @@ def keep_found(args: list[str], path: Path) -> None:
         ([f"{NET}.intermediate_size", "65"], "model.config.intermediate_size is 65, no multiple of 2"),
         ([f"{NET}.num_attention_heads", "3"], "num_attention_heads: 3 is no divisor of 32"),
         ([f"{NET}.activation", "relu"], "'relu' is not accepted"),
-        ([f"{NET}.hidden", "4"], "no such argument of common.megatron.MegatronConfig"),
+        ([f"{NET}.hidden", "4"], "no such argument of common.nets.megatron.MegatronConfig"),
         (["--data.context", "1024"], "exceeds max_position_embeddings 512"),
         (["--model.optimizer", "common.optim.MuonAdamW"], "model.optimizer: MuonAdamW needs whole tensors"),
         (["--model.compile", "true"], "model.compile: is nothing for Megatron's layers"),
@@ -346,7 +346,7 @@ def test_a_net_of_other_layers(work: Path, lm_args: list[str]) -> None:
     for command, world in (("fit", 2), ("preflight", 1)):
         codes = run_ranks(main_of("lm"), [command, *args, "--trainer.devices", "2"], world=world, folder=work)
         assert codes == [2] * world, logs(work)
-        line = "LlamaForCausalLM is no net of Megatron's layers; take common.megatron.MegatronConfig"
+        line = "LlamaForCausalLM is no net of Megatron's layers; take common.nets.megatron.MegatronConfig"
         assert line in (work / "rank0.log").read_text().splitlines()[-1]
     assert not (work / "runs/lm/default/checkpoints").exists()
 

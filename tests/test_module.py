@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from typing_extensions import override
 
-from common.callbacks import LastCheckpoint
 from common.checkpoint import read_checkpoint
 from common.data import global_seed, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import WeightedMean
 from common.nets import ConvNet, PretrainedEncoder
+from common.run.callbacks import LastCheckpoint
 from common.sources import Digits
 from recipes.classification.data import Batch, ClassificationData
 from recipes.classification.module import ClassificationModule
@@ -345,7 +345,7 @@ trainer:
   limit_val_batches: 1
   enable_progress_bar: false
   callbacks:
-    - class_path: common.callbacks.LastCheckpoint
+    - class_path: common.run.callbacks.LastCheckpoint
       init_args: {every_n_train_steps: 2}
 """
 
@@ -465,7 +465,7 @@ def test_early_stopping_as_a_layer(every: str, work: Path) -> None:
     args = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.logger", "false"]
     args += ["--model.net.widths", "[4]", "--trainer.enable_progress_bar", "false", "--config", str(work / "stop.yaml")]
     last = {
-        "class_path": "common.callbacks.LastCheckpoint",
+        "class_path": "common.run.callbacks.LastCheckpoint",
         "init_args": {"every_n_train_steps": yaml.safe_load(every)},
     }
     (work / "last.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [last]}}))
@@ -478,7 +478,7 @@ def test_early_stopping_as_a_layer(every: str, work: Path) -> None:
 
 @pytest.mark.parametrize("end", [["--trainer.max_epochs", "2"], ["--trainer.max_steps", "5"]])
 def test_the_end_of_training_is_saved(end: list[str], work: Path) -> None:
-    last = {"class_path": "common.callbacks.LastCheckpoint", "init_args": {"every_n_train_steps": 100}}
+    last = {"class_path": "common.run.callbacks.LastCheckpoint", "init_args": {"every_n_train_steps": 100}}
     (work / "last.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [last]}}))
     args = ["--config", "last.yaml", "--model.net.widths", "[4]", "--trainer.enable_progress_bar", "false", *end]
     args += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--trainer.logger", "false"]

@@ -17,12 +17,13 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from benchmarks.multitask import delta_m
 from common.checkpoint import read_checkpoint
-from common.cli import RecipeCLI
 from common.errors import InputError
-from common.multitask import FAMO, DynamicWeightAverage, Fixed, MultiTaskNet, Uncertainty, Weighting
-from common.overlay import draw_pairs
-from common.task_gradients import SUMMING, NNLSProjector, TaskGradients, cosines, make_aggregator, task_gradients
-from common.tasks import Task, TaskDataset, TaskMetrics, task_loss, task_losses
+from common.run.cli import RecipeCLI
+from recipes.multitask.gradients import SUMMING, NNLSProjector, TaskGradients, cosines, make_aggregator, task_gradients
+from recipes.multitask.net import MultiTaskNet
+from recipes.multitask.pairs import draw_pairs
+from recipes.multitask.tasks import Task, TaskDataset, TaskMetrics, task_loss, task_losses
+from recipes.multitask.weighting import FAMO, DynamicWeightAverage, Fixed, Uncertainty, Weighting
 from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, strategies_of
 from tests.test_resume import digest, killed_main, write_config
 
@@ -282,13 +283,13 @@ def test_delta_m_has_the_sign_of_each_metric() -> None:
 
 
 METHODS = {
-    "uncertainty": ["--model.weighting", "common.multitask.Uncertainty"],
-    "dwa": ["--model.weighting", "common.multitask.DynamicWeightAverage", "--model.weighting.temperature", "0.1"],
-    "famo": ["--model.weighting", "common.multitask.FAMO", "--model.weighting.lr", "0.2"],
+    "uncertainty": ["--model.weighting", "Uncertainty"],
+    "dwa": ["--model.weighting", "DynamicWeightAverage", "--model.weighting.temperature", "0.1"],
+    "famo": ["--model.weighting", "FAMO", "--model.weighting.lr", "0.2"],
     "pcgrad": ["--model.aggregator", "torchjd.aggregation.PCGrad"],
     "upgrad": [
         "--model.aggregator", "torchjd.aggregation.UPGrad", "--model.aggregator.projector",
-        "common.task_gradients.NNLSProjector",
+        "NNLSProjector",
     ],
 }  # fmt: skip
 

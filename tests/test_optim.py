@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.cli import RecipeCLI
 from common.errors import InputError
 from common.nets import ConvNet
+from common.nets.tables import FTTransformer, TabM
 from common.optim import (
     WSD,
     Constant,
@@ -31,7 +31,7 @@ from common.optim import (
     param_groups,
     scale_lr,
 )
-from common.tabular_nets import FTTransformer, TabM
+from common.run.cli import RecipeCLI
 from tests.support import ROOT, main_of, read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -21,8 +21,8 @@ from transformers import LlamaConfig
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets import causal_lm
+from common.parts import Memory
 from common.strategies.ddp import PowerSGD, ring_all_reduce
-from common.strategies.sharding import Memory
 from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
 from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
 

@@ -327,7 +327,7 @@ def test_what_would_be_lost(
 def test_features_of_another_stage(work: Path, small_text: Path) -> None:
     """A block that the last stage skips, and a layer within, after a validation that asks for neither."""
     net = ["--model.net.config.init_args.num_hidden_layers", "4", "--model.teacher_training", "null"]
-    features = ["--model.feature_loss", "common.distillation.SimilarityPreserving", "--model.features"]
+    features = ["--model.feature_loss", "SimilarityPreserving", "--model.features"]
     for layer, line in (
         ("model.layers.0", "CausalLM uses in stage 1 what it registers for another"),
         ("model.layers.0.mlp", "model.features: this rank's part of the net has no output of"),

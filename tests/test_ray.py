@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
-from common.faults import StopOnSigterm
+from common.run.faults import StopOnSigterm
 from common.strategies import ray as ray_strategy
 from common.strategies.ray import RayDDP
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
@@ -92,7 +92,7 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     faults.write_text(
         "trainer:\n  callbacks:\n"
         f"  - {{class_path: tests.test_ray.Faults, init_args: {settings}}}\n"
-        "  - {class_path: common.callbacks.LastCheckpoint, init_args: {every_n_train_steps: 5}}\n"
+        "  - {class_path: common.run.callbacks.LastCheckpoint, init_args: {every_n_train_steps: 5}}\n"
     )
     cut = ["fit", *two, "--name", "cut", "--config", str(faults)]
     code, out, err = end(start(*cut, "--trainer.strategy.max_restarts", "1"))

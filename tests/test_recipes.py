@@ -28,7 +28,7 @@ for command in json.loads(sys.argv[1]):
         sys.argv, sys.path[0] = command, os.path.dirname(command[0])
         runpy.run_path(command[0], run_name="__main__")
         assert gc.isenabled()
-        assert sys.modules["common.cli"].__file__ == os.path.abspath("clone/common/cli.py"), "the one that is installed"
+        assert sys.modules["common.run.cli"].__file__ == os.path.abspath("clone/common/cli.py"), "the one that is installed"
         sys.exit()
     if os.wait()[1]:
         sys.exit(f"{command} failed")
@@ -196,7 +196,7 @@ def test_a_log_says_how_far_training_is_between_validations(
 ) -> None:
     args = ["fit", *tiny("lm", lm_args), "--trainer.val_check_interval", "4"]
     for seconds, expected in ((60.0, ["4"]), (0.0, [*"12344"])):
-        monkeypatch.setattr("common.callbacks.RunProgressBar.seconds", seconds)
+        monkeypatch.setattr("common.run.callbacks.RunProgressBar.seconds", seconds)
         main_of("lm")([*args, "--name", f"every-{seconds:.0f}"])
         assert re.findall(r"^step (\d) of 4(?:, train/loss \d.*)?$", capfd.readouterr().out, re.MULTILINE) == expected
 

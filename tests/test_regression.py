@@ -22,10 +22,10 @@ from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from torch import Tensor
 
 from common.checkpoint import read_checkpoint
-from common.cli import RecipeCLI
 from common.errors import InputError
-from common.heads import Gaussian, Head, Mean, Quantiles, scores
-from common.tables import (
+from common.nets.tables import MLP, FTTransformer, ResNet, TabM
+from common.run.cli import RecipeCLI
+from common.sources.tables import (
     Columns,
     Diabetes,
     Scaling,
@@ -37,7 +37,7 @@ from common.tables import (
     scaled_quantiles,
     split_rows,
 )
-from common.tabular_nets import MLP, FTTransformer, ResNet, TabM
+from recipes.regression.heads import Gaussian, Head, Mean, Quantiles, scores
 from recipes.regression.module import RegressionModule
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
@@ -64,7 +64,14 @@ def houses(work: Path) -> Path:
     return work / "houses.csv"
 
 
-TABLE = ["--data.source", "common.tables.Table", "--data.source.path", "houses.csv", "--data.source.target", "rent"]
+TABLE = [
+    "--data.source",
+    "common.sources.tables.Table",
+    "--data.source.path",
+    "houses.csv",
+    "--data.source.target",
+    "rent",
+]
 
 
 def fitted(table: Any, scaling: Scaling = "quantile", rare: int = 5, **settings: Any) -> Columns:
@@ -339,7 +346,7 @@ def test_targets_are_exact_whatever_the_precision(houses: Path, work: Path) -> N
     run = work / "runs/regression/default"
     main(["fit", *SMALL, *TABLE, *every, "--trainer.precision", "bf16-true"])
     main(["test"])
-    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "houses.csv"]
+    rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "houses.csv"]
     for extra in ([], rows):
         main(["predict", *extra])
         found: Any = pd.read_csv(run / "predict/predictions.csv")
@@ -358,12 +365,12 @@ def test_baselines_can_be_left_out(work: Path) -> None:
 
 def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path) -> None:
     """With the target and without, from the run or from the checkpoint alone."""
-    head = ["--model.head", "common.heads.Quantiles"]
+    head = ["--model.head", "Quantiles"]
     main(["fit", *SMALL, *TABLE, *head])
     new: Any = pd.read_csv(houses).iloc[:6].assign(district=["a", "b", "new", None, "c", "a"])
     new["extra"] = "of no use"
     new[["lift", "extra", "district", "floor", "size"]].to_csv("new.csv", index=False)
-    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "new.csv"]
+    rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "new.csv"]
     every = ["--trainer.limit_predict_batches", "1.0"]
     table = work / "runs/regression/default/predict/predictions.csv"
     main(["predict", *rows, *every])
@@ -406,7 +413,7 @@ def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> 
 
 @pytest.mark.parametrize("net", ["MLP", "ResNet", "FTTransformer"])
 def test_every_net_learns(net: str, houses: Path, work: Path) -> None:
-    flags = ["--model.net", f"common.tabular_nets.{net}", "--trainer.max_steps", "60", "--data.batch_size", "32"]
+    flags = ["--model.net", f"common.nets.tables.{net}", "--trainer.max_steps", "60", "--data.batch_size", "32"]
     main(["fit", *SMALL, *TABLE, *flags, "--trainer.limit_val_batches", "1.0", "--model.optimizer.lr", "0.003"])
     assert read_metrics(work / "runs/regression/default/metrics.csv", "val/r2")[-1] > 0.5
 
@@ -447,7 +454,7 @@ def case(text: str | bytes | None, flags: str, where: str, key: str, hint: str |
 
 GAPS = "\n".join(["size,kind,rent", *(f",{'ab'[n % 2]},{n * 3 % 50}" for n in range(60))])
 SOURCE = "--data.source"
-NET = "--model.net common.tabular_nets."
+NET = "--model.net common.nets.tables."
 # fmt: off
 MISTAKES = [
     case(lines(), f"{SOURCE}.target price", f"{SOURCE}.target", "no such column among ['size', 'kind', 'rent']"),
@@ -460,7 +467,7 @@ MISTAKES = [
     case(lines(), f"{SOURCE}.target_unit 0", f"{SOURCE}.target_unit", "must be above 0, got 0.0"),
     case(lines(), f"{SOURCE}.target_unit=-1", f"{SOURCE}.target_unit", "must be above 0, got -1.0"),
     case(lines(), f"{SOURCE}.path huses.csv", f"{SOURCE}.path", "no such file", "houses.csv"),
-    case(lines(), f"{SOURCE} common.tables.Diabetse", SOURCE, "no 'Diabetse' in common.tables", "Diabetes"),
+    case(lines(), f"{SOURCE} common.sources.tables.Diabetse", SOURCE, "no 'Diabetse' in common.sources.tables", "Diabetes"),
     case(lines(), f"{SOURCE} null", SOURCE, "is null; name a table"),
     case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
     case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
@@ -482,18 +489,18 @@ MISTAKES = [
     case(lines(), "--data.split_seed=-1", "--data.split_seed", "must be in [0, 2**32), got -1"),
     case(lines(), "--data.scaling quantiles", "--data.scaling", "quantiles", "quantile"),
     case(lines(), "--data.columns_of x.ckpt", "--data.columns_of", "is for data.predict_source"),
-    case(lines(), "--data.columns_of x.ckpt --data.predict_source common.tables.Diabetes", "--data.columns_of",
+    case(lines(), "--data.columns_of x.ckpt --data.predict_source common.sources.tables.Diabetes", "--data.columns_of",
          "x.ckpt: no such checkpoint"),
     case(lines(), "--model.columns {}", "--model.columns", "is taken from data.columns"),
-    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.1,0.5,1.5]", "--model.head.quantiles",
+    case(lines(), "--model.head Quantiles --model.head.quantiles [0.1,0.5,1.5]", "--model.head.quantiles",
          "must ascend between 0 and 1, got [0.1, 0.5, 1.5]"),
-    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.9,0.5,0.1]", "--model.head.quantiles",
+    case(lines(), "--model.head Quantiles --model.head.quantiles [0.9,0.5,0.1]", "--model.head.quantiles",
          "must ascend between 0 and 1"),
-    case(lines(), "--model.head common.heads.Quantiles --model.head.quantiles [0.1,0.9]", "--model.head.quantiles",
+    case(lines(), "--model.head Quantiles --model.head.quantiles [0.1,0.9]", "--model.head.quantiles",
          "must have 0.5, the prediction"),
-    case(lines(), "--model.head common.heads.Gaussian --model.head.level 1", "--model.head.level",
+    case(lines(), "--model.head Gaussian --model.head.level 1", "--model.head.level",
          "must be between 0 and 1, got 1.0"),
-    case(lines(), "--model.head common.heads.Gausian", "--model.head", "no 'Gausian' in common.heads", "Gaussian"),
+    case(lines(), "--model.head Gausian", "--model.head", "no 'Gausian' in common.heads", "Gaussian"),
     case(lines(), "--model.net.n_bins 500", "--model.net.n_bins", "must be from 2 to 41 for so many training rows"),
     case(lines(), "--model.net.n_blocks 0", "--model.net.n_blocks", "must be above 0, got 0"),
     case(lines(), "--model.net.k 0", "--model.net.k", "must be above 0, got 0"),
@@ -549,7 +556,7 @@ def test_rows_that_cannot_be_predicted(
 ) -> None:
     main(["fit", *SMALL, *TABLE])
     change(pd.read_csv(houses)).to_csv("new.csv", index=False)
-    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "new.csv"]
+    rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "new.csv"]
     line = refused(["predict", *rows], capfd)
     assert problem in line
     assert "data.source" not in line
@@ -560,7 +567,7 @@ def test_rows_that_cannot_be_predicted(
 def test_columns_of_needs_a_checkpoint_of_a_table(houses: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "global_step": 1, "hyper_parameters": {"net": 1}}, "lm.ckpt")
     main(["fit", *SMALL, *TABLE])
-    rows = ["--data.predict_source", "common.tables.Table", "--data.predict_source.path", "houses.csv"]
+    rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "houses.csv"]
     args = ["predict", *rows, "--data.source", "null", "--data.columns_of"]
     assert refused([*args, "lm.ckpt"], capfd) == (
         "--data.columns_of: lm.ckpt: was not trained on a table; name a checkpoint of this recipe"
@@ -591,7 +598,7 @@ def test_the_number_of_a_row_is_no_column(
     """In a file sorted by its target it would tell the target."""
     frame: Any = pd.read_csv(houses).sort_values("rent")
     (frame.to_csv if name.endswith("csv") else frame.to_parquet)(name)
-    table = ["--data.source", "common.tables.Table", "--data.source.path", name, "--data.source.target", "rent"]
+    table = ["--data.source", "common.sources.tables.Table", "--data.source.path", name, "--data.source.target", "rent"]
     line = refused(["fit", *SMALL, *table], capfd)
     index = "Unnamed: 0" if name.endswith("csv") else "__index_level_0__"
     assert f"has a column without a name, {index!r}, as pandas writes an index; list it in data.source.drop" in line

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from common.errors import InputError
-from common.labelled import split_by_class
 from common.nets import ConvNet, PretrainedEncoder
-from common.sources import IDX, Digits, ImageTable, Labelled, Source, TextTable, encode_labels
+from common.sources import IDX, Digits, ImageTable, Labelled, Source, TextTable
+from common.sources.files import encode_labels
+from common.sources.labelled import split_by_class
 from recipes.classification.data import ClassificationData
 from tests.support import write_encoder
 

@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from common.checkpoint import read_checkpoint
+from common.parts import Memory
 from common.strategies.fsdp import FSDP, FSDP2
-from common.strategies.sharding import Memory, is_elementwise
+from common.strategies.sharding import is_elementwise
 from tests.support import (
     EXACT,
     PLAIN,

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common import text
 from common.errors import InputError
-from common.text import BPE, EOS, Characters, Corpus, Pretrained, TokenizerSource, Windows, prepare
+from common.sources.text import Corpus, Windows, prepare
+from common.sources.tokenizers import BPE, EOS, Characters, PretrainedTokenizer, TokenizerSource
 
 SAMPLE = "def f(x):\n\n    return 'naïve – 🙂'\t# 東京\r\n\n" + "Once upon a time, there was a word. " * 5
 WORDS = sorted({word for word in SAMPLE.split() if word.isascii()} | {f"word{i}" for i in range(15)})
@@ -90,7 +91,7 @@ def test_pretrained_from_folder_and_from_file(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "tokenizer")
     file = write_folder(tmp_path / "text", write_documents(20)) / "part0" / "0000.txt"
     for name in (folder, folder / "tokenizer.json"):
-        corpus = prepare(str(file.parent), Pretrained(str(name)), cache_dir=tmp_path / "cache")
+        corpus = prepare(str(file.parent), PretrainedTokenizer(str(name)), cache_dir=tmp_path / "cache")
         assert corpus.eos_id == 1  # </s>
         assert corpus.vocab_size == 300
         documents = read_documents(corpus, corpus.train) + read_documents(corpus, corpus.val)
@@ -102,9 +103,9 @@ def test_pretrained_is_prepared_again_when_its_files_change(tmp_path: Path) -> N
         save_tokenizer(tmp_path / "tokenizer"),
         str(write_folder(tmp_path / "t", write_documents(9))),
     )
-    first = prepare(path, Pretrained(str(folder)), cache_dir=tmp_path / "cache")
+    first = prepare(path, PretrainedTokenizer(str(folder)), cache_dir=tmp_path / "cache")
     save_tokenizer(folder, eos="<eos>")
-    second = prepare(path, Pretrained(str(folder)), cache_dir=tmp_path / "cache")
+    second = prepare(path, PretrainedTokenizer(str(folder)), cache_dir=tmp_path / "cache")
     assert first.folder != second.folder
     assert second.tokenizer.token_to_id("<eos>") == second.eos_id
 
@@ -113,14 +114,14 @@ def test_tokenizer_is_chosen_in_yaml(tmp_path: Path) -> None:
     parser = ArgumentParser()
     parser.add_argument("--tokenizer", type=TokenizerSource)
     config = tmp_path / "config.yaml"
-    config.write_text("tokenizer: {class_path: common.text.BPE, init_args: {vocab_size: 512}}\n")
+    config.write_text("tokenizer: {class_path: common.sources.tokenizers.BPE, init_args: {vocab_size: 512}}\n")
     parser.add_argument("--config", action="config")
     chosen = parser.instantiate(parser.parse_args([f"--config={config}"])).tokenizer
     assert isinstance(chosen, BPE)
     assert chosen.vocab_size == 512
     for flags, kind in (
-        (["--tokenizer=common.text.Characters"], Characters),
-        (["--tokenizer=common.text.Pretrained", "--tokenizer.name=gpt2"], Pretrained),
+        (["--tokenizer=common.sources.tokenizers.Characters"], Characters),
+        (["--tokenizer=common.sources.tokenizers.PretrainedTokenizer", "--tokenizer.name=gpt2"], PretrainedTokenizer),
     ):
         assert type(parser.instantiate(parser.parse_args(flags)).tokenizer) is kind
 
@@ -210,7 +211,7 @@ def test_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text.txt").write_text("w69999 w1 " * 100)
-    source = Pretrained(str(tmp_path / "tokenizer.json"))
+    source = PretrainedTokenizer(str(tmp_path / "tokenizer.json"))
     corpus = prepare(str(tmp_path / "text.txt"), source, cache_dir=tmp_path / "cache")
     assert corpus.train.dtype == np.uint32
     assert corpus.train[:2].tolist() == [70_001, 3]
@@ -251,7 +252,7 @@ def test_cutting_long_documents_changes_no_token(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "text.txt").write_text(content, newline="")
     whole = tokenizer.encode(content[: int(len(content) * 0.9)], add_special_tokens=False).ids
     monkeypatch.setattr(text, "PIECE", 1000)
-    source = Pretrained(str(tmp_path / "tokenizer.json"))
+    source = PretrainedTokenizer(str(tmp_path / "tokenizer.json"))
     corpus = prepare(str(tmp_path / "text.txt"), source, cache_dir=tmp_path / "cache")
     assert corpus.train.tolist() == whole
 
@@ -380,7 +381,7 @@ RANK = """
 import sys
 from pathlib import Path
 from torch.utils.data import DataLoader
-from common.text import BPE, Windows, prepare
+from common.sources.text import BPE, Windows, prepare
 
 class Encoded(Windows):
     def __getitem__(self, indices):
@@ -588,10 +589,10 @@ def test_wrong_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         tmp_path / "a.txt",
         "some/one",
     ):
-        message = mistake(tmp_path, str(tmp_path / "a.txt"), Pretrained(str(name)))
+        message = mistake(tmp_path, str(tmp_path / "a.txt"), PretrainedTokenizer(str(name)))
         assert f"{Path(name).name}: no fast tokenizer there (" in message
         assert message.endswith(fix)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1, "None": 2}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "endless.json"))
-    message = mistake(tmp_path, str(tmp_path / "a.txt"), Pretrained(str(tmp_path / "endless.json")))
+    message = mistake(tmp_path, str(tmp_path / "a.txt"), PretrainedTokenizer(str(tmp_path / "endless.json")))
     assert message.endswith("no end-of-text token; set eos_token in its tokenizer_config.json")

@@ -1,7 +1,6 @@
 """Data parallel with other ways to average gradients: hooks of DDP, on CPUs too, where Lightning leaves hooks out."""
 
 from datetime import timedelta
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import Memory
+from common.parts import Answers, Memory
 
 
 def ring_all_reduce(values: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ign
     return _completed(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
 
 
-class RingAllReduce(DDPStrategy):
+class RingAllReduce(Answers, DDPStrategy):  # type: ignore[misc]
     """DDP whose ring is written out, see :func:`ring_all_reduce`.
 
     NCCL's and gloo's all-reduce are rings as well where that is the fastest, and go on during backward, for which this
@@ -66,7 +65,7 @@ class RingAllReduce(DDPStrategy):
         timeout: after which a rank that waits for another gives up.
     """
 
-    averages_by_itself: ClassVar = True
+    averages_by_itself = True
 
     def __init__(self, timeout: timedelta = default_pg_timeout):
         super().__init__(gradient_as_bucket_view=True, timeout=timeout)
@@ -83,7 +82,7 @@ def _power_sgd_hook(state: PowerSGDState, bucket: dist.GradBucket) -> Future[Ten
     return _completed(powerSGD_hook(state, bucket).wait())
 
 
-class PowerSGD(DDPStrategy):
+class PowerSGD(Answers, DDPStrategy):  # type: ignore[misc]
     """DDP that sends low-rank approximations of gradients (Vogels et al. 2019, https://arxiv.org/abs/1905.13727).
 
     A matrix of n x m becomes two of n x r and r x m, in one power iteration from those of the step before; vectors are
@@ -101,7 +100,7 @@ class PowerSGD(DDPStrategy):
         InputError: a number is out of its range, or gradients are scaled, as an overflow would stay in what is kept.
     """
 
-    averages_by_itself: ClassVar = True
+    averages_by_itself = True
 
     def __init__(
         self,
@@ -126,6 +125,7 @@ class PowerSGD(DDPStrategy):
             raise InputError(f"trainer.precision: {problem}; take bf16-mixed, or configs/strategy/ddp.yaml")
         super().setup_environment()
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What a rank holds: with the gradients what the approximation has left out of them."""
         return whole._replace(gradients=2 * whole.gradients)

@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.module import BaseModule
-from common.strategies.sharding import Memory, WholeCheckpoints, batch_norms, refuse_matrix_optimizer, share_buffers
+from common.parts import Memory, batch_norms, share_buffers
+from common.strategies.sharding import WholeCheckpoints, refuse_matrix_optimizer
 
 BUCKET = 50_000_000  # gradients that ZeRO-3 reduces at a time
 
@@ -49,6 +50,8 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
     Raises:
         InputError: DeepSpeed is not installed, runs on another device, or would leave a setting of the trainer out.
     """
+
+    syncs_batch_norm = False
 
     def __init__(
         self,
@@ -94,8 +97,6 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
 
         if self._on_cpu and get_accelerator().device_name() != "cpu":  # type: ignore[union-attr]
             raise InputError("trainer.accelerator: DeepSpeed has taken this machine's GPU; set DS_ACCELERATOR=cpu")
-        if self._layer_sync:
-            raise InputError("trainer.sync_batchnorm: DeepSpeed does without; take false, or configs/strategy/ddp.yaml")
         (DDPStrategy if self._on_cpu else DeepSpeedStrategy).setup_environment(self)
 
     @override
@@ -128,6 +129,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         self.config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, model.num_params))  # type: ignore
         return model
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded; the optimizer has fp32 weights of its own."""
         zero: dict[str, Any] = self.config["zero_optimization"]  # type: ignore[index]

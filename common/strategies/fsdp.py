@@ -32,17 +32,10 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from common.data import groups
+from common.data import rank_groups
 from common.errors import InputError
-from common.strategies.sharding import (
-    Memory,
-    WholeCheckpoints,
-    batch_norms,
-    blocks,
-    limit_waiting,
-    refuse_matrix_optimizer,
-    share_buffers,
-)
+from common.parts import Memory, batch_norms, blocks, share_buffers
+from common.strategies.sharding import WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
 from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
 
 
@@ -135,11 +128,13 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
                 module.to(self.root_device)
         return wrapped
 
+    @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Norm of all gradients, of which each rank holds a share."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return self.model.clip_grad_norm_(float("inf"))
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded."""
         name = self.sharding_strategy.name
@@ -199,6 +194,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         InputError: ranks or layers cannot be divided so, or the net does not say which layers can be.
     """
 
+    syncs_batch_norm = False
+
     def __init__(
         self,
         reshard_after_forward: bool = True,
@@ -212,6 +209,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.ranks_per_batch = tensor_parallel
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sharded."""
         left = 1.0
@@ -226,11 +224,9 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
 
     @override
     def setup_environment(self) -> None:
-        if self._layer_sync:
-            raise InputError("trainer.sync_batchnorm: FSDP2 does without; take false, or configs/strategy/ddp.yaml")
         if self.cpu_offload:
             _refuse_offload(self.root_device)
-        self._data_parallel_size = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
+        self._data_parallel_size = rank_groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
         self._tensor_parallel_size = self.ranks_per_batch
         super().setup_environment()
         limit_waiting(self.device_mesh, self._timeout)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import share_buffers
+from common.parts import Answers, share_buffers
 
 
-class Horovod(DDPStrategy):
+class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
     """Horovod's ring all-reduce (Sergeev & Del Balso 2018, https://arxiv.org/abs/1802.05799) in the place of DDP's.
 
     Ranks are started as for every other strategy, and torch does what is not an average of gradients. Horovod's
@@ -43,7 +43,7 @@ class Horovod(DDPStrategy):
         InputError: Horovod is not installed, or was built for another torch, or a number is out of its range.
     """
 
-    averages_by_itself: ClassVar = True
+    averages_by_itself = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,10 +16,10 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import Memory, broadcast_buffers, saved_buffers
+from common.parts import Answers, Memory, broadcast_buffers, saved_buffers
 
 
-class LocalSGD(DDPStrategy):
+class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
     """Each rank trains by itself, with its own optimizer, and the ranks average their weights from time to time.
 
     With ``outer_lr`` 1 and no momentum that is local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). Otherwise what
@@ -42,7 +42,8 @@ class LocalSGD(DDPStrategy):
         InputError: a number is out of its range, or batch norm would synchronize in each step.
     """
 
-    averages_by_itself: ClassVar = True
+    averages_by_itself = True
+    syncs_batch_norm = False  # it would wait for all ranks in each step
 
     def __init__(
         self,
@@ -70,10 +71,9 @@ class LocalSGD(DDPStrategy):
             raise InputError(f"trainer.strategy.outer_momentum: must be below 1, got {self.outer_momentum}")
         if self.outer_nesterov and not self.outer_momentum:
             raise InputError("trainer.strategy.outer_nesterov: needs outer_momentum; set it, or take false")
-        if self._layer_sync:
-            raise InputError("trainer.sync_batchnorm: would wait for all ranks in each step; take false")
         super().setup_environment()
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What a rank holds: beside the weights those of the last averaging, and what the outer momentum needs.
 
@@ -83,6 +83,7 @@ class LocalSGD(DDPStrategy):
         outer = last if self.outer_momentum else 0
         return Memory(whole.weights + last, whole.gradients, whole.optimizer + outer)
 
+    @override
     def train_metrics(self) -> dict[str, float]:
         """How often the ranks have communicated."""
         return {"perf/syncs": float(self.syncs)}

@@ -14,12 +14,13 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
-from common.data import groups
+from common.data import rank_groups
 from common.errors import InputError
 from common.losses import precise
-from common.megatron import MegatronLM, is_sliced, slice_of, whole_of
 from common.module import BaseModule
-from common.strategies.sharding import Memory, WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
+from common.nets.megatron import MegatronLM, is_sliced, slice_of, whole_of
+from common.parts import Memory
+from common.strategies.sharding import WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
 
 
 class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
@@ -43,7 +44,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
 
     @override
     def setup_environment(self) -> None:
-        copies = groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
+        copies = rank_groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
         if self.ranks_per_batch > 1 and self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} overflows in one slice and not in the others"
             raise InputError(f"trainer.precision: {problem}; take bf16-true")
@@ -86,6 +87,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         for optimizer in self.optimizers if self.ranks_per_batch > 1 else ():
             refuse_matrix_optimizer(optimizer)
 
+    @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Norm of all gradients: of what is sliced over the ranks of a group, of what each rank has once."""
         parts: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -99,6 +101,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
             dist.all_reduce(sliced, group=self._mesh.get_group())
         return (sliced + whole).sqrt()
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What is left on a rank of memory that is not sliced."""
         params = list(_checked(self._module, self.ranks_per_batch).parameters())
@@ -154,7 +157,7 @@ def _checked(module: BaseModule, ranks: int) -> MegatronLM:
     key, net = "trainer.strategy.tensor_parallel", module.net
     if not isinstance(net, MegatronLM):
         problem = f"{type(net).__name__} is no net of Megatron's layers"
-        raise InputError(f"{key}: {problem}; take common.megatron.MegatronConfig, or configs/strategy/fsdp2.yaml")
+        raise InputError(f"{key}: {problem}; take common.nets.megatron.MegatronConfig, or configs/strategy/fsdp2.yaml")
     for name, wanted in (("compile", module.compile_blocks), ("float8", module.float8)):
         if wanted:
             raise InputError(f"model.{name}: is nothing for Megatron's layers; take false")

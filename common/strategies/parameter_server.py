@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from common.errors import InputError
-from common.strategies.sharding import Memory
+from common.figures import PALETTE, new_figure, style_axes
+from common.parts import Answers, Memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,7 @@ class Server:
                 self._changed.notify_all()
 
 
-class ParameterServer(DDPStrategy):
+class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
     """Ranks send gradients to a server, which steps and sends weights back (Li et al. 2014, OSDI).
 
     The server is a part of rank 0: threads over gloo, with weights and optimizer in the memory of its host.
@@ -150,7 +151,8 @@ class ParameterServer(DDPStrategy):
         InputError: a number is out of its range, gradients are scaled, or batch norm would synchronize in each step.
     """
 
-    averages_by_itself: ClassVar = True
+    averages_by_itself = True
+    syncs_batch_norm = False  # it would wait for all ranks in each step
 
     def __init__(self, max_staleness: int | None = 0, timeout: timedelta = default_pg_timeout):
         super().__init__(timeout=timeout)
@@ -165,24 +167,23 @@ class ParameterServer(DDPStrategy):
         if self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} scales gradients, which the server would not know"
             raise InputError(f"trainer.precision: {problem}; take bf16-mixed, or configs/strategy/ddp.yaml")
-        if self._layer_sync:
-            raise InputError("trainer.sync_batchnorm: would wait for all ranks in each step; take false")
         super().setup_environment()
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What rank 0 holds: weights twice, and a gradient of each rank."""
         return Memory(whole.weights + whole.gradients, ranks * whole.gradients, whole.optimizer)
 
+    @override
     def train_metrics(self) -> dict[str, float]:
         """Mean number of updates between the weights of a gradient and those that it changes."""
         if self.server is None or not self.server.updates:
             return {}
         return {"perf/staleness": sum(n * k for n, k in self.server.staleness.items()) / self.server.staleness.total()}
 
+    @override
     def media(self) -> "dict[str, Figure]":
         """How stale gradients were."""
-        from common.report import staleness
-
         return {"staleness": staleness(self.server.staleness)} if self.server and self.server.updates else {}
 
     @override
@@ -243,6 +244,7 @@ class ParameterServer(DDPStrategy):
             group.update(changed)
             told.update(changed)
 
+    @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Norm of the gradient that the server will step by: in step, of the mean, which every rank then has."""
         if self.max_staleness != 0:
@@ -298,3 +300,21 @@ class ParameterServer(DDPStrategy):
         self._told = [dict(group) for group in self._optimizer.param_groups]
         if self.server is not None:
             self.server.optimizer.load_state_dict(state)
+
+
+def staleness(counts: Mapping[int, int]) -> "Figure":
+    """How many gradients came so many updates after the weights that they were computed with.
+
+    Args:
+        counts: number of updates between to number of gradients.
+    """
+    figure = new_figure(4.4, 2.6)
+    axes = figure.add_subplot()
+    last = max(counts)
+    total = sum(counts.values())
+    title = f"staleness of {total:,} gradients, {sum(k * n for k, n in counts.items()) / total:.2f} on average"
+    style_axes(axes, title, "updates between weights and gradient", "share of gradients")
+    axes.bar(range(last + 1), [counts.get(k, 0) / total for k in range(last + 1)], 0.8, color=PALETTE[0])
+    axes.set_ylim(0, 1.02)
+    axes.locator_params("x", integer=True)
+    return figure

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import wraps
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -18,10 +18,11 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from common.data import groups, seed_draws, step_seed
+from common.data import rank_groups, seed_draws, step_seed
 from common.errors import InputError
 from common.optim import MuonAdamW
-from common.strategies.sharding import Memory, batch_norms, blocks, is_separable, limit_waiting
+from common.parts import Answers, Memory, batch_norms, blocks
+from common.strategies.sharding import is_separable, limit_waiting
 
 KEY = "trainer.strategy.stages"
 INSTEAD = "take configs/strategy/fsdp2.yaml"
@@ -120,7 +121,7 @@ class _Computed(torch.autograd.Function):
         return None, None, *(g if g is None else g.mul_(factor) for g in gradients)
 
 
-class Pipeline(DDPStrategy):
+class Pipeline(Answers, DDPStrategy):  # type: ignore[misc]
     """Pipeline parallelism by torch's schedules, over more ranks beside data parallelism.
 
     Neighbouring ranks form a pipeline. Each has some of the net's blocks, the first one the embeddings too, the last
@@ -145,8 +146,9 @@ class Pipeline(DDPStrategy):
         InputError: ranks, blocks or batches cannot be divided so, or the net does not say what its blocks are.
     """
 
-    averages_by_itself: ClassVar = True
-    ranks_per_batch_key: ClassVar = KEY
+    averages_by_itself = True
+    ranks_per_batch_key = KEY
+    syncs_batch_norm = False
 
     def __init__(
         self,
@@ -175,8 +177,6 @@ class Pipeline(DDPStrategy):
         if self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} scales the loss, which the stages would not know"
             raise InputError(f"trainer.precision: {problem}; take bf16-mixed")
-        if self._layer_sync:
-            raise InputError("trainer.sync_batchnorm: stages do without; take false, or configs/strategy/ddp.yaml")
 
     def _check_rows(self, rows: int) -> None:
         if rows % self.micro_batches:
@@ -200,6 +200,7 @@ class Pipeline(DDPStrategy):
             raise InputError(f"{KEY}: {min(others)} is no part of the net, which is what is divided; {INSTEAD}")
         return plan
 
+    @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
         """What the largest stage holds."""
         self._check()
@@ -217,7 +218,7 @@ class Pipeline(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self._check()
-        replicas = groups(self.num_nodes * self.num_processes, self.stages, KEY)
+        replicas = rank_groups(self.num_nodes * self.num_processes, self.stages, KEY)
         super().setup_environment()
         mesh = init_device_mesh(self.root_device.type, (replicas, self.stages), mesh_dim_names=("replica", "stage"))
         limit_waiting(mesh, self._timeout)
@@ -514,7 +515,7 @@ class Pipeline(DDPStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        if self._module.trainer.fit_loop._should_accumulate():
+        if not self._module.ends_step:
             return
         replicas = self.world_size // self.stages
         if replicas > 1:
@@ -532,6 +533,7 @@ class Pipeline(DDPStrategy):
             work.wait()  # type: ignore[union-attr]
         return gradients
 
+    @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Norm of the gradients of all stages; those of a shared weight, which two of them have, count once."""
         twice = {id(p.grad) for p in self._tied} if self.stage else set()

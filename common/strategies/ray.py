@@ -25,8 +25,7 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from common.errors import InputError, Stopped
-from common.faults import LOST_RANK_EXIT, SIGTERM_EXIT
+from common.errors import LOST_RANK_EXIT, SIGTERM_EXIT, InputError, Stopped
 
 STARTED = "RECIPES_RAY"  # variable of the ranks that workers of Ray start
 GRACE = 30.0  # seconds that ranks have to end by themselves once another has failed

@@ -7,8 +7,8 @@ from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import speaking_of
-from common.labelled import LabelledBatch, LabelledDataset, split_by_class
 from common.sources import Source
+from common.sources.labelled import LabelledBatch, LabelledDataset, split_by_class
 
 Batch = LabelledBatch
 

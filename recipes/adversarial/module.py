@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from common.attacks import Attack, Objective, UnderAttack, input_embeddings, under_attack
 from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 
+from .attacks import Attack, UnderAttack, input_embeddings, under_attack
 from .data import Batch
+from .objectives import Objective
+from .pictures import adversarial_examples, robustness_curve
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # of the picture's curve, in units of the attack's own
 SHOWN = 128  # samples that the curve is of
@@ -93,8 +95,6 @@ class AdversarialModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        from common.report import adversarial_examples, robustness_curve
-
         batch, attack = read_batch(self.trainer, stage, 0, SHOWN), self.attacks["val"]
         radii = [part * attack.eps for part in RADII]
         found = [self.under(attack.at(eps), batch, batch.target) for eps in radii]

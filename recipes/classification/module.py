@@ -11,11 +11,12 @@ from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
-from common.labelled import augmented
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
+from common.sources.labelled import augmented
 
 from .data import Batch
+from .pictures import confusion_matrix
 
 
 class ClassificationModule(BaseModule):
@@ -94,8 +95,6 @@ class ClassificationModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        from common.report import confusion_matrix
-
         return {"confusion_matrix": confusion_matrix(self._counts, self.class_names)}
 
     @override

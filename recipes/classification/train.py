@@ -1,8 +1,11 @@
 """Command line: ``python recipes/classification/train.py {fit,validate,test,predict} [--key value]``."""
 
-import common.script  # noqa: F401  # isort: skip  # first: lets this file be run by its path
+import sys
+from pathlib import Path
 
-from common.cli import RecipeCLI
+sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents if (path / "common/script.py").is_file()]
+import common.script  # noqa: F401  # first: lets this file be run by its path
+from common.run.cli import RecipeCLI
 
 from .data import ClassificationData
 from .module import ClassificationModule

@@ -7,10 +7,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from common.curriculum import CurriculumSampler, Difficulty, Lesson, Pacing, check_order, halvings, order_digest
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.text import CACHE, Corpus, TokenBatch, TokenDataset, TokenizerSource, Windows, prepare
+from common.sources.text import CACHE, Corpus, TokenBatch, TokenDataset, Windows, prepare
+from common.sources.tokenizers import TokenizerSource
+
+from .difficulty import Difficulty, check_order, order_digest
+from .lessons import CurriculumSampler, Lesson, Pacing, halvings
 
 Batch = TokenBatch
 
@@ -19,7 +22,7 @@ class CurriculumData(BaseDataModule):
     """A corpus, tokenized once and packed, whose batches grow with the tokens that training has seen.
 
     Args:
-        tokenizer: how to get the tokenizer, by class path: ``common.text.BPE``, ``Characters`` or ``Pretrained``.
+        tokenizer: how to get the tokenizer, by class path: one of ``common.sources.tokenizers``.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
             standard library.
         column: the text's column, in files and data sets that have columns.
@@ -57,7 +60,7 @@ class CurriculumData(BaseDataModule):
         if context < 1:
             raise InputError(f"data.context must be at least 1, got {context}")
         if competence and not difficulty:
-            raise InputError("data.competence needs data.difficulty; take common.curriculum.Rarity")
+            raise InputError("data.competence needs data.difficulty; take Rarity")
         # Rounded sizes would add up to other steps on another number of ranks.
         if batch and batch_size % (parts := 2 ** halvings(batch.start)):
             problem = f"{batch_size} is no multiple of {parts}, into which data.batch.start {batch.start} divides it"

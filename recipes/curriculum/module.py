@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import override
 
-from common.callbacks import run_folder
-from common.curriculum import Lesson, Pacing
 from common.data import data_ranks
 from common.losses import cross_entropy, precise, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
 
 from .data import Batch
+from .lessons import Lesson, Pacing
+from .pictures import curriculum
 
 
 class CurriculumModule(BaseModule):
@@ -59,7 +59,7 @@ class CurriculumModule(BaseModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        if not self.trainer.fit_loop._should_accumulate():  # the step is complete
+        if self.ends_step:
             self.lesson = self.data.lesson(self.data.tokens_seen)
             micro_batches = data_ranks(self.trainer)[0] * self.trainer.accumulate_grad_batches
             self.data.tokens_seen += batch.input_ids.numel() * micro_batches
@@ -80,11 +80,6 @@ class CurriculumModule(BaseModule):
         loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
         return loss, (target != -100).sum()
 
-    @property
-    def data(self) -> Any:
-        """The data module, which knows the lesson."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
     @override
     def train_metrics(self) -> dict[str, float]:
         assert self.lesson is not None, "a row is written after a step"
@@ -103,9 +98,7 @@ class CurriculumModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        from common.report import curriculum
-
-        figure = curriculum(run_folder(self.trainer))
+        figure = curriculum(self.run_dir)
         return {"curriculum": figure} if figure and stage == "val" else {}
 
     @override

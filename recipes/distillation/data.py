@@ -5,8 +5,8 @@ from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.labelled import LabelledBatch, LabelledDataset, split_by_class
 from common.sources import Source
+from common.sources.labelled import LabelledBatch, LabelledDataset, split_by_class
 
 Batch = LabelledBatch
 
@@ -15,7 +15,7 @@ class DistillationData(BaseDataModule):
     """Samples of a source in three parts, from the first of which student and teacher learn.
 
     Args:
-        source: where samples come from, by class path: one of ``common.sources``, or ``common.text.TextWindows``.
+        source: where samples come from, by class path: one of ``common.sources``, or ``TextWindows``.
         val_fraction: share of all samples that validates, if the source has no validation split of its own.
         test_fraction: share of all samples that tests, if the source has no test split of its own.
         train_fraction: share of the training samples that is used.

@@ -7,14 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from common import distillation
-from common.distillation import AttentionTransfer, FeatureLoss, Features, LogitLoss, SoftTargets, StudentAlone, Teacher
 from common.errors import InputError
-from common.labelled import augmented
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
+from common.sources.labelled import augmented
 
+from .compare import Scores, compare_models, flat_target, predictions
 from .data import Batch
+from .losses import AttentionTransfer, FeatureLoss, LogitLoss, SoftTargets
+from .teacher import Features, StudentAlone, Teacher, logits_of
 
 
 class DistillationModule(BaseModule):
@@ -27,10 +28,10 @@ class DistillationModule(BaseModule):
         teacher_checkpoint: a checkpoint of any recipe with the teacher's weights.
         teacher_training: a config in this folder that trains it first if it has no checkpoint; None if pretrained.
         alone_checkpoint: of a run of the same student without a teacher, which evaluation and the report compare with.
-        loss: what compares the logits, by class path: ``common.distillation.SoftTargets`` or ``LogitError``.
+        loss: what compares the logits, by class path: ``SoftTargets`` or ``LogitError``.
         alpha: its weight; the cross-entropy with the labels has the rest.
         features: pairs of layers, the student's and the teacher's, by their modules' names.
-        feature_loss: what compares them: ``common.distillation.AttentionTransfer`` or ``SimilarityPreserving``.
+        feature_loss: what compares them: ``AttentionTransfer`` or ``SimilarityPreserving``.
         feature_weight: weight of its sum over pairs.
         augmentation: kornia augmentations of the images; student and teacher see the same.
         kwargs: of :class:`common.module.BaseModule`.
@@ -69,8 +70,10 @@ class DistillationModule(BaseModule):
         self.augmentation = nn.Sequential(*augmentation or [])
         self.teacher: Teacher | None = None  # no submodules: not trained, sharded or saved
         self.alone: StudentAlone | None = None
-        asked = teacher is not None, alone_checkpoint is not None
-        self.scores: Any = nn.ModuleDict({stage: distillation.Scores(num_classes, *asked) for stage in ("val", "test")})
+        self.scores: Any = nn.ModuleDict({
+            stage: Scores(num_classes, teacher=teacher is not None, alone=alone_checkpoint is not None)
+            for stage in ("val", "test")
+        })  # fmt: skip
 
     @override
     def setup(self, stage: str) -> None:
@@ -88,12 +91,12 @@ class DistillationModule(BaseModule):
 
     def forward(self, batch: Batch) -> Float[Tensor, "*batch classes"]:
         """Logits of each class, of a sample or of each of its positions."""
-        return distillation.logits_of(self.net(**batch.inputs))
+        return logits_of(self.net(**batch.inputs))
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         batch = augmented(batch, self.augmentation) if stage == "train" else batch
-        logits, target = self(batch).flatten(0, -2), distillation.flat_target(batch)
+        logits, target = self(batch).flatten(0, -2), flat_target(batch)
         theirs, layers = self.teacher(batch.inputs) if self.teacher else (None, [])
         loss = cross_entropy(logits, target)
         if stage != "train":
@@ -107,9 +110,8 @@ class DistillationModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        return distillation.compare_models(self, stage) if self.teacher else {}
+        return compare_models(self, stage) if self.teacher else {}
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
-        return distillation.predictions(self(batch), batch, names)
+        return predictions(self(batch), batch, self.data.class_names)

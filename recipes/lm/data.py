@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.text import CACHE, Corpus, TokenBatch, TokenDataset, TokenizerSource, Windows, prepare
+from common.sources.text import CACHE, Corpus, TokenBatch, TokenDataset, Windows, prepare
+from common.sources.tokenizers import TokenizerSource
 
 Batch = TokenBatch
 
@@ -33,7 +34,7 @@ class LMData(BaseDataModule):
     """A corpus, tokenized once and packed.
 
     Args:
-        tokenizer: how to get the tokenizer, by class path: ``common.text.BPE``, ``Characters`` or ``Pretrained``.
+        tokenizer: how to get the tokenizer, by class path: one of ``common.sources.tokenizers``.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
             standard library.
         column: the text's column, in files and data sets that have columns.

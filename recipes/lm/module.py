@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.losses import cross_entropy, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
-from common.strategies.sharding import gathered
+from common.parts import gathered
 
 from .data import Batch
 
@@ -91,15 +91,14 @@ class LMModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[str]]:
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer = self.data.tokenizer
         texts = [tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids))]
         return {"prompt": texts[:1], "text": texts[1:]} if batch.mask[0] else {"prompt": [], "text": []}
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        prompt = torch.from_numpy(data.corpus.val[:8].astype("int64"))[None]
-        return {"samples": data.tokenizer.decode(self.generate(prompt))} if self.sample_tokens else {}
+        prompt = torch.from_numpy(self.data.corpus.val[:8].astype("int64"))[None]
+        return {"samples": self.data.tokenizer.decode(self.generate(prompt))} if self.sample_tokens else {}
 
     @override
     def flops_per_item(self) -> float:

@@ -4,10 +4,11 @@ from typing_extensions import override
 
 from common.data import BaseDataModule, step_seed
 from common.errors import InputError
-from common.labelled import split_by_class
-from common.overlay import draw_pairs
 from common.sources import Source
-from common.tasks import Task, TaskBatch, TaskDataset, choose
+from common.sources.labelled import split_by_class
+
+from .pairs import draw_pairs
+from .tasks import Task, TaskBatch, TaskDataset, choose
 
 Batch = TaskBatch
 

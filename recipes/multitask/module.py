@@ -10,11 +10,13 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.module import BaseModule, Stage
-from common.multitask import MultiTaskNet, Weighting
-from common.task_gradients import Balance, make_aggregator, task_media
-from common.tasks import Task, TaskMetrics, check_tasks, task_columns, task_losses
 
 from .data import Batch
+from .gradients import Balance, make_aggregator
+from .net import MultiTaskNet
+from .pictures import task_media
+from .tasks import Task, TaskMetrics, check_tasks, task_columns, task_losses
+from .weighting import Weighting
 
 
 class MultiTaskModule(BaseModule):
@@ -58,19 +60,18 @@ class MultiTaskModule(BaseModule):
 
     @override
     def on_fit_start(self) -> None:
-        self.balance = Balance(self.trainer, self.net, self.aggregator)
+        self.balance = Balance(self, self.aggregator)
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, "batch _"]]:
         """Output of each task's head: logits, or real numbers."""
-        outputs, self._state = self.net(**batch.inputs)
-        return outputs
+        return self.net(**batch.inputs)[0]
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         outputs, target = self(batch), batch.target
         if stage != "train":
             outputs, target = ({name: v[batch.mask] for name, v in values.items()} for values in (outputs, target))
-        self._losses_now = losses = task_losses(self.tasks, outputs, target)
+        losses = task_losses(self.tasks, outputs, target)
         if stage != "train":
             self.metrics[stage].update(losses, outputs, target)
             self.log_dict(self.metrics[stage].named(stage), prog_bar=False)
@@ -78,9 +79,11 @@ class MultiTaskModule(BaseModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        super().training_step(batch, batch_idx)  # notes the plain mean as train/loss
-        self._batch = batch
-        return self.balance.loss(self._losses_now, self._state)
+        outputs, state = self.net(**batch.inputs)
+        losses = task_losses(self.tasks, outputs, batch.target)
+        self.count_loss(losses.mean())
+        self._batch = batch  # for weightings that look back
+        return self.balance.loss(losses, state)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +95,7 @@ class MultiTaskModule(BaseModule):
         self.balance.look_back(self._losses_again)
 
     def _losses_again(self) -> Tensor:
-        self.on_train_batch_start(self._batch, 0)  # seeds: the random numbers of the first time
+        self.seed_micro_batch()  # the random numbers of the first time
         return task_losses(self.tasks, self(self._batch), self._batch.target)
 
     @override

@@ -12,7 +12,16 @@ from typing_extensions import override
 
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
-from common.tables import Scaling, TableSource, encode, fit_columns, known_target, read_columns, read_target, split_rows
+from common.sources.tables import (
+    Scaling,
+    TableSource,
+    encode,
+    fit_columns,
+    known_target,
+    read_columns,
+    read_target,
+    split_rows,
+)
 
 
 class Batch(NamedTuple):
@@ -43,7 +52,7 @@ class RegressionData(BaseDataModule):
     """Rows of a source, encoded with what is known from the training rows alone.
 
     Args:
-        source: where rows come from, by class path: one of ``common.tables``.
+        source: where rows come from, by class path: one of ``common.sources.tables``.
         predict_source: rows that ``predict`` reads, with or without the target; None for the part that tests.
         columns_of: a checkpoint whose columns encode ``predict_source`` without its table; goes with null as source.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
@@ -78,7 +87,7 @@ class RegressionData(BaseDataModule):
             self.columns = read_columns(columns_of)
             return
         if source is None:
-            raise InputError("data.source is null; name a table, such as common.tables.Table")
+            raise InputError("data.source is null; name a table, such as common.sources.tables.Table")
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.frame = source.read()
         self.target = read_target(self.frame, source)

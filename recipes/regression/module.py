@@ -10,11 +10,13 @@ from torchmetrics import CatMetric
 from typing_extensions import override
 
 from common.errors import InputError
-from common.heads import Head, scores
 from common.module import BaseModule, Stage
-from common.tables import Columns, baseline_table, cardinalities, scaled_quantiles
+from common.sources.tables import Columns, cardinalities, scaled_quantiles
 
+from .baselines import baseline_table
 from .data import Batch
+from .heads import Head, scores
+from .pictures import predicted_against_true, residuals
 
 
 class RegressionModule(BaseModule):
@@ -23,7 +25,7 @@ class RegressionModule(BaseModule):
     Losses are those of standardized targets; metrics and predictions are in the target's own units.
 
     Args:
-        net: the net by class path, one of ``common.tabular_nets``; its first three arguments come from the data.
+        net: the net by class path, one of ``common.nets.tables``; its first three arguments come from the data.
         head: what the outputs stand for and the loss, by class path: one of ``common.heads``.
         columns: what is known of the columns from the training rows; comes from the data.
         baselines: compare with linear regression and gradient-boosted trees after ``test``.
@@ -85,8 +87,6 @@ class RegressionModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        from common.report import predicted_against_true, residuals
-
         target, preds, *interval = self._rows.T
         name = self.columns["target"] + (f" / {self.columns['unit']:,g}" if self.columns["unit"] != 1 else "")
         figures: dict[str, Any] = {
@@ -94,7 +94,7 @@ class RegressionModule(BaseModule):
             "residuals": residuals(target, preds, name),
         }
         if stage == "test" and self.baselines and self.trainer.is_global_zero:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            data = self.data
             fit, test = torch.cat([data.parts.train, data.parts.val]), data.parts.test[: len(target)]
             rmse = (preds - target).square().mean().sqrt().item()  # here, as rows of several ranks are in another order
             figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, rmse)

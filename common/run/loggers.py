@@ -8,8 +8,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from common.callbacks import describe_environment
 from common.errors import InputError
+from common.run.record import describe_environment
 
 
 class Wandb(WandbLogger):

@@ -11,11 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from common.callbacks import LastCheckpoint
-from common.errors import Stopped
-
-SIGTERM_EXIT = 128 + signal.SIGTERM  # what shells give a process that ends by it
-LOST_RANK_EXIT = 3
+from common.errors import SIGTERM_EXIT, Stopped
+from common.run.callbacks import LastCheckpoint
 
 # What gloo, NCCL and Horovod say when the other end is gone.
 _LOST = re.compile(
@@ -83,7 +80,7 @@ class StopOnSigterm(Callback):
         if received:
             saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
             for callback in saved:
-                callback._save_if(trainer, True)
+                callback.save(trainer)
             where = "this rank" if self._received else "another rank"
             hint = "; --ckpt_path last goes on from here" if saved else ""
             raise Stopped(f"rank {trainer.global_rank}: SIGTERM to {where} after step {step}{hint}", SIGTERM_EXIT)

@@ -1,7 +1,7 @@
 """What the command line and the YAML files on it say, key by key, and where: the ground for error messages."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import yaml
 from common.errors import InputError, nearest
 
 COMMANDS = ("fit", "validate", "test", "predict", "preflight", "export")
-GROUPS = ("trainer", "model", "data")
+GROUPS = ("best", "last", "media", "trainer", "model", "data")
 
 # Names of arguments whose value must not be seen; that of `eos_token` may.
 SECRET = re.compile(
@@ -53,7 +53,19 @@ def check(argv: list[str]) -> None:
             raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
 
 
-def locate(argv: list[str], default: Path, key: str, names: set[str], values: set[str]) -> tuple[str, str]:
+def classes(argv: list[str]) -> dict[str, set[str]]:
+    """Names, without their packages, of the loggers and callbacks that flags and their files list, by their key."""
+    named: dict[str, set[str]] = {"logger": set(), "callbacks": set()}
+    for flag, value in flags(argv):
+        for _, key, node in [Entry(f"--{flag}", flag, value), *_read(flag, value)]:
+            text = getattr(node, "value", node)
+            m = re.fullmatch(r"trainer\.(logger|callbacks)(?:\[\d+\])?(?:\.class_path)?", key)
+            if m and isinstance(text, str):
+                named[m[1]].add(text.rpartition(".")[2])
+    return named
+
+
+def locate(argv: list[str], defaults: Sequence[Path], key: str, names: set[str], values: set[str]) -> tuple[str, str]:
     """Where a key was written, as file and line or as a flag, and the key in full; empty and the key if nowhere.
 
     Of the entries at or below the key, the one whose last name and value are among those given; of equals, the one that
@@ -61,12 +73,12 @@ def locate(argv: list[str], default: Path, key: str, names: set[str], values: se
 
     Args:
         argv: the command line.
-        default: the recipe's own config.
+        defaults: the configs that are loaded without being named.
         key: a full key; parts that YAML adds for classes and lists may be left out.
         names: what may be written below the key.
         values: and with what value, a path also by its end.
     """
-    layers = [_read_file(default)]
+    layers = [_read_file(path) for path in defaults]
     for flag, given in flags(argv):
         layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_read(flag, given)])
     wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")

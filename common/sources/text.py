@@ -8,14 +8,12 @@ import glob
 import hashlib
 import io
 import json
-import math
 import mmap
 import multiprocessing
 import os
 import re
 import shutil
 import sysconfig
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,117 +27,24 @@ import torch
 from filelock import FileLock
 from jaxtyping import Bool, Int64, Integer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import override
 
-from common.errors import InputError, nearest
-from common.sources import Labelled, Source
+from common.errors import InputError, nearest, short_path
+from common.sources.tokenizers import TokenizerSource
 
 FORMAT = 1  # to be raised when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
-EOS = "<|endoftext|>"
 PIECE = 1 << 16  # characters of a document that are encoded at a time
 BATCH = 1 << 20  # characters that the tokenizer's threads share
-
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
-
 # Where a document can be cut without changing a token: byte-level and Metaspace tokenizers never join a space
 # to what stands before it, byte-level ones never white space to a letter before it, nor a line end to a word.
 CUT = re.compile(r"(?s:.*\S(?= )|.*(?:[^\W_](?=\s)|\S\n(?=\w)))")
-
 Piece = tuple[bool, str]  # whether a document begins here, and some of its text
 SplitPiece = tuple[str, bool, str]  # "train" or "val", and the same
 AnyPiece = TypeVar("AnyPiece", Piece, SplitPiece)
-
-
-class TokenizerSource(ABC):
-    """Where a tokenizer comes from: subclass it for another one, and name the class in the configuration."""
-
-    eos_token: str = EOS
-    sample_chars: float = 50e6  # training text that `build` gets; merges learned from more hardly differ
-
-    def settings(self) -> dict[str, Any]:
-        """What the tokenizer depends on besides the text, as JSON values."""
-        return dict(vars(self))
-
-    @abstractmethod
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer, given pieces of training text in order. It must know `eos_token`."""
-
-
-class BPE(TokenizerSource):
-    """Byte-level byte-pair encoding, trained on the corpus. No text is unknown to it."""
-
-    def __init__(self, vocab_size: int = 4096):
-        if vocab_size < 257:
-            raise InputError(f"vocab_size is {vocab_size}: 256 bytes and {EOS} need at least 257")
-        self.vocab_size = vocab_size
-
-    @override
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
-
-
-class Characters(TokenizerSource):
-    """Every character of the training text is a token; all others are ``<unk>``."""
-
-    sample_chars = math.inf
-
-    @override
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        vocab = {token: index for index, token in enumerate(["<unk>", EOS, *sorted(set().union(*texts))])}
-        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        tokenizer.add_special_tokens(["<unk>", EOS])
-        return tokenizer
-
-
-class Pretrained(TokenizerSource):
-    """An existing tokenizer: a folder, a ``tokenizer.json`` file or a name on the Hugging Face hub."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        path = Path(self.name).expanduser()
-        files = [path] if path.is_file() else [*sorted(path.glob("*.json")), *sorted(path.glob("*.model"))]
-        return {"name": self.name, "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]}
-
-    @override
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        path, name = Path(self.name).expanduser(), _short(self.name)
-        try:
-            if path.is_file():
-                found = PreTrainedTokenizerFast(tokenizer_file=str(path))
-            else:
-                found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name, trust_remote_code=False)
-            tokenizer: Tokenizer = found.backend_tokenizer
-        except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
-            fix = "give a folder, a tokenizer.json or a hub name"
-            raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 36)}); {fix}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # A bare tokenizer.json does not say which token ends a text.
-        names = [str(found.eos_token or ""), EOS, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]
-        known = [token for token in names if tokenizer.token_to_id(token) is not None]
-        if not known:
-            raise InputError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
-        self.eos_token = known[0]
-        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -276,48 +181,6 @@ class TokenDataset(Dataset[TokenBatch]):
         return TokenBatch(input_ids, target, torch.ones(len(indices), dtype=torch.bool))
 
 
-class TextWindows(Source):
-    """A corpus as samples of one length, whose classes are the next token of each position.
-
-    The windows are held in memory, 16 bytes per token. Their own validation split is ``val_fraction`` of the documents.
-
-    Args:
-        tokenizer: how to get the tokenizer, by class path: ``common.text.BPE``, ``Characters`` or ``Pretrained``.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
-            standard library.
-        column: the text's column, in files and data sets that have columns.
-        context: length of a window in tokens.
-        val_fraction: share of the documents that validates; a single document's end.
-        cache_dir: where prepared corpora are kept.
-    """
-
-    def __init__(
-        self,
-        tokenizer: TokenizerSource,
-        path: str | None = None,
-        column: str = "text",
-        context: int = 128,
-        val_fraction: float = 0.1,
-        cache_dir: str = CACHE,
-    ):
-        if context < 1:
-            raise InputError(f"data.source.context must be at least 1, got {context}")
-        self.tokenizer, self.path, self.column, self.context = tokenizer, path, column, context
-        self.val_fraction, self.cache_dir = val_fraction, Path(cache_dir).expanduser()
-
-    @override
-    def read(self) -> Labelled:
-        corpus = prepare(
-            self.path, self.tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir
-        )
-        train = Windows(corpus.train, self.context, keep_partial=False)
-        val = Windows(corpus.val, self.context, keep_partial=True)
-        parts = [windows[range(len(windows))] for windows in (train, val)]
-        input_ids, target = (torch.cat(both) for both in zip(*parts, strict=True))
-        names = [corpus.tokenizer.decode([number], skip_special_tokens=False) for number in range(corpus.vocab_size)]
-        return Labelled({"input_ids": input_ids}, target, names, num_val=len(val))
-
-
 class _Source(NamedTuple):
     name: str
     stamp: list[tuple[str, int, int]]  # changes when the text does
@@ -331,7 +194,7 @@ def _find(path: str | None, column: str) -> _Source:
         skip = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings")
         files = _walk(sysconfig.get_paths()["stdlib"], skip)
         return _files("Python's library", [file for file in files if file.suffix == ".py"], column)
-    place, name, fix = Path(path).expanduser(), _short(path), "'**' in a pattern means any depth of folders"
+    place, name, fix = Path(path).expanduser(), short_path(path), "'**' in a pattern means any depth of folders"
     if place.is_dir():
         files, fix = _walk(place), "name other kinds by a pattern such as 'folder/**/*.log'"
     elif place.exists() or not glob.has_magic(path):
@@ -382,7 +245,7 @@ def _text(file: Path) -> Iterator[Piece]:
         except UnicodeDecodeError as error:
             offset = raw.tell() - len(error.object) + error.start
             fix = "convert it (iconv -t utf-8) or leave it out"
-            raise InputError(f"{_short(file)}: not UTF-8 at byte {offset}; {fix}") from error
+            raise InputError(f"{short_path(file)}: not UTF-8 at byte {offset}; {fix}") from error
 
 
 def _table(file: Path, kind: str, column: str) -> Iterator[Piece]:
@@ -390,9 +253,9 @@ def _table(file: Path, kind: str, column: str) -> Iterator[Piece]:
         return
     try:
         rows = _load(kind, data_files=glob.escape(str(file.resolve())), streaming=True)
-        yield from _rows(rows, column, _short(file))
+        yield from _rows(rows, column, short_path(file))
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{_short(file)}: cannot be read as {kind}: {shorten(str(error), 60)}") from error
+        raise InputError(f"{short_path(file)}: cannot be read as {kind}: {shorten(str(error), 60)}") from error
 
 
 def _hub(name: str, column: str) -> _Source:
@@ -401,9 +264,9 @@ def _hub(name: str, column: str) -> _Source:
         rows = _load(f"{owner}/{data}", *config)
     except (OSError, ValueError) as error:
         reason = shorten(str(error), 60)
-        raise InputError(f"{_short(name)}: no such path, and the hub says: {reason}") from error
+        raise InputError(f"{short_path(name)}: no such path, and the hub says: {reason}") from error
     stamp = _stamp(Path(file["filename"]) for file in rows.cache_files)
-    return _Source(name, stamp, partial(_rows, rows, column, _short(name)))
+    return _Source(name, stamp, partial(_rows, rows, column, short_path(name)))
 
 
 def _load(*args: str, **kwargs: Any) -> Any:
@@ -557,9 +420,3 @@ def _batches(pieces: Iterable[SplitPiece]) -> Iterator[list[SplitPiece]]:
             batch, length = [], 0
     if batch:
         yield batch
-
-
-def _short(path: str | Path) -> str:
-    """The end of a long path, for a message of one line."""
-    path = str(path)
-    return path if len(path) <= 60 else f"…{path[-59:]}"

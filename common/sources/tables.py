@@ -21,8 +21,8 @@ from torch import Tensor
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest
-from common.labelled import Parts, check_split
-from common.sources import column, load_splits
+from common.sources.files import column, load_splits
+from common.sources.labelled import Parts, check_split
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -411,48 +411,3 @@ def scaled_quantiles(columns: Columns) -> Float32[Tensor, "quantiles numeric"]:
     points = np.linspace(0, 1, size)
     grids = [np.interp(points, np.linspace(0, 1, len(q["quantiles"])), q["quantiles"]) for q in facts]
     return torch.from_numpy(_scaled(np.stack(grids, 1) if grids else np.empty((size, 0)), columns)).float()
-
-
-def baseline_table(
-    frame: DataFrame,
-    target: Float[np.ndarray, " rows"],
-    columns: Columns,
-    fit: Int64[Tensor, " fit"],
-    test: Int64[Tensor, " test"],
-    rmse: float,
-) -> str:
-    """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
-
-    Trees get numbers as they are, and categories as the net does; linear regression gets medians for gaps, and
-    categories one-hot.
-
-    Args:
-        frame: all rows.
-        target: their target.
-        columns: what :func:`fit_columns` has found.
-        fit: positions of the rows that the baselines are fitted on.
-        test: positions of the rows to predict.
-        rmse: the net's root-mean-square error on these.
-
-    Returns:
-        A line for each with the root-mean-square error in the target's units.
-    """
-    from sklearn.ensemble import HistGradientBoostingRegressor
-    from sklearn.linear_model import LinearRegression
-
-    raw, codes, sizes = raw_numbers(frame, columns), encode(frame, columns)[1], cardinalities(columns)
-    one_hot = [torch.nn.functional.one_hot(codes[:, n], size).numpy() for n, size in enumerate(sizes)]
-    medians = [each["median"] for each in columns["numeric"].values()]
-    plain = np.hstack([np.where(np.isnan(raw), medians, raw), *one_hot])
-    # Trees see gaps by themselves, and split up to 255 categories as sets; more of them by the order of their codes.
-    own = codes[:, : len(columns["categorical"])].numpy()
-    as_sets = [raw.shape[1] + n for n in range(own.shape[1]) if sizes[n] <= 255]
-    mixed = np.hstack([raw, own])
-    rows, asked = fit.numpy(), test.numpy()
-    settings: Any = {"categorical_features": as_sets, "random_state": 0}
-    trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], target[rows])
-    linear = LinearRegression().fit(plain[rows], target[rows])
-    found = {"linear regression": linear.predict(plain[asked]), "gradient boosting": trees.predict(mixed[asked])}
-    errors = {name: np.sqrt(np.mean((values - target[asked]) ** 2)) for name, values in found.items()}
-    errors["this net"] = rmse
-    return "\n".join(["RMSE on the test rows", *(f"{name:<20}{error:.4g}" for name, error in errors.items())])

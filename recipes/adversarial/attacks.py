@@ -1,8 +1,7 @@
-"""Attacks on a net's inputs, or on its embeddings, and the objectives that train a net to withstand them.
+"""Attacks on a net's inputs, or on its embeddings.
 
 An attack searches near an input for the point of the highest loss. It differentiates with respect to that point alone:
-no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce. Free adversarial
-training alone takes the gradients of inputs and of parameters from one backward pass.
+no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce.
 """
 
 import copy
@@ -16,19 +15,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from common.data import step_seed
 from common.errors import InputError
-from common.losses import cross_entropy, precise
+from common.losses import precise
 from common.module import evaluating
-from common.strategies.sharding import batch_norms
+from common.parts import refuse_input_gradients
 
 Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches on end, to the logits of each sample
 Norm = Literal["linf", "l2"]
-Mode = Literal["eval", "train"]
 Loss = Callable[[Tensor], Tensor]  # inputs of a batch to one loss per sample
 
 
@@ -187,7 +184,7 @@ class PGD(Attack):
     def _ascend(self, loss: Loss, inputs: Tensor, index: Tensor, seed: int, mask: Tensor | None) -> Tensor:
         # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it.
         with torch.inference_mode(False), torch.enable_grad(), _without_fp16(inputs.device.type):
-            clean = _copy(inputs)
+            clean = precise_copy(inputs)
             point = self.start(clean, index, seed, mask)
             for _ in range(self.steps):
                 point = point.detach().requires_grad_()
@@ -251,7 +248,7 @@ def _without_fp16(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if fp16 else nullcontext()
 
 
-def _copy(inputs: Tensor) -> Tensor:
+def precise_copy(inputs: Tensor) -> Tensor:
     """A copy in at least fp32: in 16 bits small steps would be rounded away."""
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
 
@@ -350,9 +347,7 @@ def attackable(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Float[Tens
         InputError: the net is sharded by FSDP1, which after a backward pass that reaches no parameter neither comes to
             rest nor gets the next gradients right.
     """
-    if isinstance(net, FullyShardedDataParallel):
-        problem = "FSDP1 cannot differentiate by inputs, as attacks do"
-        raise InputError(f"trainer.strategy: {problem}; take configs/strategy/fsdp2.yaml")
+    refuse_input_gradients(net)
     if "pixel_values" in inputs:
         return inputs["pixel_values"], None
     if "attention_mask" not in inputs:
@@ -431,239 +426,3 @@ def under_attack(
             output = torch.where(right[:, None], logits(found), output)
             right = output.argmax(-1) == target
         return UnderAttack(clean, points, output)
-
-
-@contextmanager
-def keeping_no_statistics(net: nn.Module) -> Iterator[None]:
-    """Let batch norm of a net in training use statistics of its batch without adding them to the running ones."""
-    layers: list[Any] = batch_norms(net)
-    kept = [layer.track_running_stats for layer in layers]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, kept, strict=True):
-            layer.track_running_stats = value
-
-
-class Objective:
-    """What is minimized in training.
-
-    Attributes:
-        needs_attack: whether there is nothing to minimize without one.
-        attack_mode: mode of the net while it is attacked.
-        replays: optimizer steps that are taken with each batch, one after the other.
-    """
-
-    needs_attack = True
-    attack_mode: Mode = "eval"
-    replays = 1
-
-    def check(self, attack: Attack | None) -> None:
-        """See whether it can train with an attack.
-
-        Raises:
-            InputError: it cannot.
-        """
-        if self.needs_attack and attack is None:
-            raise InputError(f"model.attack: {type(self).__name__} needs one; give common.attacks.PGD")
-
-    def begin(self, accumulated: int) -> None:
-        """Make ready for a batch, before its optimizer steps.
-
-        Args:
-            accumulated: batches whose gradients are added up for a step.
-
-        Raises:
-            InputError: they are several, and each batch is replayed.
-        """
-        if self.replays > 1 and accumulated > 1:
-            problem = "replays each batch, an optimizer step each time"
-            raise InputError(f"trainer.accumulate_grad_batches must be 1: {type(self).__name__} {problem}")
-
-    def __call__(
-        self,
-        net: nn.Module,
-        attack: Attack | None,
-        inputs: Mapping[str, Tensor],
-        target: Int64[Tensor, " batch"],
-        index: Int64[Tensor, " batch"],
-        seed: int,
-    ) -> Float[Tensor, ""]:
-        """Mean loss of a batch; arguments as those of :func:`under_attack`.
-
-        While it is attacked the net is in evaluation mode, as in TRADES and as Pang et al. 2021 advise
-        (https://arxiv.org/abs/2010.00467): batch norm neither uses nor keeps statistics of unfinished attacks, and
-        dropout is off; see ``attack_mode`` of :class:`Adversarial` for another, and :class:`Free`.
-        """
-        start, mask = attackable(net, inputs)
-
-        def perturb(loss: Loss) -> Tensor:
-            assert attack is not None, "see check"
-            with evaluating(net) if self.attack_mode == "eval" else keeping_no_statistics(net):
-                return attack(loss, start, index, seed, mask)
-
-        return self.loss(partial(logits_at, net, inputs), start, target, perturb)
-
-    def loss(
-        self,
-        logits: Logits,
-        inputs: Float[Tensor, "batch *shape"],
-        target: Int64[Tensor, " batch"],
-        perturb: Callable[[Loss], Tensor],
-    ) -> Float[Tensor, ""]:
-        """Mean loss of a batch.
-
-        Clean and attacked samples go through the net together where both are needed: batch norm sees them as one batch,
-        and a strategy that shares buffers before each forward pass changes none that backward needs.
-
-        Args:
-            logits: the net.
-            inputs: the clean samples.
-            target: their classes.
-            perturb: finds the inputs near the clean ones for which a loss is highest.
-        """
-        raise NotImplementedError
-
-
-class Natural(Objective):
-    """Cross-entropy on clean inputs: training without any attack, to compare with."""
-
-    needs_attack = False
-
-    @override
-    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
-        return cross_entropy(logits(inputs), target)
-
-
-class Adversarial(Objective):
-    """Cross-entropy on attacked inputs (Madry et al. 2018, eq. 2.1, https://arxiv.org/abs/1706.06083).
-
-    Args:
-        clean_weight: share of clean inputs in the loss; with 0.5 both count the same, as is usual for texts (Goodfellow
-            et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
-        attack_mode: mode of the net while it is attacked. With ``train``, as in Wong et al. 2020, batch norm takes the
-            statistics of the batch under attack, which it does not keep, and dropout is on, so that a sample's attack
-            depends on the others of its batch.
-    """
-
-    def __init__(self, clean_weight: float = 0.0, attack_mode: Mode = "eval"):
-        if not 0 <= clean_weight < 1:
-            raise InputError(f"model.objective.clean_weight must be in [0, 1), got {clean_weight}")
-        self.clean_weight, self.attack_mode = clean_weight, attack_mode
-
-    @override
-    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
-        attacked = perturb(cross_entropy_to(target, logits))
-        if not self.clean_weight:
-            return cross_entropy(logits(attacked), target)
-        clean, robust = logits(torch.cat([inputs, attacked])).chunk(2)
-        return self.clean_weight * cross_entropy(clean, target) + (1 - self.clean_weight) * cross_entropy(
-            robust, target
-        )
-
-
-class TRADES(Objective):
-    """Cross-entropy on clean inputs, and ``beta`` times the divergence of the attacked prediction from the clean one.
-
-    Zhang et al. 2019, eq. 5, https://arxiv.org/abs/1901.08573. The attack raises that divergence,
-    KL(clean || attacked), in which the clean prediction stays as it is.
-
-    Args:
-        beta: weight of robustness against accuracy; the paper's 1/lambda, 6 in most later work.
-    """
-
-    def __init__(self, beta: float = 6.0):
-        if not 0 <= beta < math.inf:
-            raise InputError(f"model.objective.beta must not be negative, got {beta}")
-        self.beta = beta
-
-    @override
-    def check(self, attack: Attack | None) -> None:
-        super().check(attack)
-        if attack is not None and not attack.random_start:
-            raise InputError("model.attack.random_start must be true for TRADES: at the input its gradient is zero")
-
-    @override
-    def loss(self, logits: Logits, inputs: Tensor, target: Tensor, perturb: Callable[[Loss], Tensor]) -> Tensor:
-        reference: list[Tensor] = []
-
-        def divergence(point: Tensor) -> Tensor:
-            if not reference:  # here, where the net is in evaluation mode
-                with torch.no_grad():
-                    reference.append(precise(logits(inputs)).log_softmax(-1))
-            return _divergence(reference[0], precise(logits(point)).log_softmax(-1))
-
-        clean, attacked = logits(torch.cat([inputs, perturb(divergence)])).chunk(2)
-        robust = _divergence(precise(clean).log_softmax(-1), precise(attacked).log_softmax(-1)).mean()
-        return cross_entropy(clean, target) + self.beta * robust
-
-
-class Free(Objective):
-    """Free adversarial training: each batch is replayed, and one backward pass moves both the weights and the inputs.
-
-    Shafahi et al. 2019, algorithm 1, https://arxiv.org/abs/1904.12843. Each replay is an optimizer step and costs as
-    much as one without attack: for the same cost divide ``trainer.max_epochs`` by ``replays``. Replays after the first
-    take the one step of ``model.attack`` (1.25 eps if it does not say; eps in the paper), by the gradient of the replay
-    before, which comes from the net in training. In the paper a batch goes on from the perturbation of the one before;
-    here every batch begins where the attack does, at random, which leaves no perturbation for checkpoints to keep; for
-    FGSM that start does no worse (Wong et al. 2020, table 1). Schedules and ``trainer.max_steps`` count batches.
-
-    Args:
-        replays: optimizer steps with each batch; 8 in the paper for CIFAR-10.
-    """
-
-    attack_mode = "train"
-
-    def __init__(self, replays: int = 8):
-        if replays < 2:
-            raise InputError(f"model.objective.replays must be at least 2, got {replays}")
-        self.replays = replays
-        self._clean: Tensor | None = None  # the batch that is replayed, None before its first step
-        self._delta = torch.empty(0)  # its perturbation, with the gradient of the replay before
-
-    @override
-    def check(self, attack: Attack | None) -> None:
-        super().check(attack)
-        if not isinstance(attack, PGD):
-            raise InputError("model.attack must be common.attacks.PGD for Free, which takes its steps one by one")
-        for name in ("steps", "restarts"):
-            if getattr(attack, name) != 1:
-                raise InputError(f"model.attack.{name} must be 1 for Free: each replay takes a step of one search")
-
-    @override
-    def begin(self, accumulated: int) -> None:
-        super().begin(accumulated)
-        self._clean = None
-
-    @override
-    def __call__(
-        self,
-        net: nn.Module,
-        attack: Attack | None,
-        inputs: Mapping[str, Tensor],
-        target: Int64[Tensor, " batch"],
-        index: Int64[Tensor, " batch"],
-        seed: int,
-    ) -> Float[Tensor, ""]:
-        """Mean loss of a batch, as in :class:`Objective`; further calls are its replays, until :meth:`begin`."""
-        assert isinstance(attack, PGD), "see check"
-        start, mask = attackable(net, inputs)
-        if self._clean is None:
-            self._clean = _copy(start)
-            point = attack.start(self._clean, index, seed, mask)
-        else:  # of these very inputs: they may have been augmented otherwise this time
-            gradient = self._delta.grad
-            if gradient is not None:  # where fp16 has overflowed: nan has no direction, infinity a sign and a square
-                gradient = gradient.nan_to_num(0.0, 1e15, -1e15)
-            point = attack.step(self._clean + self._delta.detach(), gradient, self._clean, mask)
-        self._delta = (point - self._clean).requires_grad_()
-        return cross_entropy(logits_at(net, inputs, (self._clean + self._delta).to(start.dtype)), target)
-
-
-def _divergence(
-    log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]
-) -> Float[Tensor, " batch"]:
-    """KL(p || q) of each sample in nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

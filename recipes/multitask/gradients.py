@@ -1,10 +1,8 @@
 """One gradient per task, and what aggregators of torchjd make of them."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,16 +12,17 @@ from torchjd import Stateful
 from torchjd.aggregation import Aggregator, ConFIG, FairGrad, GradDrop, PCGrad, Sum, WeightedAggregator
 from torchjd.linalg import DualConeProjector
 
-from common.data import global_seed, read_batch, step_seed
+from common.data import global_seed, step_seed
 from common.errors import InputError
 from common.losses import precise
-from common.module import evaluating
-from common.multitask import MultiTaskNet, Weighting
-from common.strategies.sharding import has_whole_gradients, take_over_gradients
-from common.tasks import describe, task_losses
+from common.module import BaseModule
+from common.parts import take_over_gradients
+
+from .net import MultiTaskNet
+from .weighting import Weighting
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 class NNLSProjector(DualConeProjector):
@@ -137,48 +136,6 @@ def cosines(gradients: Float[Tensor, "tasks elements"]) -> Float[Tensor, "tasks 
     return rows @ rows.T
 
 
-def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Figure]":
-    """Pictures of a multi-task module: samples with what it makes of them, weights, and angles between gradients.
-
-    Args:
-        module: with ``tasks`` and ``net``.
-        stage: whose data is shown.
-        conflict_batches: how many batches angles are computed on, in evaluation mode; 0 for no such picture. There is
-            none either where a strategy shards the parameters.
-    """
-    from common import report
-
-    trainer, tasks, net = module.trainer, module.tasks, module.net
-    names = [task["name"] for task in tasks]
-    media: dict[str, Any] = {}
-    with evaluating(net):
-        batch = read_batch(trainer, stage, 0, 12)
-        with torch.no_grad():
-            outputs, _ = net(**batch.inputs)
-        if (images := batch.inputs.get("pixel_values")) is not None:
-            read_off = [describe(task, outputs[task["name"]], batch.target[task["name"]]) for task in tasks]
-            captions = ["\n".join(lines) for lines in zip(*(lines for lines, _ in read_off), strict=True)]
-            right = [all(good) for good in zip(*(good for _, good in read_off), strict=True)]
-            media["samples"] = report.captioned_images(
-                images, captions, right, "target → prediction, orange: a wrong class"
-            )
-        if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
-            size, found = trainer.datamodule.batch_size, []
-            end = min(conflict_batches * size, len(getattr(trainer.datamodule, f"{stage}_data")))
-            params = [p for p in net.body.parameters() if p.requires_grad]
-            # Evaluation has switched gradients off.
-            with torch.inference_mode(False), torch.enable_grad():
-                for first in range(0, end, size):
-                    batch = read_batch(trainer, stage, first, size)
-                    losses = task_losses(tasks, net(**batch.inputs)[0], batch.target)
-                    found.append(cosines(task_gradients(losses, params, torch.ones_like(losses))))
-            media["angles"] = report.gradient_angles(torch.stack(found), names)
-    weights = (
-        report.task_weights(report.read_metrics(Path(trainer.default_root_dir)), names) if stage == "val" else None
-    )
-    return media if weights is None else {**media, "weights": weights}
-
-
 def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Aggregator:
     """The aggregator that a config names.
 
@@ -193,7 +150,7 @@ def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Agg
     name = type(aggregator).__name__
     if not weighting.fixed:
         problem = f"{name} does not go with model.weighting {type(weighting).__name__}, which moves by itself"
-        raise InputError(f"model.aggregator: {problem}; take common.multitask.Fixed")
+        raise InputError(f"model.aggregator: {problem}; take Fixed")
     if 0 in weighting().tolist():  # a row of zeros is a task that conflicts with none and cannot be made better
         problem = f"{name} would take a task of weight 0 for one that is trained"
         raise InputError(f"model.weighting.weights: {problem}; leave it out of data.tasks")
@@ -207,29 +164,25 @@ class Balance:
     """How the losses of the tasks become gradients in a run: weighted, or each by itself and then aggregated.
 
     Args:
-        trainer: of the run, whose strategy has set up the net.
-        net: the net, in whatever the strategy wraps it.
+        module: the recipe's module, whose net the strategy has set up.
         aggregator: of torchjd; None for the gradient of the weighted loss.
 
     Raises:
         InputError: the strategy shards gradients, and an aggregator needs them whole.
     """
 
-    def __init__(self, trainer: L.Trainer, net: Any, aggregator: Aggregator | None):
-        self.trainer, self.net, self.weighting = trainer, net, net.weighting
+    def __init__(self, module: BaseModule, aggregator: Aggregator | None):
+        self.module, self.trainer = module, module.trainer
+        self.net: Any = module.net  # in whatever the strategy wraps it
+        self.weighting: Weighting = self.net.weighting
         self.gradients = None
         if aggregator is not None:
-            take_over_gradients(trainer.strategy, net, "model.aggregator")
-            self.gradients = TaskGradients(aggregator, net)
+            take_over_gradients(self.trainer.strategy, self.net, "model.aggregator")
+            self.gradients = TaskGradients(aggregator, self.net)
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """The mean over ranks."""
         return self.trainer.strategy.reduce(values.clone(), reduce_op="mean")  # type: ignore[return-value]
-
-    @property
-    def _steps(self) -> bool:
-        """Whether this micro-batch is the last of an optimizer step."""
-        return not self.trainer.fit_loop._should_accumulate()
 
     def loss(self, losses: Float[Tensor, " tasks"], state: Float[Tensor, " tasks"]) -> Float[Tensor, ""]:
         """The loss of a micro-batch to minimize.
@@ -253,7 +206,7 @@ class Balance:
             loss.backward(*args, **kwargs)
         else:
             self.gradients.add(loss, self.losses)
-            if self._steps:
+            if self.module.ends_step:
                 scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
                 seed = step_seed(global_seed(), self.trainer.global_step)
                 weights = self.gradients.finish(self._everywhere, seed, scaler.get_scale() if scaler else 1.0)
@@ -266,7 +219,7 @@ class Balance:
         Args:
             losses: computes them.
         """
-        if self.weighting.looks_back and self._steps:
+        if self.weighting.looks_back and self.module.ends_step:
             before = [(buffer, buffer.clone()) for buffer in self.net.buffers()]  # batch norm has seen the batch
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 after = losses()

@@ -1,7 +1,7 @@
-"""Several tasks with one shared body: the net, and weights of the tasks' losses.
+"""Weights of the tasks' losses.
 
-A weighting is named in YAML by class path (``model.weighting``). The loss is the weighted mean over tasks, so that
-neither the learning rate nor clipping depends on how many there are.
+A weighting is named in YAML (``model.weighting``). The loss is the weighted mean over tasks, so that neither the
+learning rate nor clipping depends on how many there are.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from common.errors import InputError, nearest
-from common.tasks import Task
+
+from .tasks import Task
 
 EPS = 1e-8
 
@@ -251,35 +252,3 @@ class FAMO(Weighting):
         self.square.lerp_(gradient.square(), 1 - 0.999)
         mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
         self.logits -= self.lr * mean / (square.sqrt() + EPS)
-
-
-class MultiTaskNet(nn.Module):
-    """A shared body and one linear head per task.
-
-    Args:
-        body: maps the inputs to ``features`` numbers per sample.
-        features: how many.
-        tasks: what each head predicts.
-        weighting: weights of the tasks; a part of the net, so that it is optimized, sharded and saved with it.
-    """
-
-    def __init__(self, body: nn.Module, features: int, tasks: list[Task], weighting: Weighting):
-        super().__init__()
-        # A compiled body is differentiated once per task: its buffers must outlive the first time.
-        torch._functorch.config.donated_buffer = False
-        self.body, self.features, self.weighting = body, features, weighting
-        self.heads = nn.ModuleDict({task["name"]: nn.Linear(features, task["width"]) for task in tasks})
-
-    def forward(self, **inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Each task's output (batch, width), and what the weighting makes its weights of.
-
-        Raises:
-            InputError: the body's output has another shape.
-        """
-        features = self.body(**inputs)
-        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.features:
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            problem = f"{type(self.body).__name__} gives {found}, not (batch, {self.features})"
-            raise InputError(f"model.net: {problem}; take a net of common.nets")
-        active = features.relu()
-        return {name: head(active) for name, head in self.heads.items()}, self.weighting()

@@ -18,12 +18,11 @@ import yaml
 from filelock import FileLock
 from typing_extensions import override
 
-from common.cli import RecipeCLI
 from common.data import TrainSampler
-from common.errors import InputError, Stopped, nearest, speaking_of
-from common.faults import SIGTERM_EXIT
-from common.labelled import fingerprint
-from common.text import CACHE
+from common.errors import SIGTERM_EXIT, InputError, Stopped, nearest, speaking_of
+from common.run.cli import RecipeCLI
+from common.sources.labelled import fingerprint
+from common.sources.text import CACHE
 
 FORMAT = 2  # to be raised when the same settings would train another teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that ask the teacher

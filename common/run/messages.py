@@ -9,7 +9,7 @@ import importlib.util
 import pkgutil
 import re
 from argparse import Action, ArgumentError
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
@@ -17,18 +17,18 @@ from jsonargparse._typehints import get_subclass_types
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.errors import InputError, closest, nearest
-from common.layers import GROUPS, locate
+from common.run.layers import GROUPS, locate
 
 LIMIT = 200
 
 
-def explain(error: Exception, argv: list[str], default: Path, known: Mapping[str, Action]) -> str:
+def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]) -> str:
     """The one line for an anticipated error.
 
     Args:
         error: what was raised.
         argv: the command line.
-        default: the recipe's own config.
+        defaults: the configs that are loaded without being named.
         known: what the commands accept, by full key.
 
     Returns:
@@ -37,7 +37,7 @@ def explain(error: Exception, argv: list[str], default: Path, known: Mapping[str
     read = _read_parser if isinstance(error, ArgumentError) else _read_other
     key, names, values, problem = read(error, known)
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
-        where, key = locate(argv, default, key, names, values)
+        where, key = locate(argv, defaults, key, names, values)
         problem = ": ".join(part for part in (where, key if f"--{key}" != where else "", problem) if part)
     line, hint = re.fullmatch(r"(.*?)(; did you mean [^;]*)?", " ".join(problem.split())).groups("")  # type: ignore[union-attr]
     return line + hint if len(line + hint) <= LIMIT else f"{line[: LIMIT - 1 - len(hint)]}…{hint}"

@@ -5,13 +5,11 @@ import inspect
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,29 +22,41 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
-from common import layers
-from common.callbacks import PredictionWriter, RunRecord
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import InputError, Stopped, closest, nearest
-from common.faults import LOST_RANK_EXIT, StopOnSigterm, lost_rank
-from common.messages import explain
+from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest
 from common.module import BaseModule
-from common.trainer import RecipeTrainer
+from common.parts import answers
+from common.run import layers
+from common.run.callbacks import BestCheckpoint, LastCheckpoint
+from common.run.faults import StopOnSigterm, lost_rank
+from common.run.folder import RunFolder, make
+from common.run.messages import explain
+from common.run.record import Media, PredictionWriter, RunRecord
+from common.run.trainer import RecipeTrainer
 
-# A class path in a config runs that class: only these packages, and those in RECIPES_ALLOW, may be named.
-ALLOWED = (
+# A class path in a config runs that class: only these packages, the recipes, and those in RECIPES_ALLOW may be named.
+LIBRARIES = (
     "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "torchjd", "common",
-    "recipes",
 )  # fmt: skip
+
+# What every recipe repeats.
+DEFAULTS = Path(__file__).resolve().parents[2] / "configs/defaults.yaml"
+
+# The callbacks that every run has, whatever a layer lists, by the key of their settings.
+CALLBACKS: dict[str, type[Callback]] = {"best": BestCheckpoint, "last": LastCheckpoint, "media": Media}
+
+# The commands that are about a run.
+OF_RUN = ("validate", "test", "predict", "export")
 
 # The flags that say where a run is.
 WHERE = ("config", "name", "ckpt_path", "trainer.default_root_dir")
@@ -120,10 +130,10 @@ class RecipeParser(LightningArgumentParser):
 class RecipeCLI(LightningCLI):
     """The command line of a recipe.
 
-    ``config.yaml`` beside the module's file is loaded by default. What a run writes lies in
-    ``runs/<recipe>/<name>/`` under the current directory (or ``trainer.default_root_dir``); relative ``save_dir`` of
-    loggers and ``dirpath`` of checkpoints are in there. ``--ckpt_path last`` and ``best`` look in there too, and start
-    from the config that the run was made with; flags given now win over it.
+    ``configs/defaults.yaml`` and then ``config.yaml`` beside the module's file are loaded by default. What a run writes
+    lies in its :class:`RunFolder`; relative ``save_dir`` of loggers and ``dirpath`` of checkpoints are in there.
+    ``--ckpt_path last`` and ``best`` look in there too, and start from the config that the run was made with; flags
+    given now win over it.
 
     Args:
         module_class: the recipe's LightningModule.
@@ -146,14 +156,14 @@ class RecipeCLI(LightningCLI):
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
-        # What fit has done to an earlier run of this name: where it, or its metrics, lay and lies, and its record.
-        self.aside: tuple[Path, Path] | None = None
-        self.record: dict[Path, bytes] = {}
-        self.first_step = 0
+        self.package = module_class.__module__.rpartition(".")[0]
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
-        default = {"default_config_files": [str(self.recipe_dir / "config.yaml")], "exit_on_error": False}
+        self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
+        self.first_step = 0
+        default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
         with one_line_errors(self, debug):
-            jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_allowed())
+            allowed = [*_packages(), "recipes", self.package]
+            jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
             super().__init__(
                 module_class,
                 datamodule_class,
@@ -178,14 +188,18 @@ class RecipeCLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Reading all signatures takes a tenth of a second for each command: only those of the one that is given.
-        given = subcommand in self.argv
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs) if given else self.init_parser(**kwargs)
+        if subcommand not in self.argv:
+            return self.init_parser(**kwargs)
+        self.command_parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.command_parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--name", type=str, default="default", help="Name of the run, its folder in runs/<recipe>/."
         )
+        for key, kind in CALLBACKS.items():
+            parser.add_class_arguments(kind, key)
         for source, target in self.links.items():
             parser.link_arguments(source, target, apply_on="instantiate")
 
@@ -195,91 +209,71 @@ class RecipeCLI(LightningCLI):
         self.subcommand = next((arg for arg in self.argv if arg in self.subcommands()), "")
         where = self.argv.index(self.subcommand) + 1 if self.subcommand else 0
         head, flags = self.argv[:where], self.argv[where:]
-        of_run = self.subcommand in ("validate", "test", "predict", "export")
+        given = [flag for flag, _ in layers.flags(flags)]
         # Flags may be for a class that only the config of the checkpoint's run names, which has to be found first.
-        if (of_run or any(flag.startswith("--ckpt_path") for flag in flags)) and not {"-h", "--help"} & set(flags):
-            flags = [f"--{flag}={value}" for flag, value in layers.flags(flags) if flag in WHERE]
-        self.config = parser.parse_args([*head, *flags])
-        config = self.config[self.subcommand]
-        self._set_run_dir(config)
-        name = config.get("ckpt_path")
-        if of_run and not name:
-            untrained = any(flag.startswith("--ckpt_path") for flag in flags)  # which null asks for
-            name = "best" if not untrained and any(self.run_dir.glob("checkpoints/*.ckpt")) else None
-            trained = sorted({path.parent.parent.name for path in self.run_dir.parent.glob("*/checkpoints/*.ckpt")})
-            if name is None and trained and not untrained:
-                hint = nearest(config.name, trained) or f"; there are {', '.join(trained)}"
-                problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
-                raise InputError(f"--name {config.name}: {problem}{hint}")
-            if not _get_rank():
-                print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run_dir}", flush=True)
-        if not name and flags != self.argv[where:]:
+        finds_run = (self.subcommand in OF_RUN or "ckpt_path" in given) and not {"h", "help"} & set(given)
+        place = [f"--{flag}={value}" for flag, value in layers.flags(flags) if flag in WHERE] if finds_run else flags
+        self.config = parser.parse_args([*head, *place])
+        self._set_folder()
+        checkpoint = self._checkpoint(self.config[self.subcommand].get("ckpt_path"), "ckpt_path" in given)
+        if checkpoint is not None:
+            self._parse_after(checkpoint, head, flags)
+        elif finds_run:
             self.config = parser.parse_args(self.argv)
-        elif name:
-            checkpoint = self._find_checkpoint(str(name))
-            # The config of the checkpoint's run comes first, so whatever is given now wins over it.
-            before = self._config_of(checkpoint)
-            layered = [*head, "--config", before]
-            try:
-                self.config = parser.parse_args([*layered, *self.argv[where:]])
-            except jsonargparse.ArgumentError:
-                with _foreign(f"--ckpt_path {checkpoint}: its config is not one of {self.recipe_dir.name}"):
-                    parser.parse_args(layered)
-                raise  # the mistake is in what is given now
-            config = self.config[self.subcommand]
-            config.ckpt_path = str(checkpoint)
-            for key, items in yaml.safe_load(before).get("trainer", {}).items():
-                if key in ("logger", "callbacks"):
-                    config.trainer[key] = _without_repeats(config.trainer[key], items)
-            self._set_run_dir(self.config[self.subcommand])
-            if self.subcommand != "fit" and not self._is_of_this_run(checkpoint) and self.run_dir.exists():
-                raise InputError(
-                    f"--ckpt_path {checkpoint}: is not of the run {self.run_dir}; give --name another name"
-                )
         self._check(self.config[self.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:
         """Done in ``parse_arguments``; Lightning's lets a checkpoint's hyper-parameters win over the user's flags."""
 
-    def _set_run_dir(self, config: Any) -> None:
-        if Path(config.name).name != config.name or config.name in ("", ".", ".."):
-            raise InputError(f"--name {config.name!r} must be a plain folder name")
-        root = Path(config.trainer.default_root_dir or ".").resolve()
-        self.run_dir = root / "runs" / self.recipe_dir.name / config.name
+    def _set_folder(self) -> None:
+        config = self.config[self.subcommand]
+        self.run = RunFolder(self.recipe_dir.name, config.name, config.trainer.default_root_dir)
 
-    def _is_of_this_run(self, checkpoint: str | Path | None) -> bool:
-        return checkpoint is not None and self.run_dir in Path(checkpoint).parents
+    def _checkpoint(self, name: str | None, given: bool) -> Path | None:
+        """The checkpoint of this command: the one that is named, or of a command about a run its best."""
+        if self.subcommand in OF_RUN:
+            name = name or (None if given else self.run.best())
+            if not rank_zero_only.rank:
+                print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run.path}", flush=True)
+        return self.run.find(str(name)) if name else None
 
-    def _find_checkpoint(self, name: str) -> Path:
-        if name not in ("last", "best"):
-            if not Path(name).exists():
-                raise InputError(f"--ckpt_path {name}: no such file; give last, best or the path of a checkpoint")
-            return Path(name).resolve()
-        path = self.run_dir / "checkpoints" / f"{name}.ckpt"
-        if not path.exists():
-            others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stem not in ("last", "best"))
-            found = ", ".join(p.stem for p in others) or "none"
-            runs = sorted(p.parent.parent.name for p in self.run_dir.parent.glob(f"*/checkpoints/{name}.ckpt"))
-            near = runs and (closest(self.run_dir.name, runs) or runs[-1])
-            hint = f"give --name {near}" if near else "run fit first or give --name"
-            if others:
-                hint = f"give --ckpt_path {others[0].stem if others[0].stem in ('last', 'best') else others[0]}"
-            raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
-        return path
+    def _parse_after(self, checkpoint: Path, head: list[str], flags: list[str]) -> None:
+        """Parse with the config of the checkpoint's run first, so that whatever is given now wins over it."""
+        before = _at_home(self._config_of(checkpoint), self.package)
+        # A logger or callback that is given again takes the place of the run's own.
+        for key, again in layers.classes(flags).items():
+            items = before.get("trainer", {}).get(key)
+            if isinstance(items, list):
+                before["trainer"][key] = [item for item in items if _name(item["class_path"]) not in again]
+        layered = [*head, "--config", yaml.safe_dump(before)]
+        try:
+            self.config = self.parser.parse_args([*layered, *flags])
+        except jsonargparse.ArgumentError:
+            try:
+                self.parser.parse_args(layered)
+            except jsonargparse.ArgumentError as error:
+                problem = f"its config is not one of {self.recipe_dir.name}"
+                raise InputError(f"--ckpt_path {checkpoint}: {problem}") from error
+            raise  # the mistake is in what is given now
+        self.config[self.subcommand].ckpt_path = str(checkpoint)
+        self._set_folder()
+        if self.subcommand != "fit" and not self.run.holds(checkpoint) and self.run.path.exists():
+            problem = f"is not of the run {self.run.path}; give --name another name"
+            raise InputError(f"--ckpt_path {checkpoint}: {problem}")
 
-    def _config_of(self, checkpoint: Path) -> str:
+    def _config_of(self, checkpoint: Path) -> dict[str, Any]:
         """The config that a checkpoint was trained with: its run's own, or else the hyper-parameters in it."""
         beside = checkpoint.parent.parent / "config.yaml"
         if beside.is_file():
-            return beside.read_text()
+            return yaml.safe_load(beside.read_text(encoding="utf-8"))
         state = read_checkpoint(checkpoint)
-        targets = {target.removeprefix("model.") for target in self.links.values()}
-        model = {
-            k: v for k, v in state.get("hyper_parameters", {}).items() if k not in targets and k != "_instantiator"
+        linked = {target.removeprefix("model.") for target in self.links.values()}
+        kept = {"model": state.get("hyper_parameters", {}), "data": state.get("datamodule_hyper_parameters", {})}
+        return {
+            group: {key: value for key, value in values.items() if key[0] != "_" and key not in linked}
+            for group, values in kept.items()
         }
-        data = {k: v for k, v in state.get("datamodule_hyper_parameters", {}).items() if k != "_instantiator"}
-        return yaml.safe_dump({"model": model, "data": data})
 
     def _check(self, config: Any) -> None:
         for source, target in self.links.items():
@@ -298,66 +292,33 @@ class RecipeCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        keep = ("seed_everything", "name", "trainer", "model", "data")
-        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False, format="yaml"))
-        self.resolved = {key: resolved[key] for key in keep}
+        resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
+        self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
-        self.folder = self.run_dir if self.subcommand == "fit" else self.run_dir / self.subcommand
-        config.trainer.default_root_dir = str(self.run_dir)
+        self.folder = self.run.path if self.subcommand == "fit" else self.run.path / self.subcommand
+        config.trainer.default_root_dir = str(self.run.path)
+        if self.subcommand == "test":
+            config.verbose = False  # RunRecord prints a shorter table
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
-            for key, base in (("save_dir", self.folder), ("dirpath", self.run_dir)):
+            for key, base in (("save_dir", self.folder), ("dirpath", self.run.path)):
                 if (path := item.get("init_args", {}).get(key)) is not None:
                     item.init_args[key] = str(base / path)
 
     def before_fit(self) -> None:
-        """Move an earlier run of the same name aside, or keep its metrics when it goes on, as the logger starts anew.
-
-        Called when everything is built, so that a mistake found until then leaves the earlier run where it is; one that
-        shows before the first step puts it back.
-        """
+        """Make room for the run, when everything is built: a mistake found until then leaves an earlier one alone."""
         checkpoint, steps = self.config.fit.ckpt_path, self.trainer.max_steps
         self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
         if -1 < steps < self.first_step:
             raise InputError(f"trainer.max_steps: {steps} is below the {self.first_step} of --ckpt_path; raise it")
-        if self.config.fit.trainer.fast_dev_run or self.trainer.global_rank:
-            return
-        if self._is_of_this_run(checkpoint):
-            kept = (self.run_dir / name for name in ("config.yaml", "hparams.yaml", "environment.json"))
-            self.record = {path: path.read_bytes() for path in kept if path.exists()}
-            metrics = self.run_dir / "metrics.csv"
-            segment, number = metrics.with_name(f"metrics.until-step-{self.first_step}.csv"), 1
-            while segment.exists():
-                segment, number = metrics.with_name(f"metrics.until-step-{self.first_step}.{number}.csv"), number + 1
-            if metrics.exists():
-                self.aside = metrics, metrics.rename(segment)
-        elif self.run_dir.exists():
-            numbers = [
-                int(p.suffix[1:]) for p in self.run_dir.parent.glob(f"{self.run_dir.name}.*") if p.suffix[1:].isdigit()
-            ]
-            moved = self.run_dir.with_name(f"{self.run_dir.name}.{max(numbers, default=0) + 1}")
-            self.aside = self.run_dir, self.run_dir.rename(moved)
-        self._make_folder()
+        if not (self.config.fit.trainer.fast_dev_run or self.trainer.global_rank):
+            self.run.begin(checkpoint, self.first_step)
 
-    def _put_back(self) -> None:
-        """Undo ``before_fit`` when no step was made after it."""
-        if self.trainer.global_step > self.first_step:
-            return
-        for path, content in self.record.items():
-            path.write_bytes(content)
-        if self.aside is not None:
-            before, now = self.aside
-            shutil.rmtree(before, ignore_errors=True)  # it may not even have been made
-            now.replace(before)
+    def before_validate(self) -> None:
+        """Make the command's folder."""
+        make(self.folder)
 
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot make the run's folder ({error.strerror}: {self.folder})"
-            raise InputError(f"trainer.default_root_dir: {problem}") from error
-
-    before_validate = before_test = before_predict = _make_folder
+    before_test = before_predict = before_validate
 
     @override
     def instantiate_classes(self) -> None:
@@ -375,107 +336,111 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (InputError, MisconfigurationException):
-            self._put_back()
-            raise
-        except TypeError as error:
-            net = type(getattr(self.model, "net", None)).__name__
-            if alien := re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", str(error)):
-                self._put_back()
-                raise InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another") from error
-            raise
-        except (RuntimeError, ValueError) as error:
-            misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", str(error))
-            if misfit and self.config[subcommand].get("ckpt_path"):
-                self._put_back()
-                raise InputError(
-                    f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}"
-                ) from error
-            if cause := lost_rank(error):
-                problem = f"rank {self.trainer.global_rank}: another rank has ended ({cause})"
-                goes_on = "; --ckpt_path last goes on from the last checkpoint" if subcommand == "fit" else ""
-                raise Stopped(problem + goes_on, LOST_RANK_EXIT) from error
+        except Exception as error:
+            # It is a mistake of the user, not of the code, only as long as nothing was trained.
+            untrained = self.trainer.global_step <= self.first_step
+            mistake = self._mistake(error)
+            if untrained and (mistake or isinstance(error, InputError | MisconfigurationException)):
+                self.run.put_back()
+            if mistake:
+                raise mistake from error
             raise
 
-    @override
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return {**kwargs, "verbose": False} if subcommand == "test" else kwargs  # RunRecord prints a shorter table
+    def _mistake(self, error: Exception) -> Exception | None:
+        """What a library's exception says about the config, the checkpoint or the other ranks; None if nothing."""
+        message, net = str(error), type(getattr(self.model, "net", None)).__name__
+        alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
+        if isinstance(error, TypeError) and alien:
+            return InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another")
+        misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", message)
+        if isinstance(error, RuntimeError | ValueError) and misfit and self.config[self.subcommand].get("ckpt_path"):
+            return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")
+        if isinstance(error, RuntimeError | ValueError) and (cause := lost_rank(error)):
+            problem = f"rank {self.trainer.global_rank}: another rank has ended ({cause})"
+            goes_on = "; --ckpt_path last goes on from the last checkpoint" if self.subcommand == "fit" else ""
+            return Stopped(problem + goes_on, LOST_RANK_EXIT)
+        return None
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self._get(self.config_init, "trainer")
-        off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
-        callbacks = [callback for callback in _as_list(settings.get("callbacks")) if not isinstance(callback, off)]
-        callbacks += [RunRecord(self.resolved, self.folder), StopOnSigterm()]
+        built = self.config_init[self.subcommand]
+        settings = built["trainer"]
+        own = [built[key] for key in CALLBACKS] + [RunRecord(self.resolved, self.folder), StopOnSigterm()]
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(self.folder))
+            own.append(PredictionWriter(self.folder))
+        off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
+        callbacks = [each for each in (*_as_list(settings.get("callbacks")), *own) if not isinstance(each, off)]
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
+        loggers = self._loggers(settings["logger"])
         try:
-            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, logger=loggers, **kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(_trainer_mistake(str(error))) from error
         # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        world = trainer.num_devices * trainer.num_nodes
-        started = world
-        if is_torchelastic_launched():
-            started = int(os.environ["WORLD_SIZE"])
-        elif SLURMEnvironment.detect():  # in a batch script too, where srun has not started anything
-            started = int(os.environ.get("SLURM_STEP_NUM_TASKS", world))
-        if started != world:  # each process might train a net of its own
-            problem = f"{started} processes were started, and this config trains with {world}"
-            fix = "give --config configs/strategy/ddp.yaml, --trainer.devices and --trainer.num_nodes"
-            raise InputError(f"trainer.devices: {problem}; {fix}")
-        if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
-            problem = "needs a GPU, and Lightning would run another on a CPU"
-            raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
+        _check_trainer(trainer, settings)
         return trainer
 
+    def _loggers(self, given: Any) -> list[Any]:
+        """The loggers that are given, and the CSV file that reports are made of; none if that is what is given."""
+        loggers = _as_list(given)
+        if given is False or any(isinstance(each, CSVLogger) and Path(each.log_dir) == self.folder for each in loggers):
+            return loggers
+        return [CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1), *loggers]
 
-@contextmanager
-def _foreign(message: str) -> Iterator[None]:
-    """What cannot be parsed here was written by something else."""
-    try:
-        yield
-    except jsonargparse.ArgumentError as error:
-        raise InputError(message) from error
+
+def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
+    """Refuse what the trainer takes, but would do otherwise than asked."""
+    world = trainer.num_devices * trainer.num_nodes
+    started = world
+    if is_torchelastic_launched():
+        started = int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():  # in a batch script too, where srun has not started anything
+        started = int(os.environ.get("SLURM_STEP_NUM_TASKS", world))
+    if started != world:  # each process might train a net of its own
+        problem = f"{started} processes were started, and this config trains with {world}"
+        fix = "give --config configs/strategy/ddp.yaml, --trainer.devices and --trainer.num_nodes"
+        raise InputError(f"trainer.devices: {problem}; {fix}")
+    if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
+        problem = "needs a GPU, and Lightning would run another on a CPU"
+        raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
+    if settings["sync_batchnorm"] and not answers(trainer.strategy).syncs_batch_norm:
+        problem = f"is nothing for {type(trainer.strategy).__name__}"
+        raise InputError(f"trainer.sync_batchnorm: {problem}; take false, or configs/strategy/ddp.yaml")
+
+
+def _name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
+
+
+def _at_home(config: Any, package: str) -> Any:
+    """A config with the classes of this recipe in the place of those of the recipe that it was copied from, or to.
+
+    They are known by their file and their name, which a copy keeps.
+    """
+    if isinstance(config, list):
+        return [_at_home(item, package) for item in config]
+    if not isinstance(config, dict):
+        return config
+    path = config.get("class_path")
+    if isinstance(path, str) and path.count(".") > 1 and path.partition(".")[0] not in _packages():
+        file, name = path.split(".")[-2:]
+        if hasattr(sys.modules.get(f"{package}.{file}"), name):
+            config = {**config, "class_path": f"{package}.{file}.{name}"}
+    return {key: _at_home(value, package) for key, value in config.items()}
 
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, True, False) else [value]
 
 
-def _without_repeats(items: Any, before: Any) -> Any:
-    """The loggers or callbacks of a resumed run when a layer that it had is given again, maybe with other settings.
-
-    Args:
-        items: of the run's config and then of what is given now.
-        before: of the run's config.
-    """
-    if not isinstance(items, list) or not isinstance(before, list):
-        return items
-
-    def purpose(item: Any) -> tuple[Any, ...]:
-        settings = item.get("init_args") or {}
-        return item["class_path"], *(settings.get(key) for key in ("save_dir", "dirpath", "filename", "monitor"))
-
-    known = Counter(purpose(item) for item in before)
-    kept: list[Any] = []
-    for item in reversed(items):  # of a kind that the run had the last ones, as many as it had
-        had = known[purpose(item)]
-        if not had or sum(purpose(other) == purpose(item) for other in kept) < had:
-            kept.insert(0, item)
-    return kept
-
-
-def _allowed() -> list[str]:
-    """Packages whose classes a config may name."""
+def _packages() -> list[str]:
+    """Packages other than recipes whose classes a config may name."""
     own = [name.strip() for name in os.environ.get("RECIPES_ALLOW", "").split(",") if name.strip()]
     for name in own:
         if not all(part.isidentifier() for part in name.split(".")):
             raise InputError(f"RECIPES_ALLOW: {name!r} is no name of a package; separate several by commas")
-    return [*ALLOWED, *own]
+    return [*LIBRARIES, *own]
 
 
 def _trainer_mistake(message: str) -> str:
@@ -483,7 +448,7 @@ def _trainer_mistake(message: str) -> str:
     if m := re.search(r"`(strategy|accelerator)='([^']+)'`", message):
         names = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators(), "auto", "gpu"]
         layer = Path(f"configs/{m[1]}/{m[2]}.yaml")
-        found = (Path(__file__).parent.parent / layer).is_file()
+        found = (DEFAULTS.parent.parent / layer).is_file()
         hint = f"; take --config {layer}" if found else nearest(m[2], names)
         return f"trainer.{m[1]}: no {m[1]} is named {m[2]!r}{hint}"
     if m := re.search(r"precision='([\w-]+)'.*(?:one of|among): (.*)", message):
@@ -503,14 +468,14 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
     except (InputError, MisconfigurationException, StrictDataclassError, jsonargparse.ArgumentError) as error:
         if debug:
             raise
-        parsers = getattr(cli, "_subcommand_parsers", {})
-        actions = {action.dest: action for parser in parsers.values() for action in parser._actions}
+        parser = getattr(cli, "command_parser", None)
+        actions = {action.dest: action for action in parser._actions} if parser else {}
         known = {k: v for k, v in actions.items() if k not in cli.links.values() and not k.endswith("help")}
         launcher = cli.trainer.strategy.launcher if hasattr(cli, "trainer") else None
         if os.environ.get("LOCAL_RANK", "0") != "0" and not is_torchelastic_launched():
             # Lightning's first rank has started this one, has mostly found the same, and then ends it.
             time.sleep(5.0)
-        print(explain(error, cli.argv, cli.recipe_dir / "config.yaml", known), file=sys.stderr)
+        print(explain(error, cli.argv, cli.defaults, known), file=sys.stderr)
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
         raise SystemExit(2) from None

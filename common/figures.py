@@ -1,0 +1,107 @@
+"""What all pictures share: palette, axes, curves, and the metrics that they are drawn from."""
+
+import csv
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Series = dict[str, tuple[list[int], list[float]]]  # metric name -> (optimizer steps, values)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito: colour-blind safe
+STAGES = {"train": PALETTE[0], "val": PALETTE[1]}
+INK, GREY = "#222222", "#666666"
+DPI = 160
+
+
+def read_metrics(run_dir: Path) -> Series:
+    """Reads a folder's `metrics.csv` and its earlier segments `metrics.until-step-<N>.csv` as one history.
+
+    Returns:
+        For each metric its optimizer steps, ascending, and finite values. Empty where nothing was logged.
+    """
+    earlier = run_dir.glob("metrics.until-step-*.csv")
+    numbers = {path: [int(part) for part in path.stem.rpartition("-")[2].split(".")] for path in earlier}
+    segments = sorted(((number[0], number, path) for path, number in numbers.items()), reverse=True)
+    history: list[dict[str, str]] = []
+    end = math.inf
+    # Newest first: a file supersedes what older ones hold from its first step on.
+    for limit, _, path in [(math.inf, [], run_dir / "metrics.csv"), *segments]:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        # A killed run can leave half a last line, whose last number would be wrong.
+        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+        history = [row for row in rows if int(row["step"]) < min(limit, end)] + history
+        end = min([end, *(int(row["step"]) for row in rows)])
+    series: Series = {}
+    for row in history:
+        for name, value in row.items():
+            if name not in ("epoch", "step") and value and math.isfinite(float(value)):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
+    return series
+
+
+def short_number(value: float) -> str:
+    """A number as it stands in a picture or a table: four digits, or whole from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Write a figure as a PNG; `savefig` would lay it out and draw it twice.
+
+    Returns:
+        The picture's pixels, red, green and blue.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def style_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "") -> None:
+    """Give axes their title and the look that all pictures share."""
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold", color=INK)
+    axes.set_xlabel(xlabel, fontsize=9, color=GREY)
+    axes.set_ylabel(ylabel, fontsize=9, color=GREY)
+    axes.tick_params(labelsize=8, labelcolor=GREY, color="#bbbbbb", length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+
+
+def plot_lines(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool = True) -> None:
+    """Values over steps; noisy lines of many points stand faint under their moving average."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    for (label, (steps, values)), color in zip(lines.items(), colors, strict=False):
+        window = max(len(values) // 50, 1) if noisy else 1
+        kernel = np.full(window, 1 / window)
+        if window > 1:
+            axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+        smooth_steps, smooth = np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
+        marker = "o" if len(values) <= 30 else ""
+        axes.plot(smooth_steps, smooth, color=color, lw=1.6, label=label, marker=marker, ms=3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#e8e8e8", lw=0.7)
+    values = [value for _, values in lines.values() for value in values]
+    if noisy and 0 < 100 * min(values) < max(values):
+        axes.set_yscale("log")

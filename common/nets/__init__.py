@@ -1,0 +1,7 @@
+"""Nets that several recipes name."""
+
+from common.nets.images import ConvNet, ImageClassifier
+from common.nets.pretrained import Pretrained
+from common.nets.text import CausalLM, PretrainedEncoder, causal_lm, check_context
+
+__all__ = ["CausalLM", "ConvNet", "ImageClassifier", "Pretrained", "PretrainedEncoder", "causal_lm", "check_context"]

@@ -1,0 +1,1 @@
+"""The command line of every recipe, and what a run leaves."""

@@ -1,0 +1,236 @@
+"""Callbacks of every recipe: throughput, the progress bar, the best and the last checkpoint."""
+
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from rich.console import Console
+from typing_extensions import override
+
+from common.data import data_ranks
+from common.errors import InputError
+from common.module import BaseModule
+from common.parts import answers
+
+
+class Throughput(Callback):
+    """Logs ``perf/``: samples or tokens per second over all ranks, step time, peak memory, and MFU where known.
+
+    What a strategy counts by itself is logged with it.
+
+    Times are taken between two logged steps, validation left out, so no step waits for the device. MFU is the share of
+    the device's peak that the net's own operations reach (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+    """
+
+    def __init__(self) -> None:
+        self._items, self._steps, self._since = 0, 0, 0.0
+        self._paused: float | None = None
+        self._peak: float | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        self._items, self._steps, self._since = 0, trainer.global_step, time.perf_counter()
+        self._paused = None  # by the sanity check, which is over
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            half = "16" in str(trainer.precision)
+            self._peak = get_available_flops(pl_module.device, torch.bfloat16 if half else torch.float32)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._paused is not None:  # what other callbacks do after a validation is no training either
+            self._since += time.perf_counter() - self._paused
+            self._paused = None
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._items += pl_module.num_items(batch)
+        steps = trainer.global_step - self._steps
+        if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        now = time.perf_counter()
+        rate = self._items / (now - self._since) * data_ranks(trainer)[0]
+        metrics = {
+            f"perf/{pl_module.unit}_per_s": rate,
+            "perf/step_ms": (now - self._since) / steps * 1e3,
+        }
+        if pl_module.device.type == "cuda":
+            metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            import resource  # not on Windows
+
+            unit = 1 if platform.system() == "Darwin" else 1024
+            metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        if self._peak and (flops := pl_module.flops_per_item()):
+            metrics["perf/mfu"] = rate * flops / (self._peak * trainer.world_size)
+        metrics |= answers(trainer.strategy).train_metrics()
+        pl_module.log_dict(metrics)
+        self._items, self._steps, self._since = 0, trainer.global_step, now
+
+
+class RunProgressBar(RichProgressBar):
+    """Counts to the end of the run where ``max_steps`` ends it within an epoch; Lightning's counts the whole epoch.
+
+    Where the output is no terminal, as in a job's log, it prints a line at each validation and about once a minute.
+    """
+
+    seconds = 60.0
+    _told = 0.0  # when the last line was printed
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._told = time.monotonic()
+
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the epoch that are trained."""
+        trainer = self.trainer
+        epoch = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return epoch
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return min(epoch, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Showing metrics waits for the device: only where there are new ones, in the step after they were logged.
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 1 % every or self.train_progress_bar_id is None or self.progress is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if time.monotonic() - self._told >= self.seconds:
+                self._tell(trainer)
+        else:
+            self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        self._told = time.monotonic()
+        if self.is_disabled or Console().is_terminal:
+            return
+        total = trainer.estimated_stepping_batches
+        of = f" of {total:,}" if 0 < total < math.inf else ""  # where an end is known
+        values = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
+        print(", ".join([f"step {trainer.global_step:,}{of}", *values]), flush=True)
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        # max_epochs says nothing where max_steps decides.
+        ends_by_steps = self.trainer.max_steps >= 0
+        return f"Epoch {current_epoch}" if ends_by_steps else super()._get_train_description(current_epoch)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_progress()  # what is printed from here on stands below the bar
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_end(trainer, pl_module)
+        self._stop_progress()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/best.ckpt``: that of the validation with the best value of a metric.
+
+    Args:
+        monitor: the metric.
+        mode: whether its smallest or its largest value is the best.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"):
+        settings = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+        super().__init__(filename="best", monitor=monitor, mode=mode, **settings)  # type: ignore[arg-type]
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = str(checkpoints_of(trainer))
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # In a run that was moved the best checkpoint lies in another folder, and Lightning would forget its score.
+        here = Path(str(self.dirpath), Path(state_dict["best_model_path"]).name)
+        if state_dict["best_model_path"] and here.is_file():
+            path, score = str(here), state_dict["best_model_score"]
+            places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": path}
+            state_dict = state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}}
+        super().load_state_dict(state_dict)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and when training ends.
+
+    Args:
+        every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None):
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise InputError(f"last.every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        self.every_n_train_steps = every_n_train_steps
+        self._saved = -1  # the optimizer step of the last checkpoint
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the checkpoint, unless there is one of this step."""
+        if self._saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._saved = trainer.global_step
+            trainer.save_checkpoint(checkpoints_of(trainer) / "last.ckpt", weights_only=False)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.ends_step:
+            return
+        step, every = trainer.global_step, self.every_n_train_steps
+        # Not when training ends: Lightning then counts an epoch that max_steps cut short as complete.
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        ends = trainer.current_epoch + 1 == trainer.max_epochs and batches.is_last_batch and every
+        if step == trainer.max_steps or ends or trainer.should_stop or (every and step % every == 0):
+            self.save(trainer)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and trainer.should_stop:  # early stopping
+            self.save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.should_stop or not self.every_n_train_steps:
+            self.save(trainer)
+
+
+def checkpoints_of(trainer: L.Trainer) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(trainer.default_root_dir) / "checkpoints"

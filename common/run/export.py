@@ -1,0 +1,48 @@
+"""A trained net for others: safetensors and what belongs to it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from common.checkpoint import read_checkpoint
+from common.data import BaseDataModule
+from common.module import BaseModule
+
+
+def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder: Path) -> None:
+    """Write a checkpoint's net to a folder: safetensors, as ``from_pretrained`` reads it.
+
+    Args:
+        model: the module.
+        datamodule: its data; its tokenizer is written beside the net, as is what encodes the columns of a table.
+        ckpt_path: the checkpoint.
+        folder: where to; made anew.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    from safetensors.torch import save_model
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it stands on stderr
+    model.float8 = False  # weights are the same without, and other machines have no float8
+    model.configure_model()
+    checkpoint = read_checkpoint(ckpt_path)
+    model.load_state_dict(checkpoint["state_dict"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    net: nn.Module = model.net
+    # A classifier of common.nets holds the net of transformers that others can load.
+    inner = [net, *net.children()]
+    if found := next((module for module in inner if isinstance(module, PreTrainedModel)), None):
+        found.save_pretrained(folder)
+    else:
+        save_model(net, str(folder / "model.safetensors"))
+    if columns := checkpoint.get("hyper_parameters", {}).get("columns"):
+        (folder / "columns.json").write_text(json.dumps(columns, indent=1), encoding="utf-8")
+    if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    print(f"export: {folder}", flush=True)

@@ -1,0 +1,104 @@
+"""Tokenizers for language models: trained on the corpus, or pretrained."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from typing_extensions import override
+
+from common.errors import InputError, short_path
+
+EOS = "<|endoftext|>"
+
+
+class TokenizerSource(ABC):
+    """Where a tokenizer comes from: subclass it for another one, and name the class in the configuration."""
+
+    eos_token: str = EOS
+    sample_chars: float = 50e6  # training text that `build` gets; merges learned from more hardly differ
+
+    def settings(self) -> dict[str, Any]:
+        """What the tokenizer depends on besides the text, as JSON values."""
+        return dict(vars(self))
+
+    @abstractmethod
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer, given pieces of training text in order. It must know `eos_token`."""
+
+
+class BPE(TokenizerSource):
+    """Byte-level byte-pair encoding, trained on the corpus. No text is unknown to it."""
+
+    def __init__(self, vocab_size: int = 4096):
+        if vocab_size < 257:
+            raise InputError(f"vocab_size is {vocab_size}: 256 bytes and {EOS} need at least 257")
+        self.vocab_size = vocab_size
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
+
+class Characters(TokenizerSource):
+    """Every character of the training text is a token; all others are ``<unk>``."""
+
+    sample_chars = math.inf
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        vocab = {token: index for index, token in enumerate(["<unk>", EOS, *sorted(set().union(*texts))])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens(["<unk>", EOS])
+        return tokenizer
+
+
+class PretrainedTokenizer(TokenizerSource):
+    """An existing tokenizer: a folder, a ``tokenizer.json`` file or a name on the Hugging Face hub."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        path = Path(self.name).expanduser()
+        files = [path] if path.is_file() else [*sorted(path.glob("*.json")), *sorted(path.glob("*.model"))]
+        return {"name": self.name, "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]}
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path, name = Path(self.name).expanduser(), short_path(self.name)
+        try:
+            if path.is_file():
+                found = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            else:
+                found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name, trust_remote_code=False)
+            tokenizer: Tokenizer = found.backend_tokenizer
+        except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
+            fix = "give a folder, a tokenizer.json or a hub name"
+            raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 36)}); {fix}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A bare tokenizer.json does not say which token ends a text.
+        names = [str(found.eos_token or ""), EOS, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]
+        known = [token for token in names if tokenizer.token_to_id(token) is not None]
+        if not known:
+            raise InputError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
+        self.eos_token = known[0]
+        return tokenizer

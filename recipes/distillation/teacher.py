@@ -1,0 +1,159 @@
+"""Frozen nets: the teacher, and the student alone to compare with."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import read_checkpoint
+from common.errors import InputError, nearest, speaking_of
+
+if TYPE_CHECKING:
+    pass
+
+HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+class Features:
+    """Keeps what named layers of a net put out in its last forward pass.
+
+    Args:
+        net: the net.
+        names: names of its modules.
+
+    Raises:
+        InputError: there is no such module.
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str]):
+        modules = dict(net.named_modules())
+        for name in names:
+            if name not in modules:
+                raise InputError(f"model.features: {type(net).__name__} has no layer {name!r}{nearest(name, modules)}")
+        self.names, self._kept = names, {}
+        for name in set(names):
+            modules[name].register_forward_hook(lambda _, __, output, name=name: self._keep(name, output))
+
+    def _keep(self, name: str, output: Any) -> None:
+        self._kept[name] = output if isinstance(output, Tensor) else output[0]  # hidden states stand first
+
+    def take(self) -> list[Tensor]:
+        """The outputs in the order of the names; each can be taken once.
+
+        Raises:
+            InputError: the forward pass of this rank has not come by one of them.
+        """
+        kept, self._kept = self._kept, {}
+        if missing := [name for name in self.names if name not in kept]:
+            problem = f"this rank's part of the net has no output of {missing[0]!r}"
+            raise InputError(f"model.features: {problem}; name another, or take configs/strategy/fsdp2.yaml")
+        return [kept[name] for name in self.names]
+
+
+def logits_of(output: Any) -> Tensor:
+    """A net's logits; a net of transformers wraps them."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class FrozenNet:
+    """A net that is only asked: in evaluation mode, without gradients, whole on each rank.
+
+    It is no ``nn.Module``, so that a module can hold it without its weights being trained, sharded or saved. They stay
+    in fp32, or fp64 if the run computes in it; where it computes in 16 bits so does this net, under every strategy.
+
+    Args:
+        net: the net.
+        checkpoint: of any recipe here, with its weights; None for those that it has.
+        trainer: says where the net is moved to, and in what precision it computes.
+        layers: names of the modules whose outputs :meth:`__call__` returns too.
+
+    Raises:
+        InputError: the checkpoint is missing, of another net or another split of the data, or there is no such layer.
+    """
+
+    key = checkpoint_key = hint = ""  # of messages: where net and checkpoint stand in a config, and what else to give
+
+    def __init__(self, net: nn.Module, checkpoint: str | None, trainer: L.Trainer, layers: Sequence[str] = ()):
+        if checkpoint is not None:
+            self._load(net, checkpoint, trainer)
+        precision, device = str(trainer.precision), trainer.strategy.root_device
+        self.dtype = torch.float64 if precision.startswith("64") else torch.float32
+        self.half = HALF.get(precision.split("-")[0])
+        self.net = net.eval().requires_grad_(False).to(device, self.dtype)
+        self.features, self.device = Features(self.net, layers), device
+        self.num_params = sum(p.numel() for p in self.net.parameters())
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the outputs of the layers."""
+        inputs = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        autocast = torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
+        with autocast, speaking_of(self.key, instead_of="model.net"):
+            logits = logits_of(self.net(**inputs))
+        return logits, self.features.take()
+
+    def _load(self, net: nn.Module, path: str, trainer: L.Trainer) -> None:
+        try:
+            checkpoint = read_checkpoint(path, hint=self.hint)
+        except InputError as error:
+            raise InputError(f"{self.checkpoint_key} {error}") from error
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        there = checkpoint.get("datamodule_hyper_parameters", {})
+        if (key := _other_split(there, data)) is not None:  # then it has learned what tests here
+            value = _value(there, key)
+            problem = f"was trained on another split of the same data, with {key.rpartition('.')[2]} {value}"
+            raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --{key} {value}")
+        theirs = checkpoint.get("hyper_parameters", {}).get("class_names")
+        if theirs and theirs != data.class_names:
+            problem = f"was trained on other classes, {', '.join(theirs)}"
+            raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
+        saved = checkpoint["state_dict"]
+        state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
+        if not state.keys() & net.state_dict().keys():
+            state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            reason = re.sub(
+                r"copying a param with shape torch.Size(.*?) from checkpoint, the shape in current model is torch.Size"
+                r"(.*?)\.$", r"\1 there and \2 here", str(error).splitlines()[1].strip(),
+            )  # fmt: skip
+            problem = f"does not fit {self.key} {type(net).__name__}: {reason}"
+            raise InputError(f"{self.checkpoint_key} {problem}") from error
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    """The value of ``data.<name>`` or ``data.source.<name>``, None where there is none."""
+    owner = data["source"].get("init_args", {}) if key.startswith("data.source.") else data
+    return owner.get(key.rpartition(".")[2])
+
+
+def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
+    """The key by which a config splits the samples of a data module differently, however it names them; or None."""
+    here = datamodule.hparams
+    if not all(isinstance(data.get("source"), Mapping) for data in (there, here)):
+        return None  # one has no source of labelled samples
+    paths = [_value(data, "data.source.path") for data in (there, here)]
+    files = [os.path.realpath(os.path.expanduser(path)) if isinstance(path, str) else path for path in paths]
+    if there["source"]["class_path"] != here["source"]["class_path"] or files[0] != files[1]:
+        return None
+    labelled = datamodule.labelled  # its own sets for validation and testing come before those of a split
+    ours = [] if labelled.num_val else ["split_seed", "val_fraction", *["test_fraction"] * (not labelled.num_test)]
+    names = [*(f"data.{name}" for name in ours), "data.source.val_fraction"]
+    return next((key for key in names if _value(there, key) not in (None, _value(here, key))), None)
+
+
+class Teacher(FrozenNet):
+    """Whose logits, and inner layers, the student learns from."""
+
+    key, checkpoint_key, hint = "model.teacher", "model.teacher_checkpoint", "name another, or null to train one"
+
+
+class StudentAlone(FrozenNet):
+    """The student as it is without a teacher, to compare with."""
+
+    key, checkpoint_key, hint = "model.net", "model.alone_checkpoint", "name another, or null for no comparison"

@@ -1,0 +1,129 @@
+"""Samples, weights of the tasks, and angles between their gradients."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.data import read_batch
+from common.figures import GREY, INK, PALETTE, Series, new_figure, plot_lines, read_metrics, style_axes
+from common.module import evaluating
+from common.parts import has_whole_gradients
+
+from .gradients import cosines, task_gradients
+from .tasks import describe, task_losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def gradient_angles(cosine: Float[Tensor, "batches tasks tasks"], names: Sequence[str]) -> "Figure":
+    """How the gradients of several tasks stand to one another: the mean cosine, and how often it is negative.
+
+    Args:
+        cosine: of the angles between the tasks' gradients, for some batches.
+        names: the tasks' names, in order.
+    """
+    values = cosine.float().cpu().numpy()
+    mean, against = values.mean(axis=0), (values < 0).mean(axis=0)
+    size = max(0.85 * len(names), 2.4)
+    figure = new_figure(size + 2.1, size + 1)
+    axes = figure.add_subplot()
+    image = axes.imshow(mean, cmap="RdBu", vmin=-1, vmax=1)
+    style_axes(axes, f"cosines between gradients, {len(values)} batches", "task", "task")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=9, labelcolor=GREY, length=0)
+    axes.spines[:].set_visible(False)
+    for (row, column), cos in np.ndenumerate(mean):
+        note = "" if row == column else f"\n{against[row, column]:.0%} below 0"
+        ink = "white" if abs(cos) > 0.6 else INK
+        axes.text(column, row, f"{cos:.2f}{note}", ha="center", va="center", fontsize=7.5, color=ink)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=(-1, -0.5, 0, 0.5, 1))
+    bar.set_label("mean cosine", fontsize=9, color=GREY)
+    bar.ax.tick_params(labelsize=8, labelcolor=GREY, length=0)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
+    """The weights ``optim/weight_<task>`` of the tasks' losses or gradients over optimizer steps.
+
+    Returns:
+        The figure, None where they did not change.
+    """
+    lines = {name: series[f"optim/weight_{name}"] for name in names if f"optim/weight_{name}" in series}
+    if not lines or all(len(set(values)) < 2 for _, values in lines.values()):
+        return None
+    figure = new_figure(4.4, 2.9)
+    axes = figure.add_subplot()
+    style_axes(axes, "weights of the tasks", "step", "weight (1: plain mean)")
+    plot_lines(axes, lines, PALETTE * len(lines))
+    axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
+    return figure
+
+
+def captioned_images(
+    images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
+) -> "Figure":
+    """Images in rows of six with a caption each, in orange where something is wrong.
+
+    Args:
+        images: grey or RGB, in [0, 1].
+        captions: a line or more for each image.
+        right: whether the caption is good news.
+        title: of the whole figure.
+    """
+    columns = min(6, len(images))
+    rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
+    figure = new_figure(1.6 * columns, rows * (1.3 + 0.19 * lines) + 0.4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, caption, good in zip(panels, images.float().cpu(), captions, right, strict=False):
+        axes.imshow(image.movedim(0, -1).clamp(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set_xlabel(caption, fontsize=7.5, color=INK if good else PALETTE[1])
+    for number, axes in enumerate(figure.axes):
+        axes.set(xticks=[], yticks=[])
+        axes.set_visible(number < len(images))
+        axes.spines[:].set_color("#cccccc")
+    return figure
+
+
+def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Figure]":
+    """Pictures of a multi-task module: samples with what it makes of them, weights, and angles between gradients.
+
+    Args:
+        module: with ``tasks`` and ``net``.
+        stage: whose data is shown.
+        conflict_batches: how many batches angles are computed on, in evaluation mode; 0 for no such picture. There is
+            none either where a strategy shards the parameters.
+    """
+    trainer, tasks, net = module.trainer, module.tasks, module.net
+    names = [task["name"] for task in tasks]
+    media: dict[str, Any] = {}
+    with evaluating(net):
+        batch = read_batch(trainer, stage, 0, 12)
+        with torch.no_grad():
+            outputs, _ = net(**batch.inputs)
+        if (images := batch.inputs.get("pixel_values")) is not None:
+            read_off = [describe(task, outputs[task["name"]], batch.target[task["name"]]) for task in tasks]
+            captions = ["\n".join(lines) for lines in zip(*(lines for lines, _ in read_off), strict=True)]
+            right = [all(good) for good in zip(*(good for _, good in read_off), strict=True)]
+            media["samples"] = captioned_images(images, captions, right, "target → prediction, orange: a wrong class")
+        if conflict_batches and len(tasks) > 1 and has_whole_gradients(trainer.strategy):
+            size, found = trainer.datamodule.batch_size, []
+            end = min(conflict_batches * size, len(getattr(trainer.datamodule, f"{stage}_data")))
+            params = [p for p in net.body.parameters() if p.requires_grad]
+            # Evaluation has switched gradients off.
+            with torch.inference_mode(False), torch.enable_grad():
+                for first in range(0, end, size):
+                    batch = read_batch(trainer, stage, first, size)
+                    losses = task_losses(tasks, net(**batch.inputs)[0], batch.target)
+                    found.append(cosines(task_gradients(losses, params, torch.ones_like(losses))))
+            media["angles"] = gradient_angles(torch.stack(found), names)
+    weights = task_weights(read_metrics(module.run_dir), names) if stage == "val" else None
+    return media if weights is None else {**media, "weights": weights}

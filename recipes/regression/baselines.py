@@ -1,0 +1,55 @@
+"""Linear regression and gradient-boosted trees on the same rows, to compare a net with."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from common.sources.tables import Columns, DataFrame, cardinalities, encode, raw_numbers
+
+
+def baseline_table(
+    frame: DataFrame,
+    target: Float[np.ndarray, " rows"],
+    columns: Columns,
+    fit: Int64[Tensor, " fit"],
+    test: Int64[Tensor, " test"],
+    rmse: float,
+) -> str:
+    """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
+
+    Trees get numbers as they are, and categories as the net does; linear regression gets medians for gaps, and
+    categories one-hot.
+
+    Args:
+        frame: all rows.
+        target: their target.
+        columns: what :func:`fit_columns` has found.
+        fit: positions of the rows that the baselines are fitted on.
+        test: positions of the rows to predict.
+        rmse: the net's root-mean-square error on these.
+
+    Returns:
+        A line for each with the root-mean-square error in the target's units.
+    """
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.linear_model import LinearRegression
+
+    raw, codes, sizes = raw_numbers(frame, columns), encode(frame, columns)[1], cardinalities(columns)
+    one_hot = [torch.nn.functional.one_hot(codes[:, n], size).numpy() for n, size in enumerate(sizes)]
+    medians = [each["median"] for each in columns["numeric"].values()]
+    plain = np.hstack([np.where(np.isnan(raw), medians, raw), *one_hot])
+    # Trees see gaps by themselves, and split up to 255 categories as sets; more of them by the order of their codes.
+    own = codes[:, : len(columns["categorical"])].numpy()
+    as_sets = [raw.shape[1] + n for n in range(own.shape[1]) if sizes[n] <= 255]
+    mixed = np.hstack([raw, own])
+    rows, asked = fit.numpy(), test.numpy()
+    settings: Any = {"categorical_features": as_sets, "random_state": 0}
+    trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], target[rows])
+    linear = LinearRegression().fit(plain[rows], target[rows])
+    found = {"linear regression": linear.predict(plain[asked]), "gradient boosting": trees.predict(mixed[asked])}
+    errors = {name: np.sqrt(np.mean((values - target[asked]) ** 2)) for name, values in found.items()}
+    errors["this net"] = rmse
+    return "\n".join(["RMSE on the test rows", *(f"{name:<20}{error:.4g}" for name, error in errors.items())])

@@ -1,0 +1,78 @@
+"""Predictions against true values, and residuals."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from common.figures import GREY, PALETTE, new_figure, short_number, style_axes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def predicted_against_true(
+    target: Float[Tensor, "samples"],
+    preds: Float[Tensor, "samples"],
+    interval: Sequence[Float[Tensor, "samples"]] = (),
+    name: str = "target",
+    shown: int = 2000,
+) -> "Figure":
+    """Predictions against true values with the line where they agree, and prediction intervals as thin bars.
+
+    Args:
+        target: true values.
+        preds: predicted values.
+        interval: lower and upper ends of the prediction intervals, or nothing.
+        name: what is predicted, with its unit if it has one.
+        shown: points drawn at most, evenly spread over the samples.
+    """
+    step = max(math.ceil(len(target) / shown), 1)
+    true, pred, *ends = (values[::step].double().cpu().numpy() for values in (target, preds, *interval))
+    figure = new_figure(4.3, 4.3)
+    axes = figure.add_subplot()
+    error = (preds - target).double().square().mean().sqrt().item()
+    style_axes(
+        axes, f"RMSE {short_number(error)}", f"true {name.replace('_', ' ')}", f"predicted {name.replace('_', ' ')}"
+    )
+    alpha = min(max(150 / len(true), 0.15), 0.8)
+    if ends:
+        axes.vlines(true, ends[0], ends[1], color=PALETTE[4], lw=0.6, alpha=alpha, label="prediction interval")
+    axes.scatter(true, pred, s=9, color=PALETTE[0], alpha=alpha, lw=0, rasterized=True, zorder=3)
+    low, high = min(true.min(), pred.min()), max(true.max(), pred.max())
+    margin = 0.04 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    axes.plot(limits, limits, color=PALETTE[1], lw=1.2, ls="--", zorder=4, label="prediction = true value")
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    legend = axes.legend(loc="upper left", fontsize=8, labelcolor=GREY, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)  # type: ignore[union-attr]
+    return figure
+
+
+def residuals(
+    target: Float[Tensor, "samples"], preds: Float[Tensor, "samples"], name: str = "target", shown: int = 2000
+) -> "Figure":
+    """Residuals over predictions, which show where the net errs, and beside them how they are distributed.
+
+    Args:
+        target: true values.
+        preds: predicted values.
+        name: what is predicted, with its unit if it has one.
+        shown: points drawn at most, evenly spread over the samples.
+    """
+    step = max(math.ceil(len(target) / shown), 1)
+    pred, residual = preds.double().cpu().numpy(), (target - preds).double().cpu().numpy()
+    figure = new_figure(5.6, 3.3)
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    title = f"mean {short_number(residual.mean())}, mean absolute {short_number(abs(residual).mean())}"
+    style_axes(axes, title, f"predicted {name.replace('_', ' ')}", "residual: true – predicted")
+    alpha = min(max(150 / len(pred[::step]), 0.15), 0.8)
+    axes.scatter(pred[::step], residual[::step], s=9, color=PALETTE[0], alpha=alpha, lw=0, rasterized=True)
+    axes.axhline(0, color=PALETTE[1], lw=1.2, ls="--")
+    style_axes(side, "", "samples")
+    side.hist(residual, min(max(len(residual) // 10, 10), 60), orientation="horizontal", color=PALETTE[0])
+    side.axhline(0, color=PALETTE[1], lw=1.2, ls="--")
+    return figure
