@@ -239,7 +239,8 @@ class BaseDataModule(L.LightningDataModule):
         assert self.trainer is not None, "loaders are made by a Trainer"
         return self.trainer
 
-    def _loader(self, dataset: BatchDataset, sampler: Sampler[Positions]) -> DataLoader[Any]:
+    def loader(self, dataset: BatchDataset, sampler: Sampler[Positions]) -> DataLoader[Any]:
+        """Batches of a data set, in a sampler's order."""
         on_gpu = torch.cuda.is_available() and self._trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             _Batches(dataset),
@@ -253,10 +254,10 @@ class BaseDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Seeded, resumable batches of the training data."""
-        return self._loader(self.train_data, TrainSampler(len(self.train_data), self.batch_size, self._trainer))
+        return self.loader(self.train_data, TrainSampler(len(self.train_data), self.batch_size, self._trainer))
 
     def _eval_loader(self, dataset: BatchDataset) -> DataLoader[Any]:
-        return self._loader(dataset, EvalSampler(len(dataset), self.eval_batch_size, self._trainer))
+        return self.loader(dataset, EvalSampler(len(dataset), self.eval_batch_size, self._trainer))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation sample once, padded and masked."""

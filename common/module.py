@@ -122,7 +122,7 @@ class BaseModule(L.LightningModule):
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
-        self._log_now = False
+        self.writes_row = False
         self._lr = 0.0
         self.grad_norm = torch.tensor(0.0)
 
@@ -259,8 +259,8 @@ class BaseModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Logging costs more than a small net's step, hence only where a row is written. The loss is the mean of every
         # micro-batch since the last row, on all ranks.
-        if self._log_now:
-            self._log_now = False
+        if self.writes_row:
+            self.writes_row = False
             self.log("train/loss", self._losses.take(self.trainer.strategy), prog_bar=True)
             self.log_dict({"optim/lr": self._lr, "optim/grad_norm": self.grad_norm, **self.train_metrics()})
 
@@ -330,8 +330,8 @@ class BaseModule(L.LightningModule):
     ) -> None:
         if not self.ends_step:
             return  # DeepSpeed accumulates by itself and calls this for every micro-batch
-        self._log_now = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if self._log_now or gradient_clip_val:
+        self.writes_row = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if self.writes_row or gradient_clip_val:
             self._lr = max(group["lr"] for group in optimizer.param_groups)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             # What a strategy shards in a way of its own, it adds up by itself.

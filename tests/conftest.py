@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.run.record
 import common.run.report
-from tests.support import RECIPES, ROOT, text_args
+from tests.support import RECIPES, small_args
 
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
 
@@ -68,17 +69,17 @@ def lm_args(small_text: Path) -> list[str]:
     """Arguments that make the lm recipe small."""
     net = "--model.config.init_args"
     return [
-        "--data.path", str(small_text), "--data.tokenizer", "common.sources.tokenizers.Characters", "--data.context", "32",
+        "--data.path", str(small_text), "--data.context", "32",
+        "--data.tokenizer", "common.sources.tokenizers.Characters",
         f"{net}.hidden_size", "32", f"{net}.intermediate_size", "64", f"{net}.num_hidden_layers", "2",
         f"{net}.num_attention_heads", "2", "--model.sample_tokens", "16",
     ]  # fmt: skip
 
 
 @pytest.fixture
-def plain_args(lm_args: list[str]) -> dict[str, list[str]]:
+def plain_args(small_text: Path) -> dict[str, list[str]]:
     """Small nets without dropout or batch norm for each recipe."""
-    layers = {path.stem: ["--config", str(path)] for path in (ROOT / "tests/layers").glob("*.yaml")}
-    return {recipe: layers.get(recipe) or text_args(recipe, lm_args) for recipe in RECIPES}
+    return {recipe: small_args(recipe, small_text) for recipe in RECIPES}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

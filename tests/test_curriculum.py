@@ -135,9 +135,9 @@ Fit = Callable[..., Any]
 
 
 @pytest.fixture
-def fit(work: Path, lm_args: list[str]) -> Fit:
+def fit(work: Path, small_text: Path) -> Fit:
     """Train the small net without a validation and return the command line."""
-    base = [*text_args("curriculum", lm_args), *SILENT, "--trainer.limit_val_batches", "0"]
+    base = [*text_args("curriculum", small_text), *SILENT, "--trainer.limit_val_batches", "0"]
     base += ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"]
     return lambda *args: main_of("curriculum")(["fit", *base, *args])
 
@@ -178,8 +178,8 @@ def test_self_paced_steps_learn_from_the_windows_that_are_easiest_at_the_time(fi
 
 
 @pytest.mark.parametrize("pace", [[], ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "10000"]])
-def test_preflight_measures_the_largest_step(pace: list[str], fit: Fit, lm_args: list[str], work: Path) -> None:
-    small = [*text_args("curriculum", lm_args), "--data.batch_size", "8", *pace]
+def test_preflight_measures_the_largest_step(pace: list[str], fit: Fit, small_text: Path, work: Path) -> None:
+    small = [*text_args("curriculum", small_text), "--data.batch_size", "8", *pace]
     staged, whole = (main_of("curriculum")(["preflight", *small, *more]).trainer.found for more in ([], WHOLE))
     assert staged.items == 8 * 32
     assert staged.activations == whole.activations
@@ -214,8 +214,8 @@ def differing_main(args: list[str], path: Path) -> None:
     main_of("curriculum")([*args, *scores_of(path / f"scores{rank}.txt", rank)])
 
 
-def test_ranks_must_have_the_same_order_of_difficulty(lm_args: list[str], work: Path) -> None:
-    args = ["fit", *text_args("curriculum", lm_args), *SILENT, "--trainer.accelerator", "cpu"]
+def test_ranks_must_have_the_same_order_of_difficulty(small_text: Path, work: Path) -> None:
+    args = ["fit", *text_args("curriculum", small_text), *SILENT, "--trainer.accelerator", "cpu"]
     args += ["--trainer.devices", "2", "--trainer.max_steps", "2"]
     assert 2 in run_ranks(differing_main, args, work, folder=work), logs(work)
     assert "training windows are in another order than those of rank 0" in logs(work)

@@ -40,8 +40,8 @@ from tests.test_resume import digest, killed_main, write_config
 pytestmark = pytest.mark.usefixtures("no_report")
 
 RECIPE = "distillation"
-LAYER = ["--config", str(ROOT / "tests/layers/distillation.yaml")]
-SHORT = str(ROOT / "tests/layers/teacher/short.yaml")
+LAYER = ["--config", str(ROOT / "recipes/distillation/small.yaml")]
+SHORT = str(ROOT / "recipes/distillation/small_teacher.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SMALL = [*LAYER, *TINY, *CPU]
 CONVS = [

@@ -87,7 +87,7 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
             if "/lm/" in line and "--data." not in line:
                 small += " --data.path tinyshakespeare.txt"
             if "/distillation/" in line:
-                small += " --model.teacher_training ../../tests/layers/teacher/short.yaml"
+                small += " --model.teacher_training small_teacher.yaml"
             if "/distillation/lm" in line:
                 small += " --data.source.init_args.path tinyshakespeare.txt"
         plain = re.fullmatch(r"(WANDB_MODE=offline )?python recipes/(\w+)/train\.py (.*)", small)

@@ -17,9 +17,9 @@ import pytest
 from tests.support import (
     INEXACT,
     LAUNCHERS,
+    MEASURED,
     MISSING,
     PLAIN,
-    RECIPES,
     ROOT,
     STRATEGIES,
     difference,
@@ -34,11 +34,11 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
 LAYERS = sorted([*STRATEGIES, *LAUNCHERS, *MISSING])
-CELLS = [(recipe, strategy, precision) for recipe in RECIPES for strategy in LAYERS for precision in PRECISIONS]
+CELLS = [(recipe, strategy, precision) for recipe in MEASURED for strategy in LAYERS for precision in PRECISIONS]
 # Every strategy with every precision, each with one recipe, so that its run on one process is made once. fp32, which
 # tf32 is on a CPU, is in test_strategies.py; what a CPU refuses under any strategy is tried under one.
 FAST = {
-    (RECIPES[j - 2], strategy, precision)
+    (MEASURED[j - 2], strategy, precision)
     for strategy in STRATEGIES
     for j, precision in enumerate(PRECISIONS)
     if precision not in ("fp32", "tf32") and (strategy == STRATEGIES[j] or precision not in ("fp16-mixed", "fp8"))
@@ -56,7 +56,8 @@ def key_of(cell: tuple[str, str, str]) -> str:
     recipe, strategy, precision = cell
     layers = [ROOT / f"configs/{layer}.yaml" for layer in (f"strategy/{strategy}", f"precision/{precision}")]
     tests = [Path(__file__), *(ROOT / "tests" / name for name in ("support.py", "conftest.py", "plain.yaml"))]
-    folders = [ROOT / "common", ROOT / "recipes" / recipe, ROOT / "tests/layers"]
+    tests.append(ROOT / "configs/defaults.yaml")
+    folders = [ROOT / "common", ROOT / "recipes" / recipe]
     files = [*(path for folder in folders for path in folder.rglob("*.*")), *layers, *tests]
     sha = hashlib.sha256()
     for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
@@ -161,7 +162,7 @@ def render() -> str:
         "fifth. Ranks of ray are started here as those of all others. [n] is the line with which the cell is refused",
         "before training starts or at its first step; `not run` alone is a cell that is still to be run.",
     ]
-    for recipe in RECIPES:
+    for recipe in MEASURED:
         lines += [
             "",
             f"## {recipe}",
@@ -187,7 +188,7 @@ def on_page(cell: tuple[str, str, str]) -> str:
 
 def test_page_names_every_cell() -> None:
     page = PAGE.read_text()
-    for recipe in RECIPES:
+    for recipe in MEASURED:
         section = page.split(f"## {recipe}\n")[1].split("\n## ")[0]
         assert [line.split(" | ")[0].strip("| ") for line in section.splitlines() if line.startswith("| ")] == [
             "strategy", *LAYERS,

@@ -309,7 +309,7 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
     """Train twenty steps in epochs of five at the same global batch; losses and weights of the tasks."""
     args = [
         "fit", *PLAIN, "--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--config",
-        str(ROOT / "tests/layers/multitask.yaml"), "--name", name, "--data.batch_size", str(batch // world),
+        str(ROOT / "recipes/multitask/small.yaml"), "--name", name, "--data.batch_size", str(batch // world),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(world), "--trainer.max_epochs", "4",
         "--trainer.limit_train_batches", "5", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *flags,
@@ -474,7 +474,7 @@ def test_a_killed_run_goes_on_to_the_bit(method: str, work: Path) -> None:
     """In the midst of an epoch, of which DynamicWeightAverage has seen two, on two ranks."""
     args = [
         "fit", "--config", str(write_config(work, {"every_n_train_steps": 3})), "--config",
-        str(ROOT / "configs/strategy/ddp.yaml"), "--config", str(ROOT / "tests/layers/multitask.yaml"),
+        str(ROOT / "configs/strategy/ddp.yaml"), "--config", str(ROOT / "recipes/multitask/small.yaml"),
         "--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_epochs", "4",
         "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "1", *METHODS[method],
         "--trainer.enable_progress_bar", "false",

@@ -1,6 +1,5 @@
 """What every recipe promises, checked on each that is found."""
 
-import ast
 import json
 import os
 import re
@@ -13,9 +12,9 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 
-from tests.support import PLAIN, RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_ranks, text_args
+from tests.support import MEASURED, PLAIN, RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_ranks, text_args
 
-LIMITS = {"README.md": 80, "config.yaml": 60, "data.py": 110, "module.py": 115, "train.py": 25}
+FILES = {"__init__.py", "README.md", "config.yaml", "data.py", "module.py", "results.yaml", "small.yaml", "train.py"}
 PYTHON = [sys.executable, "-W", "ignore"]
 # For what is the same code under all recipes; the matrix and `make test-all` have the others.
 SOME = [name if name == "lm" else pytest.param(name, marks=pytest.mark.matrix) for name in RECIPES]
@@ -23,16 +22,18 @@ SOME = [name if name == "lm" else pytest.param(name, marks=pytest.mark.matrix) f
 RUN = """
 import gc, json, os, runpy, sys
 import kornia, lightning.pytorch.cli, transformers
-for command in json.loads(sys.argv[1]):
+for command, home in json.loads(sys.argv[1]):
     if not os.fork():
         sys.argv, sys.path[0] = command, os.path.dirname(command[0])
         runpy.run_path(command[0], run_name="__main__")
         assert gc.isenabled()
-        assert sys.modules["common.run.cli"].__file__ == os.path.abspath("clone/common/cli.py"), "the one that is installed"
+        assert sys.modules["common.run.cli"].__file__ == home + "/common/run/cli.py", "of another clone"
         sys.exit()
     if os.wait()[1]:
         sys.exit(f"{command} failed")
 """
+# Where a run finds the classes of its recipe.
+HOMES = {"adversarial": "recipes.adversarial", "mine": "recipes.mine", "robust": "robust"}
 LOAD = """
 import importlib, sys
 from common.module import BaseModule
@@ -47,57 +48,38 @@ for recipe in sys.argv[1:]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_anatomy(recipe: str) -> None:
-    folder = ROOT / "recipes" / recipe
-    lines = {path.name: len(path.read_text().splitlines()) for path in folder.iterdir() if path.is_file()}
-    assert set(LIMITS) <= set(lines)
-    assert [name for name, limit in LIMITS.items() if lines[name] > limit] == []
-    presets = [name for name in lines if name.endswith(".yaml") and name != "config.yaml"]
-    assert [name for name in presets if lines[name] > 40] == []
-    assert sum(count for name, count in lines.items() if name.endswith(".py")) <= 250
-
-
-def test_every_recipe_has_a_small_net(plain_args: dict[str, list[str]]) -> None:
-    assert [recipe for recipe in RECIPES if not plain_args[recipe]] == []
+    """Every recipe has the same files, and what it has beside them is named after the idea."""
+    found = {path.name for path in (ROOT / "recipes" / recipe).iterdir() if path.is_file()}
+    assert FILES - {"results.yaml"} <= found
+    assert not found & {"utils.py", "helpers.py", "misc.py", "common.py", "base.py"}
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes").rglob("*.yaml")) + sorted((ROOT / "configs").rglob("*.yaml")), ids=str
 )
 def test_configs_say_what_they_are_for(path: Path) -> None:
-    text = path.read_text()
-    assert text.startswith("# "), "the head comment says when to use it"
-    assert isinstance(yaml.safe_load(text), dict)
+    """The head comment of a recipe's config is its command, that of a layer says when to take it and what it costs."""
+    head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# "))
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+    if path.stem in ("small", "results") or path.stem.endswith("teacher"):
+        assert re.match(r"For tests: |What `make results` measures: |How [\w' .]*teacher", head), head
+    elif path.is_relative_to(ROOT / "recipes"):
+        own = "" if path.name == "config.yaml" else rf" --config recipes/\w+/{path.name}"
+        assert re.match(rf"python recipes/\w+/train\.py fit{own}\b", head), head
+    elif path.parent.name == "strategy":
+        assert all(word in head for word in ("When: ", "Needs: ", "bytes", "--trainer.devices")), head
+    else:
+        assert re.match(r"[A-Z].{40,}\.", head), head
 
 
-def imported(path: Path, at_once: bool = False) -> set[str]:
-    """Names of the modules that a file imports absolutely; ``at_once`` for those that it does not put off."""
-    names, module = set(), ast.parse(path.read_text())
-    for node in module.body if at_once else ast.walk(module):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module or "")
-    return names
-
-
-def test_import_rules() -> None:
-    """A recipe imports no other recipe, and common none at all."""
-    files = [*(ROOT / "common").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
-    assert len(files) > 10
-    assert [str(path) for path in files if any(name.split(".")[0] == "recipes" for name in imported(path))] == []
-    heavy = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
-    for path in files:
-        assert heavy.isdisjoint(name.split(".")[0] for name in imported(path, at_once=True)), path
-
-
-def tiny(recipe: str, lm_args: list[str]) -> list[str]:
+def tiny(recipe: str, small_text: Path) -> list[str]:
     """The tiny layer, on a small corpus where text is read; `main` of a copied recipe has the same arguments."""
-    return [*TINY, *text_args(recipe, lm_args), "--trainer.accelerator", "cpu"]
+    return [*TINY, *text_args(recipe, small_text), "--trainer.accelerator", "cpu"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
-    main, args = main_of(recipe), tiny(recipe, lm_args)
+def test_fit_test_predict(recipe: str, work: Path, small_text: Path) -> None:
+    main, args = main_of(recipe), tiny(recipe, small_text)
     main(["fit", *args])
     run = work / "runs" / recipe / "default"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -112,8 +94,8 @@ def test_fit_test_predict(recipe: str, work: Path, lm_args: list[str]) -> None:
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
-def test_a_run_stays_what_it_is(recipe: str, work: Path, lm_args: list[str]) -> None:
-    main, args = main_of(recipe), tiny(recipe, lm_args)
+def test_a_run_stays_what_it_is(recipe: str, work: Path, small_text: Path) -> None:
+    main, args = main_of(recipe), tiny(recipe, small_text)
     main(["fit", *args])
     run = work / "runs" / recipe / "default"
     metrics = (run / "metrics.csv").read_bytes()
@@ -126,8 +108,8 @@ def test_a_run_stays_what_it_is(recipe: str, work: Path, lm_args: list[str]) -> 
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
-def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[str]) -> None:
-    main, args = main_of(recipe), tiny(recipe, lm_args)
+def test_flags_win_over_the_checkpoint(recipe: str, work: Path, small_text: Path) -> None:
+    main, args = main_of(recipe), tiny(recipe, small_text)
     decay = "--model.optimizer.weight_decay"
     main(["fit", *args, "--model.l1", "0.001", "--seed_everything", "5", decay, "0.3"])
     cli = main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
@@ -143,23 +125,35 @@ def test_flags_win_over_the_checkpoint(recipe: str, work: Path, lm_args: list[st
     assert cli.model.hparams.l1 == 0.5
 
 
-@pytest.mark.slow
-def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
-    """By path from another folder, and their checkpoints load in a process that knows only the classes."""
-    clone = work / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
-    installed = {**os.environ, "PYTHONPATH": str(ROOT)}
-    commands = []
-    for recipe in RECIPES:
-        shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/my_{recipe}")
-        commands.append([str(clone / f"recipes/my_{recipe}/train.py"), "fit", *tiny(recipe, lm_args), *PLAIN])
+@pytest.fixture
+def clone(work: Path) -> Path:
+    """A copy of the repository, beside the one that is installed."""
+    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info")
+    return Path(shutil.copytree(ROOT, work / "clone", ignore=ignored))
+
+
+def run_scripts(work: Path, commands: list[tuple[list[str], Path]]) -> None:
+    """Run commands one after the other, each of which must take common from its clone; one is installed, too."""
+    text = json.dumps([(command, str(home)) for command, home in commands])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*PYTHON, "-c", RUN, json.dumps(commands)], cwd=work, env=installed, capture_output=True, text=True, check=False
+        [*PYTHON, "-c", RUN, text], cwd=work, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_copied_recipes_run_unedited(work: Path, clone: Path, small_text: Path) -> None:
+    """By path from another folder, and their checkpoints load in a process that knows only the classes."""
+    commands = []
+    for recipe in MEASURED:
+        shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/my_{recipe}")
+        script = str(clone / f"recipes/my_{recipe}/train.py")
+        commands.append(([script, "fit", *tiny(recipe, small_text), *PLAIN], clone))
+    run_scripts(work, commands)
     loaded = subprocess.run(
-        [*PYTHON, "-c", LOAD, *RECIPES],
+        [*PYTHON, "-c", LOAD, *MEASURED],
         cwd=work,
         env={**os.environ, "PYTHONPATH": str(clone)},
         capture_output=True,
@@ -168,16 +162,51 @@ def test_copied_recipes_run_unedited(work: Path, lm_args: list[str]) -> None:
     )
     assert loaded.returncode == 0, loaded.stderr
     sizes = [int(line) for line in loaded.stdout.splitlines() if line.isdigit()]
-    assert len(sizes) == len(RECIPES)
+    assert len(sizes) == len(MEASURED)
     assert min(sizes) > 1000
 
 
+def test_a_copy_uses_its_own_classes(work: Path, clone: Path) -> None:
+    """Inside the clone and outside of it, beside a package of one's own named common; runs go on in either's place."""
+    original, mine, outside = clone / "recipes/adversarial", clone / "recipes/mine", work / "lab/robust"
+    for copy in (mine, outside):
+        shutil.copytree(original, copy)
+        attacks = (copy / "attacks.py").read_text()
+        assert "self.step_size = usual * eps" in attacks
+        (copy / "attacks.py").write_text(attacks.replace("self.step_size = usual * eps", "self.step_size = 0.1 * eps"))
+    (work / "lab/common").mkdir()
+    (work / "lab/common/__init__.py").write_text("raise ImportError('of the lab')\n")
+    shutil.copytree(work / "lab/common", work / "common")
+
+    def fit(recipe: Path, *args: str) -> list[str]:
+        return [str(recipe / "train.py"), "fit", *TINY, *PLAIN, *args, "--trainer.accelerator", "cpu"]
+
+    def go_on(recipe: Path, run: str) -> list[str]:
+        last = f"runs/{run}/default/checkpoints/last.ckpt"
+        return fit(recipe, "--ckpt_path", last, "--name", f"from_{run}", "--trainer.max_steps", "6")
+
+    home = {original: clone, mine: clone, outside: ROOT}
+    commands = [(fit(recipe), home[recipe]) for recipe in home]
+    commands += [
+        (go_on(mine, "adversarial"), clone),
+        (go_on(original, "robust"), clone),
+        (go_on(outside, "mine"), ROOT),
+    ]
+    run_scripts(work, commands)
+    losses = [read_metrics(work / f"runs/{name}/default/metrics.csv", "train/loss") for name in HOMES]
+    assert losses[0] != losses[1] == losses[2]
+    for (name, package), earlier in zip(HOMES.items(), ("robust", "adversarial", "mine"), strict=True):
+        for run in ("default", f"from_{earlier}"):
+            text = (work / f"runs/{name}/{run}/config.yaml").read_text()
+            assert set(re.findall(r"class_path: ([\w.]+)\.attacks\.PGD", text)) == {package}
+
+
 @pytest.mark.parametrize("way", ["module", "ddp", pytest.param("fsdp2", marks=pytest.mark.matrix)])
-def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
+def test_ways_to_start(way: str, work: Path, small_text: Path) -> None:
     """As a module, and by path with the ranks that a strategy launches itself; a command of the docs has torchrun."""
     recipe = "classification" if way == "ddp" else "lm"
     script = str(ROOT / f"recipes/{recipe}/train.py")
-    args = ["fit", *tiny(recipe, lm_args), "--trainer.devices", "1" if way == "module" else "2"]
+    args = ["fit", *tiny(recipe, small_text), "--trainer.devices", "1" if way == "module" else "2"]
     command = [*PYTHON, script, *args, "--config", str(ROOT / f"configs/strategy/{way}.yaml")]
     if way == "module":
         command = [*PYTHON, "-m", f"recipes.{recipe}.train", *args]
@@ -192,9 +221,9 @@ def test_ways_to_start(way: str, work: Path, lm_args: list[str]) -> None:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_log_says_how_far_training_is_between_validations(
-    work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    work: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["fit", *tiny("lm", lm_args), "--trainer.val_check_interval", "4"]
+    args = ["fit", *tiny("lm", small_text), "--trainer.val_check_interval", "4"]
     for seconds, expected in ((60.0, ["4"]), (0.0, [*"12344"])):
         monkeypatch.setattr("common.run.callbacks.RunProgressBar.seconds", seconds)
         main_of("lm")([*args, "--name", f"every-{seconds:.0f}"])
@@ -203,11 +232,20 @@ def test_a_log_says_how_far_training_is_between_validations(
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
-def test_precision_layers_train(recipe: str, work: Path, lm_args: list[str]) -> None:
+def test_precision_layers_train(recipe: str, work: Path, small_text: Path) -> None:
     """The layers find about the same validation loss after two steps; those that need a GPU say so in a line."""
     losses = {}
     for layer in (ROOT / "configs/precision").glob("*.yaml"):
-        args = ["fit", *tiny(recipe, lm_args), "--config", str(layer), "--trainer.max_steps", "2", "--name", layer.stem]
+        args = [
+            "fit",
+            *tiny(recipe, small_text),
+            "--config",
+            str(layer),
+            "--trainer.max_steps",
+            "2",
+            "--name",
+            layer.stem,
+        ]
         codes = run_ranks(main_of(recipe), args, world=1, folder=work)
         if layer.stem in ("fp16-mixed", "fp8"):
             assert codes == [2]
@@ -222,10 +260,10 @@ def test_precision_layers_train(recipe: str, work: Path, lm_args: list[str]) -> 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
 def test_a_checkpoint_goes_on_in_its_own_run(
-    recipe: str, work: Path, lm_args: list[str], capsys: pytest.CaptureFixture[str]
+    recipe: str, work: Path, small_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever names it, and at another batch size; that of another run starts a run of its own."""
-    main, args, runs = main_of(recipe), tiny(recipe, lm_args), work / "runs" / recipe
+    main, args, runs = main_of(recipe), tiny(recipe, small_text), work / "runs" / recipe
     main(["fit", *args])
     main(["fit", *args, "--name", "other"])
     default = {path: path.read_bytes() for path in (runs / "default").rglob("*") if path.is_file()}
@@ -247,11 +285,9 @@ def test_a_checkpoint_goes_on_in_its_own_run(
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
-def test_a_moved_run_keeps_its_best(
-    recipe: str, work: Path, lm_args: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_run_keeps_its_best(recipe: str, work: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = main_of(recipe)
-    main(["fit", *tiny(recipe, lm_args)])
+    main(["fit", *tiny(recipe, small_text)])
     (work / "runs").rename(work / "moved")
     (work / "elsewhere").mkdir()
     (work / "moved").rename(work / "elsewhere/runs")
@@ -262,14 +298,14 @@ def test_a_moved_run_keeps_its_best(
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
+def test_a_layer_given_again_may_differ(work: Path, small_text: Path) -> None:
     def layer(patience: int, monitor: str = "val/loss") -> list[str]:
         stop = {"monitor": monitor, "patience": patience}
         callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}
         (work / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
         return ["--config", str(work / "stop.yaml")]
 
-    main_of("lm")(["fit", *tiny("lm", lm_args), *layer(5)])
+    main_of("lm")(["fit", *tiny("lm", small_text), *layer(5)])
     cli = main_of("lm")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5", *layer(7)])
     assert [callback.patience for callback in cli.trainer.early_stopping_callbacks] == [7]
     rates = [
@@ -279,11 +315,11 @@ def test_a_layer_given_again_may_differ(work: Path, lm_args: list[str]) -> None:
     (work / "rates.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": rates}}))
     for start in ([], ["--ckpt_path", "last", "--trainer.max_steps", "5"]):
         cli = main_of("lm")(
-            ["fit", *tiny("lm", lm_args), "--name", "both", "--config", str(work / "rates.yaml"), *start]
+            ["fit", *tiny("lm", small_text), "--name", "both", "--config", str(work / "rates.yaml"), *start]
         )
         monitors = [each for each in cli.trainer.callbacks if isinstance(each, LearningRateMonitor)]
         assert [monitor.logging_interval for monitor in monitors] == ["step", "epoch"]
     with pytest.raises(SystemExit):  # found only when a validation has logged its metrics
-        main_of("lm")(["fit", *tiny("lm", lm_args), *layer(7, "val/lss")])
+        main_of("lm")(["fit", *tiny("lm", small_text), *layer(7, "val/lss")])
     assert sorted(os.listdir(work / "runs/lm")) == ["both", "default"], "the run that was moved aside is back"
     assert (work / "runs/lm/default/checkpoints/last.ckpt").is_file()

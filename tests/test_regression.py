@@ -42,7 +42,7 @@ from recipes.regression.module import RegressionModule
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 main = main_of("regression")
-SMALL = ["--config", str(ROOT / "tests/layers/regression.yaml"), *TINY, "--trainer.accelerator", "cpu"]
+SMALL = ["--config", str(ROOT / "recipes/regression/small.yaml"), *TINY, "--trainer.accelerator", "cpu"]
 ROWS = 200
 
 

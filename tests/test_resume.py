@@ -18,14 +18,26 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from tests.support import EXACT, RECIPES, REFUSED, ROOT, logs, main_of, per_rank, run_ranks, runs_on, text_args, turn
+from tests.support import (
+    EXACT,
+    RECIPES,
+    ROOT,
+    is_refused,
+    logs,
+    main_of,
+    per_rank,
+    run_ranks,
+    runs_on,
+    text_args,
+    turn,
+)
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
 # Both epochs have 12 micro-batches; where they are odd the data has 11, of which the last is half a step and left out.
 STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
     "mid_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 5}, 7),
     "step_on_last_batch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": 12}, 14),
-    "per_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_epochs": 1}, 15),
+    "per_epoch": (["--trainer.limit_train_batches", "12"], {"every_n_train_steps": None}, 15),
     "odd_accumulation": (
         ["--trainer.limit_train_batches", "1.0", "--trainer.accumulate_grad_batches", "2"],
         {"every_n_train_steps": 3},
@@ -37,7 +49,7 @@ CELLS = [
     *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
     *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),
 ]
-CELLS = [cell for cell in CELLS if (cell[0], cell[-1]) not in REFUSED and runs_on(cell[-1], cell[1])]
+CELLS = [cell for cell in CELLS if not is_refused(cell[0], cell[-1]) and runs_on(cell[-1], cell[1])]
 # Any two values of stop, ranks and workers meet; every recipe and every other strategy is there.
 SHARDED = [(turn(name, i), 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS)]
 FAST = {
@@ -90,11 +102,10 @@ def killed_main(recipe: str, args: list[str], micro_batch: int) -> None:
 
 
 def write_config(folder: Path, saves: dict[str, Any]) -> Path:
-    """A layer with one checkpoint callback, which writes ``last.ckpt``, and no metrics of which to make a report."""
-    settings = {"dirpath": "checkpoints", "filename": "last", "enable_version_counter": False, **saves}
+    """A layer that says when ``last.ckpt`` is written, without metrics to make a report of."""
     path = folder / "resume.yaml"
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}
-    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback], "logger": False}}))
+    trainer = {"callbacks": [], "logger": False}
+    path.write_text(yaml.safe_dump({"last": saves, "media": {"every_n_validations": 0}, "trainer": trainer}))
     return path
 
 
@@ -109,10 +120,10 @@ def training_samples(recipe: str, args: tuple[str, ...]) -> int:
     [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in CELLS],
 )
 def test_killed_run_goes_on_to_the_bit(
-    recipe: str, world: int, stop: str, workers: int, strategy: str, work: Path, lm_args: list[str]
+    recipe: str, world: int, stop: str, workers: int, strategy: str, work: Path, small_text: Path
 ) -> None:
     settings, saves, micro_batch = STOPS[stop]
-    own = text_args(recipe, lm_args)
+    own = text_args(recipe, small_text)
     batch_size = (
         per_rank(training_samples(recipe, tuple(own)) // 11, world, strategy) if stop == "odd_accumulation" else 4
     )

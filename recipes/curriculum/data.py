@@ -93,7 +93,7 @@ class CurriculumData(BaseDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.train_data, CurriculumSampler(self.order, self.batch_size, self, self._trainer))
+        return self.loader(self.train_data, CurriculumSampler(self.order, self.batch_size, self, self._trainer))
 
     @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

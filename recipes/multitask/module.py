@@ -100,7 +100,7 @@ class MultiTaskModule(BaseModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self._log_now:
+        if self.writes_row:
             self.log_dict(self.balance.logs())
         super().on_train_batch_end(outputs, batch, batch_idx)
 
