@@ -1,8 +1,9 @@
 """``make results``: train each recipe's measured runs with three seeds and write the table of ``recipes/README.md``.
 
-What is measured stands in ``recipes/<task>/results.yaml``. Each number is kept with a hash of the resolved config that
-gave it, and only stale ones are measured again; ``--check`` tells which those are and measures nothing. As many runs go
-on at a time as there are cores, each on one; what they print is in ``.results``.
+``recipes/<task>/results.yaml`` says what is measured. Each number is kept with a hash of the settings that decide it,
+and only stale ones are measured again; ``--check`` lists the stale ones and measures nothing. The page shows recipes that
+were measured: a copy joins them with ``--only <its name>``. As many runs go on at a time as there are cores, each on one;
+what they print is in ``.results``.
 """
 
 import argparse
@@ -72,18 +73,43 @@ def rows() -> list[Row]:
     return found
 
 
+def decisive(config: dict[str, Any]) -> Any:
+    """The settings that decide a number: without loggers and callbacks, and with the names alone of classes.
+
+    Where a class lives decides nothing.
+    """
+    kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
+    left_out = ("logger", "callbacks", "default_root_dir")
+    return _named({**kept, "trainer": {key: value for key, value in config["trainer"].items() if key not in left_out}})
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: item.rpartition(".")[2] if key == "class_path" else _named(item) for key, item in value.items()
+        }
+    return [_named(item) for item in value] if isinstance(value, list) else value
+
+
 @functools.cache
 def config_hash(row: Row) -> str:
-    """Eight digits that change when a value of the resolved config does."""
+    """Eight digits that change when a decisive setting does."""
     main = importlib.import_module(f"recipes.{row.recipe}.train").main
     text = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
         main(["fit", *row.fit, "--print_config"])
     config = yaml.safe_load(text.getvalue())
-    facts = json.dumps(config, sort_keys=True).replace(CACHE, "")  # which is each machine's own
+    settings = [decisive(config)]
     if training := config["model"].get("teacher_training"):
-        facts += (ROOT / "recipes" / row.recipe / training).read_text()
+        settings.append(_named(yaml.safe_load((ROOT / "recipes" / row.recipe / training).read_text())))
+    facts = json.dumps(settings, sort_keys=True).replace(CACHE, "")  # which is each machine's own
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
+
+
+def measured(store: dict[str, Any]) -> list[Row]:
+    """The rows of the recipes that the store knows."""
+    known = {key.split("/")[0] for key in store}
+    return [row for row in rows() if row.recipe in known]
 
 
 def measure(row: Row, seed: int) -> tuple[dict[str, float], float]:
@@ -118,7 +144,7 @@ def render(store: dict[str, Any], hashes: dict[str, str]) -> str:
         "| recipe | command | metric | mean ± std | beside | time | config |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows():
+    for row in measured(store):
         kept = store.get(row.key)
         result, took, mark = "not measured", "", ""
         if kept:
@@ -136,16 +162,17 @@ def main() -> None:
     """Measure what is stale, or only tell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only tell which numbers are stale")
-    parser.add_argument("--only", nargs="+", default=[""], help="recipes, or recipe/row")
+    parser.add_argument("--only", nargs="+", help="recipes, or recipe/row")
     options = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
-    hashes = {row.key: config_hash(row) for row in rows()}
+    asked = [row for row in rows() if row.key.startswith(tuple(options.only))] if options.only else measured(store)
+    hashes = {row.key: config_hash(row) for row in {*measured(store), *asked}}
     todo = []
-    for row in rows():
+    for row in asked:
         fresh = store.get(row.key, {}).get("hash") == hashes[row.key]
         missing = row.needs and not Path(row.needs).exists()
         print(f"{row.key}: {'fresh' if fresh else 'stale'}" + (f", needs {row.needs} here" if missing else ""))
-        if not (fresh or missing or options.check) and row.key.startswith(tuple(options.only)):
+        if not (fresh or missing or options.check):
             todo.append(row)
     environment = describe_environment()
     facts = {key: environment[key] for key in ("python", "torch", "commit")}

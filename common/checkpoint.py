@@ -32,6 +32,8 @@ def read_checkpoint(
     try:
         if not zipfile.is_zipfile(path):
             raise EOFError("no archive, hence cut short, or of an older format than any that is written here")
+        if not mmap and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not look at checksums
+            raise EOFError(f"{damaged} is not what was written")
         checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error

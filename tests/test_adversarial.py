@@ -17,8 +17,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
 
-from common import report
 from common.errors import InputError
+from common.figures import PALETTE
 from common.nets import ConvNet, PretrainedEncoder
 from common.run.cli import RecipeCLI
 from recipes.adversarial.attacks import (
@@ -31,6 +31,7 @@ from recipes.adversarial.attacks import (
     under_attack,
 )
 from recipes.adversarial.objectives import TRADES, Adversarial, Free, Natural
+from recipes.adversarial.pictures import adversarial_examples, robustness_curve
 from tests.support import PLAIN, ROOT, TINY, logs, main_of, run_ranks, write_encoder
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -550,15 +551,15 @@ def test_pictures(batch: Any) -> None:
     wrong[[5, 7]] = (wrong[[5, 7]] + 1) % 10
     names = [f"class number {n} of ten" for n in range(10)]
     found = UnderAttack(F.one_hot(target, 10).float(), attacked, F.one_hot(wrong, 10).float())
-    still = report.adversarial_examples(pixels, target, found._replace(points=pixels), names)
+    still = adversarial_examples(pixels, target, found._replace(points=pixels), names)
     assert "no change" in [axes.get_ylabel() for axes in still.axes]
-    figure = report.adversarial_examples(pixels, target, found, names)
+    figure = adversarial_examples(pixels, target, found, names)
     assert len(figure.axes) == 24
     assert [axes.get_title() for axes in figure.axes[:2]] == ["class numbe…"] * 2
     colors = [axes.xaxis.label.get_color() for axes in figure.axes[16:]]
-    assert colors == [report.PALETTE[1]] * 2 + [report.PALETTE[2]] * 6, "those that were turned come first"
+    assert colors == [PALETTE[1]] * 2 + [PALETTE[2]] * 6, "those that were turned come first"
     assert figure.axes[8].get_ylabel() == "change\n× 5"
-    curve = report.robustness_curve([0.0, 0.1, 0.2], [1.0, 0.5, 0.0], 0.1).axes[0]
+    curve = robustness_curve([0.0, 0.1, 0.2], [1.0, 0.5, 0.0], 0.1).axes[0]
     assert np.asarray(curve.get_lines()[0].get_xydata()).tolist() == [[0, 1], [0.1, 0.5], [0.2, 0]]
 
 

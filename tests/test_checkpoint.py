@@ -144,14 +144,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.txt", "an archive of something else")
     assert refusal(path).startswith("cut short, damaged or no checkpoint")
-    refused = 0
-    for place in chance.sample(range(len(whole)), 300):
+    refused, places = 0, chance.sample(range(len(whole)), 300)
+    for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         try:
-            read_checkpoint(path)
+            torch.testing.assert_close(read_checkpoint(path), checkpoint(1, 1000), rtol=0, atol=0)  # it was padding
         except InputError:
             refused += 1
-    assert refused > 10  # torch does not compare checksums: most bytes are numbers or padding
+    assert refused > 0.8 * len(places)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

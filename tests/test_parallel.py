@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.nets import causal_lm
 from common.parts import Memory
 from common.strategies.ddp import PowerSGD, ring_all_reduce
-from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
+from common.strategies.tensor_parallel import plan_slices, share_like, slice_layers
 from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -131,7 +131,7 @@ def zero_gradient(path: Path) -> None:
     net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     strategy = PowerSGD(1, 2)
     strategy.model = DistributedDataParallel(net)
-    strategy._register_ddp_hooks()
+    strategy.register_hook(strategy.model)
     for step in range(4):
         strategy.model(torch.zeros(2, 16) if step < 3 else torch.ones(2, 16)).sum().backward()
         assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None), step
@@ -148,7 +148,7 @@ def many_buckets(path: Path) -> None:
     net = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((16, 200), (200, 30), (30, 150), (150, 16)) * 3))
     strategy = PowerSGD(2, 2)
     strategy.model = DistributedDataParallel(net, bucket_cap_mb=0.02)
-    strategy._register_ddp_hooks()
+    strategy.register_hook(strategy.model)
     for _ in range(40):
         strategy.model(torch.randn(2, 16)).square().sum().backward()
     assert strategy.state.compression_stats()[0] > 2
@@ -203,7 +203,7 @@ class Own(nn.Module):
 
     def __init__(self, plan: dict[str, str] | None = None):
         super().__init__()
-        self._tp_plan = plan or self.PLAN
+        self.tp_plan = plan or self.PLAN
         blocks = [nn.ModuleDict({"up": nn.Linear(6, 8), "act": nn.ReLU(), "down": nn.Linear(8, 6)}) for _ in range(2)]
         self.layers, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(6), nn.Linear(6, 4)
 
@@ -221,7 +221,7 @@ def sliced_and_whole(path: Path) -> None:
     whole, x = Own(), torch.randn(3, 6)
     sliced, seen = copy.deepcopy(whole), []
     sliced.head.register_forward_hook(lambda _, __, output: seen.append(output))
-    slice_layers(sliced, plan_of(sliced, 2), mesh)
+    slice_layers(sliced, plan_slices(sliced, 2), mesh)
     outputs = [net(x) for net in (sliced, whole)]
     assert type(seen[0]) is torch.Tensor, "hooks from before see what the net sees"
     assert torch.allclose(*outputs, atol=1e-6)
@@ -236,14 +236,14 @@ def sliced_and_whole(path: Path) -> None:
     path.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(sizes))
     between = Own()
     between.layers[0]["act"] = nn.PReLU()  # type: ignore[index]
-    slice_layers(between, plan_of(between, 2), mesh)
+    slice_layers(between, plan_slices(between, 2), mesh)
     with pytest.raises(
         InputError, match=r"layers.0.act \(PReLU\) has parameters, is not in the plan, and gets a slice"
     ):
         between(x)
     norms = nn.Sequential(Own(), nn.BatchNorm1d(4))
     with pytest.raises(InputError, match=r"1 \(BatchNorm1d\) has parameters that cannot be kept whole"):
-        slice_layers(norms, plan_of(norms, 2), mesh)
+        slice_layers(norms, plan_slices(norms, 2), mesh)
 
 
 def test_sliced_layers_compute_what_whole_ones_do(work: Path) -> None:
@@ -258,12 +258,12 @@ def test_sliced_layers_compute_what_whole_ones_do(work: Path) -> None:
 def test_plans_of_nets() -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     net = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=True), 10)
-    plan = plan_of(net, 2)
+    plan = plan_slices(net, 2)
     assert len(plan) == 2 * 7, "the head shares its weight with the embedding, which is whole"
     assert plan["model.layers.1.mlp.down_proj"] == "rowwise"
-    assert plan_of(nn.Sequential(net), 2)["0.model.layers.0.self_attn.q_proj"] == "colwise"
+    assert plan_slices(nn.Sequential(net), 2)["0.model.layers.0.self_attn.q_proj"] == "colwise"
     untied = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=False), 10)
-    assert plan_of(untied, 2)["lm_head"] == "colwise_gather_output"
+    assert plan_slices(untied, 2)["lm_head"] == "colwise_gather_output"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_plans_of_nets() -> None:
 )
 def test_plans_that_do_not_fit(make: Callable[[], nn.Module], ranks: int, line: str) -> None:
     with pytest.raises(InputError, match=line):
-        plan_of(make(), ranks)
+        plan_slices(make(), ranks)
 
 
 def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) -> None:
@@ -324,8 +324,8 @@ def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) ->
         ("lm", ["--trainer.strategy.tensor_parallel", "3"], "tensor_parallel: 3 is no divisor of 2 ranks"),
         ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: must be at least 1, got 0"),
         ("lm", ["--model.config.init_args.num_attention_heads", "1"], "num_attention_heads of LlamaConfig is 1, no"),
-        ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (_tp_plan)"),
-        ("classification", [], "ConvNet has no plan (_tp_plan)"),
+        ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (tp_plan)"),
+        ("classification", [], "ConvNet has no plan (tp_plan)"),
     ],
 )
 def test_mistakes_of_tensor_parallel(

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets import causal_lm
-from common.strategies.pipeline import plan_of
+from common.strategies.stages import plan_stages
 from tests.support import PLAIN, ROOT, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_distillation import text_args
 from tests.test_resume import digest, killed_main, write_config
@@ -193,7 +193,7 @@ class Block(nn.Linear):
 def test_plans_of_nets() -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
     net: Any = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=True), 10)
-    plan = plan_of(net, 2)
+    plan = plan_stages(net, 2)
     assert plan.layers == list(net.model.layers)
     assert [list(numbers) for numbers in plan.own] == [[0, 1], [2]]
     assert plan.stages_of[net.lm_head.weight] == {0, 1}, "the embedding's"
@@ -201,8 +201,8 @@ def test_plans_of_nets() -> None:
     assert plan.stage_of["lm_head.weight"] == plan.stage_of["model.embed_tokens.weight"] == 0
     assert plan.stage_of["model.layers.2.mlp.up_proj.weight"] == 1
     untied: Any = causal_lm(LlamaConfig(**sizes, tie_word_embeddings=False), 10)
-    assert plan_of(untied, 3).stages_of[untied.lm_head.weight] == {2}
-    assert plan_of(nn.Sequential(Shared()), 4).stage_of["0.norm.weight"] == 3
+    assert plan_stages(untied, 3).stages_of[untied.lm_head.weight] == {2}
+    assert plan_stages(nn.Sequential(Shared()), 4).stage_of["0.norm.weight"] == 3
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_plans_of_nets() -> None:
 )
 def test_nets_that_cannot_be_divided(make: Callable[[], nn.Module], stages: int, line: str) -> None:
     with pytest.raises(InputError, match=line):
-        plan_of(make(), stages)
+        plan_stages(make(), stages)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,10 @@ def test_a_copy_uses_its_own_classes(work: Path, clone: Path) -> None:
         (go_on(outside, "mine"), ROOT),
     ]
     run_scripts(work, commands)
+    module = [*PYTHON, "-m", "robust.train", "preflight", "--trainer.accelerator", "cpu"]
+    installed = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(module, cwd=work / "lab", env=installed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), "as a module, beside that package"
     losses = [read_metrics(work / f"runs/{name}/default/metrics.csv", "train/loss") for name in HOMES]
     assert losses[0] != losses[1] == losses[2]
     for (name, package), earlier in zip(HOMES.items(), ("robust", "adversarial", "mine"), strict=True):

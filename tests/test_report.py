@@ -15,7 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import report
+from common.figures import STAGES, read_metrics
+from common.run.report import Best, learning_curves, learning_rate, write_report
+from recipes.classification.pictures import confusion_matrix
+from recipes.multitask.pictures import task_weights
 
 
 def log(folder: Path, rows: dict[int, dict[str, float]], start: int = 0) -> None:
@@ -89,11 +92,11 @@ class Page(HTMLParser):
 def test_sparse_rows_become_series_without_gaps_and_non_finite_values(tmp_path: Path) -> None:
     rows = {0: {"train/loss": 3.0}, 1: {"train/loss": float("nan")}, 2: {"val/loss": 2.5, "train/loss": 2.0}}
     log(tmp_path / "run", rows | {3: {"val/loss": float("inf")}})
-    assert report.read_metrics(tmp_path / "run") == {
+    assert read_metrics(tmp_path / "run") == {
         "train/loss": ([0, 2], [3.0, 2.0]),
         "val/loss": ([2], [2.5]),
     }
-    assert report.read_metrics(tmp_path / "nothing") == {}
+    assert read_metrics(tmp_path / "nothing") == {}
 
 
 # Each list of (file, first step, last step) is in the order of writing; every row holds the writer's number.
@@ -142,7 +145,7 @@ def test_segments_of_resumed_runs_merge(
     for number, (name, first, last) in enumerate(written):
         log(tmp_path / "one", {step: {"train/loss": float(number)} for step in range(first, last + 1)})
         (tmp_path / "one" / "metrics.csv").rename(tmp_path / name)
-    steps, values = report.read_metrics(tmp_path)["train/loss"]
+    steps, values = read_metrics(tmp_path)["train/loss"]
     assert steps == list(range(len(expected)))
     assert values == expected
 
@@ -151,44 +154,44 @@ def test_half_a_line_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
     log(tmp_path / "run", {0: {"train/loss": 1.25}, 1: {"train/loss": 1.125}})
     path = tmp_path / "run" / "metrics.csv"
     path.write_bytes(path.read_bytes().rstrip()[:-2])
-    assert report.read_metrics(tmp_path / "run") == {"train/loss": ([0], [1.25])}
+    assert read_metrics(tmp_path / "run") == {"train/loss": ([0], [1.25])}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10])
 def test_learning_curves_have_a_panel_per_metric_and_mark_the_best(tmp_path: Path, count: int) -> None:
     names = tuple(f"metric_{place}" for place in range(count - 1))
-    figure = report.learning_curves(report.read_metrics(make_run(tmp_path / "run", names)))
+    figure = learning_curves(read_metrics(make_run(tmp_path / "run", names)))
     assert figure is not None
     assert titles(figure) == ["loss", *(name.replace("_", " ") for name in names)]
     assert figure.axes[0].get_title(loc="right") == "best val 0.6"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == ["lowest val/loss (step 149)", "train", "val"]
     image = pixels(figure)
-    for color in report.STAGES.values():
+    for color in STAGES.values():
         rgb = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)])
         assert (np.abs(image.astype(int) - rgb).max(axis=-1) < 3).sum() > 200, "a curve is missing"
 
 
 def test_the_best_is_that_of_the_checkpoint() -> None:
     series = {"val/loss": ([9, 19, 29], [0.4, 0.5, 0.6]), "val/accuracy": ([9, 19, 29], [0.7, 0.8, 0.8])}
-    best = report.Best("val/accuracy", "max")
+    best = Best("val/accuracy", "max")
     assert best.find(series) == (19, 0.8)
-    figure = report.learning_curves(series, best)
+    figure = learning_curves(series, best)
     assert figure is not None
     assert [axes.get_title(loc="right") for axes in figure.axes] == ["", "best val 0.8"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "highest val/accuracy (step 19)" in labels
-    figure = report.learning_curves(series, report.Best("optim/lr", "max"))
+    figure = learning_curves(series, Best("optim/lr", "max"))
     assert figure is not None
     assert [axes.get_title(loc="right") for axes in figure.axes] == ["", ""]
 
 
 def test_learning_rates_of_groups_and_gradient_norm(tmp_path: Path) -> None:
-    both = report.learning_rate(report.read_metrics(make_run(tmp_path / "run")))
+    both = learning_rate(read_metrics(make_run(tmp_path / "run")))
     assert both is not None
     assert titles(both) == ["learning rate", "gradient norm"]
     groups = {"optim/lr-body": ([0, 1], [0.1, 0.2]), "optim/lr-head": ([0, 1], [1.0, 2.0])}
-    figure = report.learning_rate(groups)
+    figure = learning_rate(groups)
     assert figure is not None
     assert titles(figure) == ["learning rate"]
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
@@ -197,21 +200,21 @@ def test_learning_rates_of_groups_and_gradient_norm(tmp_path: Path) -> None:
 
 def test_weights_are_drawn_where_they_change() -> None:
     series = {"optim/weight_left": ([1, 2], [1.0, 0.8]), "optim/weight_right": ([1, 2], [1.0, 1.2])}
-    figure = report.task_weights(series, ["left", "right", "depth"])
+    figure = task_weights(series, ["left", "right", "depth"])
     assert figure is not None
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
     assert drawn == {"left": [1.0, 0.8], "right": [1.0, 1.2]}
-    assert report.task_weights({"optim/weight_left": ([1, 2], [0.5, 0.5])}, ["left"]) is None
+    assert task_weights({"optim/weight_left": ([1, 2], [0.5, 0.5])}, ["left"]) is None
 
 
 def test_nothing_logged_draws_nothing() -> None:
-    assert report.learning_curves({"test/loss": ([1], [1.0])}) is None
-    assert report.learning_rate({"train/loss": ([1], [1.0])}) is None
+    assert learning_curves({"test/loss": ([1], [1.0])}) is None
+    assert learning_rate({"train/loss": ([1], [1.0])}) is None
 
 
 def test_confusion_matrix_writes_counts_and_recall() -> None:
     counts = torch.tensor([[6, 2, 0], [1, 9, 0], [0, 0, 0]])
-    figure = report.confusion_matrix(counts, ["ham", "spam", "a class with a very long name"])
+    figure = confusion_matrix(counts, ["ham", "spam", "a class with a very long name"])
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["6", "2", "0", "1", "9", "0", "0", "0", "0"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["ham", "spam", "a class with a ve…"]
@@ -223,24 +226,11 @@ def test_confusion_matrix_writes_counts_and_recall() -> None:
 
 
 def test_confusion_matrix_of_many_classes_stays_readable() -> None:
-    figure = report.confusion_matrix(torch.eye(120, dtype=torch.long) * 5, [f"class {place}" for place in range(120)])
+    figure = confusion_matrix(torch.eye(120, dtype=torch.long) * 5, [f"class {place}" for place in range(120)])
     pixels(figure)
     boxes = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
     assert not figure.axes[0].texts
     assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes)), "labels overlap"
-
-
-def test_reliability_diagram_measures_what_torchmetrics_measures() -> None:
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(500, generator=generator)
-    correct = torch.rand(500, generator=generator) < confidence**2
-    figure = report.reliability_diagram(confidence, correct, bins=10)
-    expected = binary_calibration_error(confidence, correct.long(), n_bins=10)
-    assert figure.axes[0].get_title(loc="left") == f"calibration error {expected:.3f}"
-    sure = report.reliability_diagram(torch.ones(3), torch.tensor([True, True, False]))
-    assert sure.axes[0].get_title(loc="left") == "calibration error 0.333"
 
 
 def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
@@ -249,13 +239,13 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     log(run / "validate", {200: {"val/loss": 0.61}})
     for folder in ("figures", "texts"):
         (run / folder).mkdir()
-    matrix = report.confusion_matrix(torch.eye(3, dtype=torch.long), list("abc"))
+    matrix = confusion_matrix(torch.eye(3, dtype=torch.long), list("abc"))
     matrix.savefig(run / "figures" / "test-confusion_matrix.png")
     (run / "texts" / "val-samples.txt").write_text("To be\nor not", encoding="utf-8")
     (run / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
     (run / "environment.json").write_text(json.dumps({"torch": "2.13.0", "commit": "abc"}), encoding="utf-8")
 
-    path = report.write_report(run, "lm / first")
+    path = write_report(run, "lm / first")
     page = Page(path)
 
     assert path == run / "report.html"
@@ -289,7 +279,7 @@ def test_report_escapes_everything_it_is_given(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "figures" / 'x" onload="y.png')
     (tmp_path / "config.yaml").write_text(bad + " $body", encoding="utf-8")
     (tmp_path / "environment.json").write_text(json.dumps({bad: bad}), encoding="utf-8")
-    page = Page(report.write_report(tmp_path, bad))
+    page = Page(write_report(tmp_path, bad))
     assert not {"script", "b"} & set(page.tags)
     assert page.texts["h1"] == [bad]
     assert page.texts["pre"] == [bad, bad + " $body", f"{bad}: {bad}"]
@@ -301,15 +291,15 @@ def test_report_escapes_everything_it_is_given(tmp_path: Path) -> None:
 def test_report_of_an_empty_run_and_again_after_training(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     metrics = (tmp_path / "run" / "metrics.csv").rename(tmp_path / "kept.csv")
-    empty = Page(report.write_report(tmp_path / "run", "empty"))
+    empty = Page(write_report(tmp_path / "run", "empty"))
     assert empty.texts["h1"] == ["empty"]
     assert not {"h2", "img", "table", "details"} & set(empty.tags)
     metrics.rename(tmp_path / "run" / "metrics.csv")
-    assert Page(report.write_report(tmp_path / "run", "trained")).texts["h2"] == ["Metrics", "Pictures"]
+    assert Page(write_report(tmp_path / "run", "trained")).texts["h2"] == ["Metrics", "Pictures"]
 
 
 def test_drawing_keeps_no_figure_alive() -> None:
     import matplotlib.pyplot
 
-    report.learning_curves({"val/loss": ([1, 2], [2.0, 1.0])})
+    learning_curves({"val/loss": ([1, 2], [2.0, 1.0])})
     assert matplotlib.pyplot.get_fignums() == []

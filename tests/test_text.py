@@ -20,12 +20,12 @@ import pandas as pd
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from common import text
 from common.errors import InputError
+from common.sources import text
 from common.sources.text import Corpus, Windows, prepare
 from common.sources.tokenizers import BPE, EOS, Characters, PretrainedTokenizer, TokenizerSource
 
@@ -237,7 +237,7 @@ def test_cutting_long_documents_changes_no_token(monkeypatch: pytest.MonkeyPatch
             "prefix": pre_tokenizers.ByteLevel(add_prefix_space=True),
             "llama3": pre_tokenizers.Sequence(
                 [
-                    pre_tokenizers.Split(text.Regex(LLAMA3), "isolated"),
+                    pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
                 ]
             ),
@@ -381,7 +381,8 @@ RANK = """
 import sys
 from pathlib import Path
 from torch.utils.data import DataLoader
-from common.sources.text import BPE, Windows, prepare
+from common.sources.text import Windows, prepare
+from common.sources.tokenizers import BPE
 
 class Encoded(Windows):
     def __getitem__(self, indices):
@@ -419,10 +420,10 @@ def test_ranks_that_start_at_once_prepare_once_and_can_fork(tmp_path: Path) -> N
 GROWTH = """
 import resource, sys
 from pathlib import Path
-from common import text
+from common.sources import text, tokenizers
 text.PIECE, text.BATCH = 1 << 12, 1 << 16
 for name in ("small", "large"):
-    text.prepare(f"{sys.argv[1]}/{name}", text.Characters(), cache_dir=Path(sys.argv[1]))
+    text.prepare(f"{sys.argv[1]}/{name}", tokenizers.Characters(), cache_dir=Path(sys.argv[1]))
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

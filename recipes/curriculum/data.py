@@ -62,7 +62,8 @@ class CurriculumData(BaseDataModule):
         if competence and not difficulty:
             raise InputError("data.competence needs data.difficulty; take Rarity")
         # Rounded sizes would add up to other steps on another number of ranks.
-        if batch and batch_size % (parts := 2 ** halvings(batch.start)):
+        parts = 2 ** halvings(batch.start) if batch else 1
+        if batch and batch_size % parts:
             problem = f"{batch_size} is no multiple of {parts}, into which data.batch.start {batch.start} divides it"
             raise InputError(f"data.batch_size {problem}; take {-(-batch_size // parts) * parts} or a larger start")
         self.context, self.length, self.batch, self.competence = context, length, batch, competence

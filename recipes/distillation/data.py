@@ -8,6 +8,8 @@ from common.errors import InputError
 from common.sources import Source
 from common.sources.labelled import LabelledBatch, LabelledDataset, split_by_class
 
+from . import text  # noqa: F401  # lm.yaml names its class
+
 Batch = LabelledBatch
 
 

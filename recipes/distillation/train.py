@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents if (path / "common/script.py").is_file()]
+# The clone that this file is in, or else the installed one, comes before any other package named common.
+ROOTS = [*Path(__file__).resolve().parents, *map(Path, sys.path)]
+sys.path[:0] = [str(root) for root in ROOTS if (root / "common/script.py").is_file()]
 import common.script  # noqa: F401  # first: lets this file be run by its path
 from common.run.cli import RecipeCLI
 
