@@ -53,6 +53,7 @@ def train(method: str, seed: int) -> Curve:
     often = ["--trainer.val_check_interval", "40", "--trainer.limit_val_batches", "8", "--trainer.logger", "false"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         where = ["--trainer.default_root_dir", folder, "--trainer.callbacks", "[]", "--trainer.accelerator", "cpu"]
+        where += ["--trainer.enable_checkpointing", "false", "--media.every_n_validations", "0"]
         main(["fit", *flags, *quiet, *often, *where, "--seed_everything", str(seed)])
     return curve
 

@@ -22,7 +22,7 @@ from recipes.multitask.train import main
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = {"left": "classification", "right": "classification", "offset": "regression"}
-WEIGHTING, AGGREGATOR = "--model.weighting common.multitask.", "--model.aggregator torchjd.aggregation."
+WEIGHTING, AGGREGATOR = "--model.weighting ", "--model.aggregator torchjd.aggregation."
 METHODS = {
     "plain mean": "",
     "Uncertainty": f"{WEIGHTING}Uncertainty",

@@ -1,1 +1,1 @@
-"""What two or more recipes need; never imports a recipe."""
+"""Code that recipes share; it never imports a recipe."""

@@ -1,4 +1,4 @@
-"""Checkpoint files that survive a kill, and that are read without running code from them."""
+"""Checkpoint files: atomic writes, and reads that run no code."""
 
 import os
 import pickle
@@ -16,16 +16,16 @@ from common.errors import InputError
 def read_checkpoint(
     path: str | Path, map_location: Any = "cpu", mmap: bool = False, hint: str = "name another file with --ckpt_path"
 ) -> dict[str, Any]:
-    """Read tensors and plain values from a checkpoint file, never objects; with ``mmap`` tensors when they are used.
+    """Read tensors and plain values from a checkpoint file, never objects.
 
     Args:
         path: the file.
         map_location: the device of its tensors.
-        mmap: read tensors when they are used.
-        hint: what a message advises.
+        mmap: read each tensor when it is used, and skip the checksums.
+        hint: advice at the end of a message.
 
     Raises:
-        InputError: the file is missing, damaged, no checkpoint, or holds more than weights and plain values.
+        InputError: the file is missing, damaged or no checkpoint, or holds other objects.
     """
     if not Path(path).exists():
         raise InputError(f"{path}: no such checkpoint; {hint}")
@@ -48,15 +48,15 @@ def read_checkpoint(
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, replaced in one step.
 
-    Lightning stages a checkpoint in ``$TMPDIR`` and copies it, without flushing: a kill or a full disk in
-    that moment leaves a cut file under the name that a resume would read.
+    Lightning stages a checkpoint in ``$TMPDIR`` and copies it without flushing. A kill or a full disk during the copy
+    leaves a truncated file where a resume looks for the checkpoint.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.tmp")  # the next one replaces what a kill left
+        staged = path.with_name(f".{path.name}.tmp")  # the next save overwrites it after a kill
         try:
             with staged.open("wb") as file:
                 torch.save(checkpoint, file)

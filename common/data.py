@@ -1,7 +1,7 @@
 """The shared DataModule: batches as a pure function of the seed, and evaluation that counts every sample once.
 
-A data set here is indexed by a list of positions and returns a whole batch, a ``NamedTuple`` whose last field is
-``mask``: arrays and token files are gathered in one vectorized read instead of sample by sample.
+A data set here maps a list of positions to a whole batch, a ``NamedTuple`` whose last field is ``mask``. So one
+vectorized read gathers arrays and token files, not one read per sample.
 """
 
 import os
@@ -21,7 +21,7 @@ from common.parts import answers
 
 @runtime_checkable
 class BatchDataset(Protocol):
-    """What a recipe's data set offers: a length, and a batch for a list of positions."""
+    """A recipe's data set: a length, and a batch for a list of positions."""
 
     def __len__(self) -> int: ...
 
@@ -29,7 +29,7 @@ class BatchDataset(Protocol):
 
 
 class Positions(NamedTuple):
-    """One micro-batch of one rank: which samples, how many of them are real, and the seed of their randomness."""
+    """One micro-batch of one rank: its samples, the number of real ones, and the seed of its randomness."""
 
     indices: list[int]
     num_real: int
@@ -37,28 +37,28 @@ class Positions(NamedTuple):
 
 
 def global_seed() -> int:
-    """The run's seed (``seed_everything``), the same in every rank."""
+    """The run's seed (``seed_everything``), the same on every rank."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def step_seed(*parts: int) -> int:
-    """A seed in [0, 2**63) from whole numbers such as (seed, rank, step), without the collisions that sums have."""
-    # With their number: SeedSequence pads with zeros, so that (seed,) and (seed, 0) would be one seed.
+    """A seed in [0, 2**63) from whole numbers such as (seed, rank, step); sums of them would collide."""
+    # Their number comes first: SeedSequence pads with zeros, so (seed,) and (seed, 0) would collide.
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
-    """How many ranks read samples of their own, and which of them this is; ranks that share samples count as one."""
+    """World size and rank as samplers see them: ranks that share samples count as one."""
     asked = answers(trainer.strategy)
     together = asked.ranks_per_batch
     return rank_groups(trainer.world_size, together, asked.ranks_per_batch_key), trainer.global_rank // together
 
 
 def rank_groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_parallel") -> int:
-    """How many groups ranks form if so many of them share each sample, as a setting says.
+    """The number of groups that ``ranks`` form if ``together`` of them share each sample; ``key`` is the setting.
 
     Raises:
-        InputError: the ranks cannot be divided so.
+        InputError: the ranks do not divide into such groups.
     """
     if together < 1:
         raise InputError(f"{key}: must be at least 1, got {together}")
@@ -71,7 +71,7 @@ def rank_groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_p
 def seed_draws(seed: int, device: torch.device | None = None) -> None:
     """``torch.manual_seed`` for the host and, if given, one device.
 
-    That one formats a stack trace for every kind of device that is not there: half a millisecond, at every batch.
+    ``torch.manual_seed`` itself formats a stack trace for every missing kind of device: half a millisecond per batch.
     """
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type != "cpu":
@@ -79,10 +79,10 @@ def seed_draws(seed: int, device: torch.device | None = None) -> None:
 
 
 def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
-    """What ``trainer.limit_train_batches``, a number or a share, leaves of an epoch.
+    """Micro-batches of an epoch after ``trainer.limit_train_batches``, a number or a share.
 
     Raises:
-        InputError: it leaves nothing, or a last optimizer step of fewer micro-batches, whose samples would weigh less.
+        InputError: none is left, or the last optimizer step has fewer; its samples would weigh less.
     """
     limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if limit is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -97,17 +97,20 @@ def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
 
 
 class TrainSampler(Sampler[Positions]):
-    """Micro-batches as a pure function of (seed, epoch, micro-step), so that a run can stop and go on anywhere.
+    """Micro-batches as a pure function of (seed, epoch, micro-step), so a run can stop and resume anywhere.
 
-    The position is read off the trainer's own counters: nothing is saved. Sample order does not depend on the number
-    of ranks: rank r takes every world-th sample of each global batch. An epoch holds whole effective batches
-    (batch size x ranks x accumulation) only, so that every optimizer step averages the same number of samples. Ranks
-    that share samples, as in tensor parallelism, count as one.
+    The trainer's own counters give the position; nothing is saved. Rank r takes every world-th sample of each global
+    batch, so the order does not depend on the number of ranks. An epoch holds only whole effective batches (batch size
+    x ranks x accumulation), so every optimizer step averages the same number of samples. Ranks that share samples, as
+    in tensor parallelism, count as one.
 
     Args:
         num_samples: size of the data set.
         batch_size: samples per rank and micro-batch.
         trainer: the trainer that uses it.
+
+    Raises:
+        InputError: the samples do not fill one effective batch.
     """
 
     def __init__(self, num_samples: int, batch_size: int, trainer: L.Trainer):
@@ -140,19 +143,19 @@ class TrainSampler(Sampler[Positions]):
 
 
 def geometry(trainer: L.Trainer) -> dict[str, int]:
-    """How the training data is shared out: samples of a global batch, and micro-batches of an epoch and of a step."""
+    """The sizes that give a position its meaning: samples per global batch, micro-batches per epoch and per step."""
     sampler: TrainSampler = trainer.datamodule.train_dataloader().sampler  # type: ignore[attr-defined]
     per_epoch = batches_per_epoch(sampler.num_batches, trainer)
     return {"batch": sampler.global_batch, "per_epoch": per_epoch, "per_step": trainer.accumulate_grad_batches}
 
 
 def move_position(progress: dict[str, Any], before: dict[str, int], now: dict[str, int]) -> None:
-    """Rewrite a checkpoint's count of micro-batches for another :func:`geometry`, at the whole step before its place.
+    """Convert a checkpoint's count of micro-batches to another :func:`geometry`, rounded down to a whole step.
 
     Args:
         progress: state of Lightning's ``batch_progress``, changed in place.
-        before: the geometry that it was counted in.
-        now: the geometry that it is to be counted in.
+        before: the checkpoint's geometry.
+        now: this run's geometry.
     """
     epochs, inside = divmod(progress["total"]["processed"], before["per_epoch"])
     steps = inside * before["batch"] // (now["batch"] * now["per_step"])
@@ -169,8 +172,8 @@ def move_position(progress: dict[str, Any], before: dict[str, int], now: dict[st
 class EvalSampler(Sampler[Positions]):
     """Every sample once, in order, with the same number of batches on every rank.
 
-    Ranks whose share is shorter repeat the last sample; ``num_real`` lets the mask take the repetitions out again.
-    Unequal counts would make a sharded strategy hang, unmasked padding would count samples twice.
+    A rank with a shorter share repeats the last sample; ``num_real`` masks the repetitions. Unequal counts would hang a
+    sharded strategy; unmasked repetitions would count twice.
     """
 
     def __init__(self, num_samples: int, batch_size: int, trainer: L.Trainer):
@@ -189,13 +192,13 @@ class EvalSampler(Sampler[Positions]):
 
 
 class _Batches(Dataset[Any]):
-    """Reads one :class:`Positions` as a masked batch, with the randomness of that batch."""
+    """Reads one :class:`Positions` as a masked batch, under its seed."""
 
     def __init__(self, dataset: BatchDataset):
         self.dataset = dataset
 
     def __getitem__(self, positions: Positions) -> Any:
-        # Random transforms in a data set then depend on the batch alone, not on the worker that happens to read it.
+        # Random transforms in a data set then depend on the batch alone, not on the worker.
         seed_draws(positions.seed)
         np.random.seed(positions.seed % 2**32)
         random.seed(positions.seed)
@@ -204,7 +207,7 @@ class _Batches(Dataset[Any]):
 
 
 def _ignore_sigterm(worker: int) -> None:
-    # Launchers send it to a whole process group; the training process ends its workers when it has saved.
+    # Launchers send SIGTERM to a whole process group; the training process ends its workers after it has saved.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -216,8 +219,11 @@ class BaseDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per rank and micro-batch in training.
         eval_batch_size: the same in evaluation; None for ``batch_size``.
-        num_workers: reading processes per loader; 0 reads in the training process. None for 0, and 2 on GPUs, which
-            would wait for it.
+        num_workers: reading processes per loader; 0 reads in the training process. None for 2 on GPUs, which would
+            wait otherwise, else 0.
+
+    Raises:
+        InputError: a number is too small.
     """
 
     train_data: BatchDataset
@@ -273,17 +279,17 @@ class BaseDataModule(L.LightningDataModule):
 
 
 def read_batch(trainer: L.Trainer, stage: str, first: int, count: int) -> Any:
-    """Some samples of a stage as a batch, where the net is and in its precision; fewer where the data ends."""
+    """Up to ``count`` samples of a stage from ``first`` on, as a batch on the run's device and in its precision."""
     data = getattr(trainer.datamodule, f"{stage}_data")  # type: ignore[attr-defined]
     batch = trainer.strategy.batch_to_device(data[list(range(first, min(first + count, len(data))))])
     return trainer.precision_plugin.convert_input(batch)
 
 
 def total_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps of the whole run, from its own settings; -1 if it has no end.
+    """Optimizer steps of the whole run by its settings; -1 if it has no end.
 
-    ``trainer.estimated_stepping_batches`` would load the data before a checkpoint is restored, which loses the
-    position of a resumed run.
+    ``trainer.estimated_stepping_batches`` would load the data before a checkpoint is restored, and a resumed run would
+    lose its position.
     """
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

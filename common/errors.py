@@ -1,18 +1,18 @@
-"""Exceptions that the command line prints as one line: mistakes of the user, and an end that comes from outside."""
+"""Exceptions that the command line prints as one line, and helpers for their messages."""
 
 import difflib
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-SIGTERM_EXIT = 128 + signal.SIGTERM  # what shells give a process that ends by it
+SIGTERM_EXIT = 128 + signal.SIGTERM  # as shells report a process that ends by it
 LOST_RANK_EXIT = 3
 
 
 class InputError(Exception):
     """A mistake in a flag, a config, a file or the data; the command line prints it as one line and exits with 2.
 
-    The message is a single line that names the file or key and how to mend it.
+    The message is a single line that names the file or key, and the fix.
     """
 
 
@@ -41,7 +41,7 @@ def nearest(wrong: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def speaking_of(key: str, instead_of: str) -> Iterator[None]:
-    """Let messages about one setting speak of another that is read by the same code."""
+    """Name ``key`` in messages where shared code names ``instead_of``."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What all pictures share: palette, axes, curves, and the metrics that they are drawn from."""
+"""Palette, axes and curves of all pictures, and the metrics that they draw."""
 
 import csv
 import math
@@ -22,20 +22,20 @@ DPI = 160
 
 
 def read_metrics(run_dir: Path) -> Series:
-    """Reads a folder's `metrics.csv` and its earlier segments `metrics.until-step-<N>.csv` as one history.
+    """Read a folder's `metrics.csv` and its earlier segments `metrics.until-step-<N>.csv` as one history.
 
     Returns:
-        For each metric its optimizer steps, ascending, and finite values. Empty where nothing was logged.
+        Each metric's optimizer steps, ascending, and finite values; empty if nothing was logged.
     """
     earlier = run_dir.glob("metrics.until-step-*.csv")
     numbers = {path: [int(part) for part in path.stem.rpartition("-")[2].split(".")] for path in earlier}
     segments = sorted(((number[0], number, path) for path, number in numbers.items()), reverse=True)
     history: list[dict[str, str]] = []
     end = math.inf
-    # Newest first: a file supersedes what older ones hold from its first step on.
+    # Newest first: from its first step on, a file supersedes older ones.
     for limit, _, path in [(math.inf, [], run_dir / "metrics.csv"), *segments]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        # A killed run can leave half a last line, whose last number would be wrong.
+        # A killed run can leave half a line, with a wrong last number.
         rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
         history = [row for row in rows if int(row["step"]) < min(limit, end)] + history
         end = min([end, *(int(row["step"]) for row in rows)])
@@ -50,12 +50,12 @@ def read_metrics(run_dir: Path) -> Series:
 
 
 def short_number(value: float) -> str:
-    """A number as it stands in a picture or a table: four digits, or whole from 1,000 on."""
+    """A number for a picture or a table: four digits, or a whole number from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches."""
+    """An empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
@@ -65,7 +65,7 @@ def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width
     """Write a figure as a PNG; `savefig` would lay it out and draw it twice.
 
     Returns:
-        The picture's pixels, red, green and blue.
+        The picture's RGB pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -78,7 +78,7 @@ def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width
 
 
 def style_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "") -> None:
-    """Give axes their title and the look that all pictures share."""
+    """Give axes their title and the common look."""
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold", color=INK)
     axes.set_xlabel(xlabel, fontsize=9, color=GREY)
     axes.set_ylabel(ylabel, fontsize=9, color=GREY)
@@ -88,7 +88,7 @@ def style_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "") -> 
 
 
 def plot_lines(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool = True) -> None:
-    """Values over steps; noisy lines of many points stand faint under their moving average."""
+    """Plot values over steps; long noisy lines are faint, under their moving average."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     for (label, (steps, values)), color in zip(lines.items(), colors, strict=False):

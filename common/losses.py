@@ -1,4 +1,4 @@
-"""Losses that stay exact at low precision and under accumulation, and what is told of them."""
+"""Losses that stay exact at low precision and under accumulation, and their records."""
 
 import math
 
@@ -24,8 +24,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats over the items whose target is not -100, computed in at least fp32.
 
-    With class weights torch divides by the sum of weights in the batch, so that micro-batches and ranks would average
-    different denominators; here each item counts its weight over the number of items.
+    With class weights torch divides by the batch's sum of weights, so micro-batches and ranks would have different
+    denominators. Here the denominator is the number of items.
 
     Args:
         logits: unnormalized log-probabilities.
@@ -44,7 +44,7 @@ def cross_entropy(
 
 
 class StepLosses:
-    """Losses of micro-batches, kept on the device until a row is logged: looking at each would wait for it."""
+    """Losses of micro-batches, kept on the device until a row is logged: to read each one would stall the device."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, Tensor]] = []
@@ -54,16 +54,16 @@ class StepLosses:
         self._kept.append((step, loss))
 
     def take(self, strategy: Strategy) -> Float[Tensor, ""]:
-        """The mean over micro-batches and ranks; then begin anew. Raises as :meth:`check` does."""
+        """The mean over micro-batches and ranks; clears the losses. Raises as :meth:`check` does."""
         losses = self.check(strategy)
         self._kept.clear()
         return losses.mean()
 
     def check(self, strategy: Strategy) -> Float[Tensor, " losses"]:
-        """The losses averaged over ranks, called on each of them.
+        """The losses, averaged over ranks; every rank must call it.
 
         Raises:
-            InputError: one is not finite.
+            InputError: a loss is not finite.
         """
         if not self._kept:
             return torch.empty(0)
@@ -79,5 +79,5 @@ class StepLosses:
 
 
 def text_scores(stage: str, loss: Float[Tensor, ""], bytes_per_token: float) -> dict[str, Tensor]:
-    """Perplexity and bits per byte of a mean loss in nats per token, by the names that they are logged under."""
+    """Perplexity and bits per byte of a mean loss in nats per token, by their logged names."""
     return {f"{stage}/perplexity": loss.exp(), f"{stage}/bits_per_byte": loss / math.log(2) / bytes_per_token}

@@ -35,7 +35,7 @@ LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRScheduler]
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net into evaluation mode for a while, and every part of it back into its own mode."""
+    """Put a net into evaluation mode, and afterwards each of its modules back into its own mode."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -48,7 +48,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 class _StepOnPlateau(Callback):
     """Steps a ``ReduceLROnPlateau`` right after each validation, before that validation's checkpoint is written.
 
-    Lightning would count batches within the epoch, which is not when validations come.
+    Lightning would step it by batches of the epoch, not by validations.
     """
 
     @override
@@ -65,10 +65,10 @@ class _StepOnPlateau(Callback):
 
 
 class WeightedMean(MeanMetric):
-    """A mean that shows NaN: torchmetrics' own drops it, or drops the weights if told to let it pass.
+    """A mean that propagates NaN; torchmetrics' skips NaN, or ignores the weights with ``nan_strategy='disable'``.
 
-    It adds up in fp64 (fp32 where the device has none): 16-bit sums, which ``bf16-true`` makes of a metric's state,
-    stop growing after some hundred batches.
+    It sums in fp64 (fp32 on MPS): ``bf16-true`` casts metric states to 16 bits, where sums stop growing after some
+    hundred batches.
     """
 
     @override
@@ -79,21 +79,24 @@ class WeightedMean(MeanMetric):
 
 
 class BaseModule(L.LightningModule):
-    """Subclass it with three methods: ``build_net``, ``shared_step`` and, for ``predict``, ``predict_step``.
+    """Base of the recipes' modules; they add ``build_net``, ``shared_step`` and, for ``predict``, ``predict_step``.
 
     Args:
         optimizer: any optimizer by class path; norms and biases do not decay.
-        lr_scheduler: any scheduler by class path, stepped once per optimizer step; those of ``common.optim`` know the
-            length of the run. A ``ReduceLROnPlateau`` steps after each validation, by ``val/loss`` if it does not
-            name what it monitors, as Lightning's does.
+        lr_scheduler: any scheduler by class path, stepped once per optimizer step; schedules of ``common.optim`` know
+            the length of the run. ``ReduceLROnPlateau`` steps after each validation: torch's by ``val/loss``,
+            Lightning's by its ``monitor``.
         weight_init: name of the ``torch.nn.init`` function for matrices and convolutions; None keeps the net's own.
-        l1: weight of the sum of absolute values of all decaying parameters; its gradient is added to that of the loss.
+        l1: factor on the sum of absolute values of all decaying parameters; gradients include it, losses do not.
         compile: compile the net's blocks with ``torch.compile``, one graph for all of them.
-        activation_checkpointing: keep only the inputs of the net's blocks for backward, and compute the rest again:
-            about a third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
-        matmul_precision: of products of fp32 matrices, see ``torch.set_float32_matmul_precision``; high is TF32.
-            Convolutions go along: fp32 with highest, else TF32.
+        activation_checkpointing: keep only the inputs of the net's blocks for backward and recompute the rest: about a
+            third more time for a fraction of the memory (https://arxiv.org/abs/1604.06174).
+        matmul_precision: precision of fp32 matrix products, see ``torch.set_float32_matmul_precision``; high is TF32.
+            Convolutions run in fp32 with highest, else in TF32.
         float8: run linear layers in float8, see :func:`common.parts.to_float8`.
+
+    Raises:
+        InputError: ``l1`` is negative.
     """
 
     net: nn.Module
@@ -127,31 +130,31 @@ class BaseModule(L.LightningModule):
         self.grad_norm = torch.tensor(0.0)
 
     def build_net(self) -> nn.Module:
-        """Make the net; called once, where the strategy wants it made."""
+        """Make the net; called once, in the strategy's context."""
         raise NotImplementedError
 
     def shared_step(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
         """Compute the loss of a batch and update the stage's metrics.
 
         Returns:
-            Mean loss of the batch, and the number of items that it is the mean of, both scalars.
+            Mean loss of the batch, and its number of items, both scalars.
         """
         raise NotImplementedError
 
     def media(self, stage: str) -> "dict[str, Figure | str]":
-        """Pictures and texts that show where the net stands, by name; called after evaluation, on every rank."""
+        """Pictures and texts of the net's progress, by name; called after evaluation, on every rank."""
         return {}
 
     def train_metrics(self) -> "Mapping[str, float | Tensor]":
-        """What else is logged with the training loss, by name; called on steps that write a row."""
+        """Further values to log with the training loss, by name; called on steps that write a row."""
         return {}
 
     def num_items(self, batch: Any) -> int:
-        """Samples in a batch of this rank, or tokens if ``unit`` says so: what throughput counts."""
+        """Samples in a batch of this rank, or tokens if ``unit`` says so; throughput counts them."""
         return len(batch.mask)
 
     def flops_per_item(self) -> float | None:
-        """Floating-point operations of a training step per item, for MFU; None where they are not known."""
+        """Floating-point operations of a training step per item, for MFU; None if unknown."""
         return None
 
     @property
@@ -166,7 +169,7 @@ class BaseModule(L.LightningModule):
 
     @property
     def ends_step(self) -> bool:
-        """Whether the present micro-batch is the last of its optimizer step, as samplers hold whole steps only."""
+        """Whether this micro-batch is the last of its optimizer step; samplers hold whole steps only."""
         return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     @override
@@ -175,8 +178,8 @@ class BaseModule(L.LightningModule):
             return
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.backends.cudnn.allow_tf32 = self.matmul_precision != "highest"
-        # A seed of its own, so that the initial weights do not depend on what drew random numbers before; and those of
-        # the host, as a device draws other numbers, and not under every strategy.
+        # Their own seed keeps initial weights independent of earlier draws. The host draws them: a device would draw
+        # other numbers, and only under some strategies.
         on_host = nullcontext() if torch.get_default_device().type == "meta" else torch.device("cpu")
         with torch.random.fork_rng(devices=[]), on_host:
             torch.manual_seed(step_seed(global_seed()))
@@ -188,7 +191,7 @@ class BaseModule(L.LightningModule):
                         initialize(p)
         if self.float8:
             to_float8(self.net)
-        # By name: a strategy may put flat or sharded parameters in the place of these.
+        # By name: a strategy may replace these parameters by flat or sharded ones.
         names = {p: name for name, p in self.named_parameters()}
         groups = param_groups(self.net, self.lr_scales)
         self._groups = [{**group, "params": [names[p] for p in group["params"]]} for group in groups]
@@ -197,7 +200,7 @@ class BaseModule(L.LightningModule):
 
     @property
     def param_names(self) -> list[str]:
-        """Names of the trained parameters in the order in which the optimizer numbers them."""
+        """Names of the trained parameters, in the optimizer's order."""
         return [name for group in self._groups for name in group["params"]]
 
     def _prepare_blocks(self) -> None:
@@ -206,7 +209,7 @@ class BaseModule(L.LightningModule):
         if not (layers := blocks(self.net)):
             key = "compile" if self.compile_blocks else "activation_checkpointing"
             raise InputError(f"model.{key}: {type(self.net).__name__} names no blocks; set its _no_split_modules")
-        for layer in layers:  # in place, so that names stay what they are
+        for layer in layers:  # in place: a wrapper would change parameter names
             if self.activation_checkpointing:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
             if self.compile_blocks:
@@ -222,7 +225,7 @@ class BaseModule(L.LightningModule):
         if interval != float("inf") and interval % accumulate:
             problem = f"{interval} micro-batches are no multiple of accumulate_grad_batches {accumulate}"
             raise InputError(f"trainer.val_check_interval: {problem}; a checkpoint there would lose half a step")
-        # A checkpoint brings the optimizer's arguments of its own run; those given now win.
+        # The checkpoint holds the optimizer's arguments of its own run; this run's win.
         self._given.restore([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
 
     @override
@@ -248,7 +251,7 @@ class BaseModule(L.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # DeepSpeed's is no torch.optim.Optimizer
-        # The gradient of the sum of absolute values, which every rank adds to the share that it holds.
+        # Each rank adds the gradient of the sum of absolute values to its own share.
         if self.l1:
             for group, given in zip(optimizer.param_groups, self._groups, strict=True):
                 for p in group["params"]:
@@ -257,8 +260,8 @@ class BaseModule(L.LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Logging costs more than a small net's step, hence only where a row is written. The loss is the mean of every
-        # micro-batch since the last row, on all ranks.
+        # Logging costs more than a small net's step, so only steps that write a row log. The loss is the mean over all
+        # micro-batches since the last row, on all ranks.
         if self.writes_row:
             self.writes_row = False
             self.log("train/loss", self._losses.take(self.trainer.strategy), prog_bar=True)
@@ -288,7 +291,7 @@ class BaseModule(L.LightningModule):
         self._check_weights()
 
     def _check_weights(self) -> None:
-        # Offloaded shares lie elsewhere than those that stay.
+        # A strategy may offload some shares to the host.
         finite = bool(torch.stack([share(p).isfinite().all().to(self.device) for p in self.parameters()]).all())
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # each rank may hold a part
             raise InputError(
@@ -313,7 +316,7 @@ class BaseModule(L.LightningModule):
         self.on_evaluation_end("test")
 
     def on_evaluation_end(self, stage: Stage) -> None:
-        """Log what follows from the metrics of all batches; called on every rank."""
+        """Log values that need the metrics of all batches; called on every rank."""
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
         loss, count = self.shared_step(batch, stage)
@@ -334,7 +337,7 @@ class BaseModule(L.LightningModule):
         if self.writes_row or gradient_clip_val:
             self._lr = max(group["lr"] for group in optimizer.param_groups)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            # What a strategy shards in a way of its own, it adds up by itself.
+            # A strategy with its own kind of shards computes their norm itself.
             norm = answers(self.trainer.strategy).total_norm(gradients)
             self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if gradient_clip_val and gradient_clip_algorithm == "value":

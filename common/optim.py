@@ -1,8 +1,7 @@
 """Parameter groups, learning-rate schedules over the whole run, and Muon with AdamW as one optimizer.
 
-Any optimizer and any scheduler of torch or another library can be named in YAML by class path; the schedules
-here differ in that they know the length of the run, so that it is written down once (``trainer.max_steps`` or
-``max_epochs``).
+YAML names any optimizer or scheduler, of any library, by class path. The schedules here also know the length of the
+run, so only ``trainer.max_steps`` or ``max_epochs`` states it.
 """
 
 import math
@@ -18,27 +17,26 @@ from common.errors import InputError
 
 
 def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-    """Split the trainable parameters by how they are to be optimized.
+    """Group the trainable parameters by decay, learning rate and fitness for Muon.
 
-    Norms and biases do not decay: what has fewer than two axes, or is named a bias, which each member of an ensemble
-    has its own of. ``use_muon`` marks hidden matrices, as opposed to embeddings, convolutions, factors of ensemble
-    members and the output head, which is the last linear layer; only :class:`MuonAdamW` reads it.
+    Norms and biases do not decay: a parameter that has fewer than two axes or is named bias (an ensemble's biases have
+    two axes). ``use_muon`` marks hidden matrices, not embeddings, convolutions, factors of ensemble members or the
+    output head (the last linear layer); only :class:`MuonAdamW` reads it.
 
     Args:
-        net: the net whose parameters are optimized.
-        lr_scales: factor on the learning rate for the parameters whose name starts with a key, such as
-            ``{"body.": 0.1}``.
+        net: the net to train.
+        lr_scales: factor on the learning rate by the start of a parameter's name, such as ``{"body.": 0.1}``.
 
     Returns:
         Groups for an optimizer, with ``lr_scale`` for :func:`scale_lr`.
 
     Raises:
-        InputError: a factor other than 1 is meant for parameters that the net does not have.
+        InputError: a factor other than 1 fits no parameter.
     """
     for prefix, scale in (lr_scales or {}).items():
         if scale != 1 and not any(name.startswith(prefix) for name, _ in net.named_parameters()):
             raise InputError(f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}")
-    # Embeddings of numbers, which are vectors per column, are known by their class name alone.
+    # Embeddings of numbers are no nn.Embedding; only their class name identifies them.
     tables = [m for m in net.modules() if isinstance(m, nn.Embedding) or "Embedding" in type(m).__name__]
     heads = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     not_hidden = {id(p) for module in [*tables, *heads] for p in module.parameters(recurse=False)}
@@ -63,20 +61,20 @@ def scale_lr(optimizer: Optimizer) -> None:
 
 
 class GivenSettings:
-    """The settings that a config gives an optimizer, which win over those of a checkpoint.
+    """An optimizer's settings in the config; they win over the checkpoint's.
 
     Args:
-        optimizer: as it was made; None before.
-        but: names of settings that a schedule changes, which go on from the checkpoint.
+        optimizer: the new optimizer; None before it is made.
+        but: names of settings that a schedule changes; they continue from the checkpoint.
     """
 
     def __init__(self, optimizer: Optimizer | None = None, but: Sequence[str] = ()):
         groups = optimizer.param_groups if optimizer else []
         self.groups = [{k: v for k, v in group.items() if k not in ("params", *but)} for group in groups]
-        self.rates: list[float] = []  # that a schedule of torch starts from
+        self.rates: list[float] = []  # initial rates of a schedule of torch
 
     def leave_to(self, scheduler: LRScheduler) -> None:
-        """Leave to a schedule of torch, which goes on from a checkpoint, what it changes."""
+        """Leave settings to a schedule of torch that changes them; it continues from the checkpoint."""
         if isinstance(scheduler, CyclicLR | OneCycleLR):
             for group in self.groups:
                 group.pop("momentum", None)
@@ -87,7 +85,7 @@ class GivenSettings:
         """Put the settings back into an optimizer's groups after a checkpoint was loaded.
 
         Raises:
-            InputError: a schedule of torch goes on from another rate than the one that is given.
+            InputError: a schedule of torch would continue from another rate than the config's.
         """
         for group, given in zip(groups, self.groups, strict=False):
             group.update(given)
@@ -156,11 +154,11 @@ class Schedule(LRScheduler):
         return [lr * factor for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. All else comes from the config, which may differ in a resumed run."""
+        """The schedule's position. All else comes from the config, which may change on resume."""
         return {key: getattr(self, key) for key in ("last_epoch", "_step_count")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step of ``state_dict``, with the rate that this schedule has there."""
+        """Continue at the step of ``state_dict``, with this schedule's rate at that step."""
         super().load_state_dict(state_dict)
         self._set_lr()
 
@@ -241,9 +239,9 @@ class WSD(Schedule):
 class MuonAdamW(Optimizer):
     """:class:`torch.optim.Muon` for hidden matrices and AdamW for everything else, as one optimizer.
 
-    Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon); embeddings,
-    heads, norms and biases are left to AdamW. A group is AdamW's when it holds anything but matrices or says
-    ``use_muon: False``, as :func:`param_groups` does.
+    Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon). AdamW takes embeddings,
+    heads, norms and biases: the groups that :func:`param_groups` marks ``use_muon: False`` or that hold other tensors
+    than matrices.
 
     Args:
         params: parameter groups.
@@ -263,8 +261,8 @@ class MuonAdamW(Optimizer):
     ):
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         scratch = torch.zeros(1, 1)
-        # The parts keep nothing of their own: before each step they are handed this optimizer's groups and
-        # state, so checkpoints, schedules and gradient scaling see a single ordinary optimizer.
+        # Before each step the parts get this optimizer's groups and state, so checkpoints, schedules and gradient
+        # scaling see one ordinary optimizer.
         self._parts: list[Optimizer] = [
             torch.optim.Muon([scratch], momentum=momentum, adjust_lr_fn="match_rms_adamw", **settings),
             torch.optim.AdamW([scratch], betas=betas, **settings),

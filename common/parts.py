@@ -1,4 +1,4 @@
-"""The parts of a net, what a rank holds of them, and what a strategy is asked."""
+"""Parts of a net (blocks, buffers, a rank's share of a parameter), and the questions that a strategy answers."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Memory(NamedTuple):
-    """Bytes that one rank holds through a step; what the host holds instead of the device is counted too."""
+    """Bytes that one rank holds during a step, on its device and on the host."""
 
     weights: int
     gradients: int
@@ -28,13 +28,13 @@ class Memory(NamedTuple):
 
 
 class Answers:
-    """What a strategy is asked here, with the answers of Lightning's own; ours inherit it and answer otherwise.
+    """Questions to a strategy, with the answers of Lightning's own; our strategies inherit it and override answers.
 
     Attributes:
         ranks_per_batch: how many ranks compute the same samples together.
-        ranks_per_batch_key: the setting that says so.
-        averages_by_itself: whether it averages gradients in a way that nothing else can take the place of.
-        syncs_batch_norm: whether it works with ``trainer.sync_batchnorm``.
+        ranks_per_batch_key: the setting of that number, for messages.
+        averages_by_itself: whether it averages gradients in its own way, which a module cannot replace.
+        syncs_batch_norm: whether it supports ``trainer.sync_batchnorm``.
     """
 
     ranks_per_batch: int = 1
@@ -43,38 +43,37 @@ class Answers:
     syncs_batch_norm: bool = True
 
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Norm of all gradients, whatever share of them this rank holds."""
+        """Norm of all gradients over all ranks, from this rank's share of them."""
         return nn.utils.get_total_norm(gradients)
 
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What one rank holds.
+        """Bytes that one rank holds.
 
         Args:
-            whole: what a single process holds.
+            whole: bytes that a single process holds.
             trained: number of trained parameters.
             ranks: number of all ranks.
         """
         return whole
 
     def train_metrics(self) -> dict[str, float]:
-        """What it counts by itself, by the names that are logged."""
+        """The strategy's own metrics, by their logged names."""
         return {}
 
     def media(self) -> "dict[str, Figure]":
-        """Pictures of what it has counted, by name."""
+        """Pictures of the strategy's own metrics, by name."""
         return {}
 
 
 def answers(strategy: Any) -> Answers:
-    """A strategy's own answers, or those that hold for all of Lightning's."""
+    """A strategy's own answers, or the answers of Lightning's strategies."""
     return strategy if isinstance(strategy, Answers) else Answers()
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """The layers of a net that are gathered, compiled and checkpointed one at a time.
+    """The layers of a net that are gathered, compiled and checkpointed one at a time; empty if it names none.
 
-    Nets of transformers name the classes of their layers (``_no_split_modules``); any other net can do the same. A net
-    without such names is treated as a whole.
+    Nets of transformers name the classes of these layers in ``_no_split_modules``; any other net can do the same.
     """
     names = {name for module in net.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in net.modules() if type(module).__name__ in names]
@@ -86,26 +85,26 @@ def batch_norms(net: nn.Module) -> list[nn.Module]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what FSDP's wrappers add to it."""
+    """A parameter's name without the prefixes of FSDP's wrappers."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
 def share(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: all of it, unless FSDP2 or ZeRO-3 has sharded it."""
+    """This rank's share of a parameter: all of it, unless FSDP2 or ZeRO-3 has sharded it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 def gathered(net: nn.Module) -> AbstractContextManager[None]:
-    """A context in which other methods than ``forward`` of a net can be called, on all ranks, whatever shards it."""
+    """A context in which a net's methods besides ``forward`` work under every strategy; all ranks must enter it."""
     if isinstance(net, FullyShardedDataParallel):
         return FullyShardedDataParallel.summon_full_params(net, recurse=False, writeback=False)
     return nullcontext()
 
 
 def refuse_input_gradients(net: nn.Module) -> None:
-    """Keep what differentiates by a net's inputs alone from FSDP1.
+    """Refuse FSDP1 to code that differentiates by a net's inputs alone.
 
-    After a backward pass that reaches no parameter it neither comes to rest nor gets the next gradients right.
+    A backward pass that reaches no parameter leaves FSDP1 in a wrong state, and its next gradients are wrong.
 
     Raises:
         InputError: FSDP1 shards the net.
@@ -116,7 +115,7 @@ def refuse_input_gradients(net: nn.Module) -> None:
 
 
 def saved_buffers(net: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules and names of what a net keeps beside its parameters, such as running statistics."""
+    """Modules and names of a net's persistent buffers, such as running statistics; empty buffers are left out."""
     return [
         (module, name)
         for module in net.modules()
@@ -126,39 +125,39 @@ def saved_buffers(net: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def broadcast_buffers(places: Sequence[tuple[nn.Module, str]]) -> None:
-    """Give all ranks these buffers of rank 0."""
+    """Copy these buffers from rank 0 to all ranks."""
     if places and dist.get_world_size() > 1:
         group: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         dist._broadcast_coalesced(group, [getattr(*place) for place in places], 2**28, 0)  # type: ignore
 
 
 def share_buffers(net: nn.Module) -> None:
-    """Give all ranks the saved buffers of rank 0 before each forward, as DDP does.
+    """Copy the saved buffers from rank 0 to all ranks before each forward, as DDP does.
 
-    Otherwise each rank would keep running statistics of its own, of which a checkpoint could hold only one.
+    Otherwise each rank would keep its own running statistics, and a checkpoint holds only one set.
     """
     if places := saved_buffers(net):
         net.register_forward_pre_hook(lambda *_: broadcast_buffers(places))
 
 
 def has_whole_gradients(strategy: Strategy) -> bool:
-    """Whether each rank holds every parameter whole, so that its gradient can be asked for; after the set-up."""
+    """Whether each rank holds every parameter and its gradient whole; valid after the strategy's set-up."""
     whole = strategy.model is strategy.lightning_module or isinstance(strategy.model, DistributedDataParallel)
-    if answers(strategy).ranks_per_batch > 1:  # a stage each, or a slice
+    if answers(strategy).ranks_per_batch > 1:  # each rank has a stage or a slice
         return False
     return whole and not any(isinstance(p, DTensor) for p in strategy.model.parameters())  # type: ignore[union-attr]
 
 
 def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
-    """Leave the averaging of gradients over ranks to the module, which sets all of them by itself in ``backward``.
+    """Make the strategy leave gradients to the module, which averages them over ranks in ``backward``.
 
     Args:
-        strategy: after its set-up.
+        strategy: the strategy, after its set-up.
         net: the net that is trained.
-        key: the setting that wants it, for the message.
+        key: the setting that needs it, for messages.
 
     Raises:
-        InputError: ranks hold shares of the parameters.
+        InputError: ranks hold shares of the parameters, or the strategy averages in its own way.
     """
     if not has_whole_gradients(strategy):
         problem = f"needs the whole gradient of each task, and {type(strategy).__name__} shards them"
@@ -168,14 +167,14 @@ def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model.require_backward_grad_sync = False
-        share_buffers(net)  # which it then leaves out as well
+        share_buffers(net)  # without gradient sync DDP skips buffers too
 
 
 def to_float8(net: nn.Module) -> None:
     """Run a net's linear layers in float8 with torchao, scaled per tensor (https://arxiv.org/abs/2209.05433).
 
-    Weights stay what they are, and so do checkpoints. The last linear layer, the head, and layers whose width is no
-    multiple of 16 keep their precision.
+    Weights and checkpoints do not change. The head (the last linear layer) keeps its precision, and so do layers with a
+    width that is no multiple of 16.
 
     Raises:
         InputError: the GPU has no float8, or torchao is not installed.

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
-# Those whose results are published. Contract tests run on all recipes, copies included; pages, and tests that take turns
+# Recipes with published results. Contract tests run on all recipes, copies included; pages, and tests that take turns
 # through recipes, are about these.
 MEASURED = sorted({key.split("/")[0] for key in json.loads((ROOT / "benchmarks/results/recipes.json").read_text())})
 # What a recipe is, by the name of its module, which a copy keeps.

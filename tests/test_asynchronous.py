@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 
 from common.checkpoint import read_checkpoint
-from common.errors import InputError
 from common.parts import Memory
 from common.strategies.local_sgd import LocalSGD
 from common.strategies.parameter_server import ParameterServer, Server
+from common.strategies.sharding import share_weights
 from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
 from tests.test_resume import digest
@@ -362,8 +362,32 @@ def test_mistakes(strategy: str, flags: list[str], line: str, work: Path, lm_arg
     assert not (work / "runs/lm/default/checkpoints").exists()
 
 
-@pytest.mark.parametrize("strategy", [LocalSGD(), ParameterServer()])
-def test_batch_norm_that_waits_for_all_ranks_is_refused(strategy: LocalSGD | ParameterServer) -> None:
-    strategy._layer_sync = SimpleNamespace()  # type: ignore[assignment]  # which needs a GPU
-    with pytest.raises(InputError, match=r"trainer.sync_batchnorm: would wait for all ranks in each step; take false"):
-        strategy.setup_environment()
+@pytest.mark.parametrize("strategy", ["local_sgd", "parameter_server"])
+def test_batch_norm_that_waits_for_all_ranks_is_refused(strategy: str, work: Path, lm_args: list[str]) -> None:
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
+    args = ["fit", *layer, *lm_args, "--trainer.sync_batchnorm", "true"]
+    assert run_ranks(main_of("lm"), args, world=1, folder=work) == [2], logs(work)
+    name = {"local_sgd": "LocalSGD", "parameter_server": "ParameterServer"}[strategy]
+    line = f"trainer.sync_batchnorm: is nothing for {name}; take false"
+    assert line in (work / "rank0.log").read_text().splitlines()[-1]
+
+
+def shared_weights(path: Path) -> None:
+    """Ranks that begin with others, of several types, one of them not in the order of its memory, one empty."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    net = nn.Sequential(nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(3))  # type: ignore
+    net.register_buffer("seen", torch.tensor([dist.get_rank() == 0]))
+    net.register_buffer("none", torch.zeros(0), persistent=False)
+    net[1].running_mean += torch.rand(3)  # type: ignore[operator, union-attr]
+    share_weights(net)
+    assert all(p.requires_grad for p in net.parameters())
+    torch.save([p.detach() for p in (*net.parameters(), *net.buffers())], path.with_suffix(f".{dist.get_rank()}"))
+
+
+def test_all_ranks_begin_with_the_weights_of_the_first(work: Path) -> None:
+    assert run_ranks(shared_weights, work / "net", folder=work) == [0, 0], logs(work)
+    first, second = (torch.load(work / f"net.{rank}") for rank in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    torch.manual_seed(0)
+    assert torch.equal(first[0], nn.Conv2d(2, 3, 3).weight)

@@ -237,7 +237,7 @@ def run_of(teacher: Path) -> Path:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache without any teacher."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("common.teacher.CACHE", str(tmp_path / "cache/lightning-recipes"))
+    monkeypatch.setattr("recipes.distillation.training.CACHE", str(tmp_path / "cache/lightning-recipes"))
 
 
 def test_teacher_is_trained_once(work: Path, cache: None) -> None:
@@ -398,7 +398,7 @@ def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], smal
 def test_features_teach(loss: str, work: Path) -> None:
     """Their loss comes on top of the other, with the weight that is given, and training lowers it."""
     args = ["--data.batch_size", "32", "--model.alpha", "0", "--trainer.limit_val_batches", "0"]
-    args += ["--model.feature_loss", f"common.distillation.{loss}", "--model.features", "[['0', '3'], [6, 6]]"]
+    args += ["--model.feature_loss", loss, "--model.features", "[['0', '3'], [6, 6]]"]
     losses = {}
     for weight, steps in (("0", "1"), ("10", "1"), ("20", "40")):
         own = ["--model.feature_weight", weight, "--trainer.max_steps", steps, "--name", weight]

@@ -12,7 +12,7 @@ import torch
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
 from common.run.faults import StopOnSigterm, lost_rank
-from tests.support import INEXACT, RECIPES, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
+from tests.support import INEXACT, MEASURED, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -25,7 +25,7 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
     "sigterm_1": ({1: "sigterm"}, [143, 143]),
     "sigterm_both": ({0: "sigterm", 1: "sigterm"}, [143, 143]),
 }
-CELLS = [(recipe, strategy, fault) for recipe in RECIPES for strategy in strategies_of(recipe) for fault in FAULTS]
+CELLS = [(recipe, strategy, fault) for recipe in MEASURED for strategy in strategies_of(recipe) for fault in FAULTS]
 # Every strategy with a fault; every fault is there.
 FAST = {(turn(name, i), name, list(FAULTS)[i % len(FAULTS)]) for i, name in enumerate(STRATEGIES)}
 
@@ -114,13 +114,9 @@ def test_every_rank_ends(
         "--trainer.max_steps", "200", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false",
     ]  # fmt: skip
-    saves = work / "saves.yaml"
-    saves.write_text(
-        "trainer:\n  logger: false\n  callbacks:\n    - class_path: common.run.callbacks.LastCheckpoint\n"
-        "      init_args: {every_n_train_steps: 5}\n"
-    )
+    saves = ["--last.every_n_train_steps", "5", "--trainer.logger", "false", "--media.every_n_validations", "0"]
     began = time.monotonic()
-    args += ["--config", str(saves), *INEXACT.get(strategy, [])]
+    args += [*saves, "--trainer.callbacks", "[]", *INEXACT.get(strategy, [])]
     codes = run_ranks(faulty_main, recipe, args, faults, folder=work / "faulty")
     seconds = time.monotonic() - began
     assert codes == expected, logs(work / "faulty")

@@ -18,7 +18,7 @@ import yaml
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import RECIPES, ROOT, TINY, logs, main_of, run_ranks
+from tests.support import RECIPES, ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 WANDB = ["--config", str(ROOT / "configs/logger/wandb.yaml")]
 DDP = ["--config", str(ROOT / "configs/strategy/ddp.yaml")]
@@ -224,7 +224,7 @@ def test_resumed_and_tested_run_goes_on_in_its_wandb_run(runs: dict[tuple[str, i
     environment = json.loads((folder / "environment.json").read_text())
     assert yaml.safe_load((folder / "hparams.yaml").read_text()) == {**config, "environment": environment}
     loggers = [item["class_path"].split(".")[-1] for item in config["trainer"]["logger"]]
-    assert loggers == ["CSVLogger", "TensorBoardLogger", "Wandb"]
+    assert loggers == ["TensorBoardLogger", "Wandb"]
     assert launch("classification", ["test", "--ckpt_path", "best"], tmp_path) == [0], logs(tmp_path)
     files = wandb_logs(tmp_path)
     fit, resumed, tested = (read_wandb(path) for path in files)
@@ -301,22 +301,38 @@ def test_layers_change_only_what_is_theirs(recipe: str, work: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("layer", "loggers"),
+    ("args", "loggers"),
     [
-        ("csv", ["CSVLogger"]),
-        ("tensorboard", ["TensorBoardLogger"]),
-        ("wandb", ["CSVLogger", "TensorBoardLogger", "Wandb"]),
+        ([], ["TensorBoardLogger"]),
+        (["--config", str(ROOT / "configs/logger/wandb.yaml")], ["TensorBoardLogger", "Wandb"]),
+        (["--trainer.logger", "[]"], []),
     ],
 )
-def test_logger_layers(layer: str, loggers: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = resolved("lm", ["--config", str(ROOT / f"configs/logger/{layer}.yaml")], capsys)
+def test_logger_layers(args: list[str], loggers: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved("lm", args, capsys)
     assert [item["class_path"].split(".")[-1] for item in config["trainer"]["logger"]] == loggers
+
+
+@pytest.mark.usefixtures("no_report")
+def test_no_list_in_a_layer_throws_away_what_every_run_keeps(work: Path, lm_args: list[str]) -> None:
+    """Neither the checkpoints nor the CSV file; switches of the trainer do."""
+    lists = {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}], "logger": []}
+    (work / "lists.yaml").write_text(yaml.safe_dump({"trainer": lists}))
+    args = ["fit", *TINY, *lm_args, "--config", "lists.yaml", "--trainer.accelerator", "cpu"]
+    main_of("lm")(args)
+    run = work / "runs/lm/default"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len(read_metrics(run / "metrics.csv", "train/loss")) == 4
+    assert list((run / "texts").iterdir())
+    off = ["--name", "off", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    main_of("lm")([*args, *off, "--media.every_n_validations", "0"])
+    assert not {"metrics.csv", "checkpoints", "texts"} & {path.name for path in (work / "runs/lm/off").iterdir()}
 
 
 @pytest.mark.parametrize("recipe", METRICS)
 def test_predictions_do_not_depend_on_ranks(recipe: str, runs: dict[tuple[str, int], Run], tmp_path: Path) -> None:
     shutil.copytree(runs[recipe, 1].cwd / "runs", tmp_path / "runs", symlinks=True)
-    args = ["predict", "--config", str(ROOT / "configs/logger/csv.yaml"), "--ckpt_path", "best"]
+    args = ["predict", "--trainer.logger", "[]", "--ckpt_path", "best"]
     args += ["--trainer.limit_predict_batches", "1.0", "--data.eval_batch_size", "7"]
     if recipe == "lm":
         args += ["--data.prompts", '["Help on", "The ", "a, b"]', "--model.temperature", "0"]

@@ -22,7 +22,6 @@ from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import WeightedMean
 from common.nets import ConvNet, PretrainedEncoder
-from common.run.callbacks import LastCheckpoint
 from common.sources import Digits
 from recipes.classification.data import Batch, ClassificationData
 from recipes.classification.module import ClassificationModule
@@ -344,9 +343,7 @@ trainer:
   max_steps: 20
   limit_val_batches: 1
   enable_progress_bar: false
-  callbacks:
-    - class_path: common.run.callbacks.LastCheckpoint
-      init_args: {every_n_train_steps: 2}
+last: {every_n_train_steps: 2}
 """
 
 
@@ -464,23 +461,23 @@ def test_early_stopping_as_a_layer(every: str, work: Path) -> None:
     (work / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
     args = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.logger", "false"]
     args += ["--model.net.widths", "[4]", "--trainer.enable_progress_bar", "false", "--config", str(work / "stop.yaml")]
-    last = {
-        "class_path": "common.run.callbacks.LastCheckpoint",
-        "init_args": {"every_n_train_steps": yaml.safe_load(every)},
-    }
-    (work / "last.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [last]}}))
-    args[args.index("--config") :] = ["--config", str(work / "last.yaml"), "--config", str(work / "stop.yaml")]
+    args += ["--last.every_n_train_steps", every]
     trainer = main_of("classification")(["fit", *args]).trainer
     assert (trainer.current_epoch, trainer.max_epochs) == (3, 40)
-    assert any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks)
     assert read_checkpoint(work / "runs/classification/default/checkpoints/last.ckpt")["global_step"] == 6
 
 
 @pytest.mark.parametrize("end", [["--trainer.max_epochs", "2"], ["--trainer.max_steps", "5"]])
 def test_the_end_of_training_is_saved(end: list[str], work: Path) -> None:
-    last = {"class_path": "common.run.callbacks.LastCheckpoint", "init_args": {"every_n_train_steps": 100}}
-    (work / "last.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [last]}}))
-    args = ["--config", "last.yaml", "--model.net.widths", "[4]", "--trainer.enable_progress_bar", "false", *end]
+    args = [
+        "--last.every_n_train_steps",
+        "100",
+        "--model.net.widths",
+        "[4]",
+        "--trainer.enable_progress_bar",
+        "false",
+        *end,
+    ]
     args += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--trainer.logger", "false"]
     trainer = main_of("classification")(["fit", *args]).trainer
     saved = read_checkpoint(work / "runs/classification/default/checkpoints/last.ckpt")["global_step"]

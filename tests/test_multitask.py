@@ -363,7 +363,7 @@ def fit_only(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
 
 
-WEIGHTING, AGGREGATOR = "--model.weighting common.multitask.", "--model.aggregator torchjd.aggregation."
+WEIGHTING, AGGREGATOR = "--model.weighting ", "--model.aggregator torchjd.aggregation."
 MISTAKES = [
     ("--data.tasks [lefft]", "no task is named 'lefft'; did you mean 'left'?"),
     ("--data.tasks []", "--data.tasks: is empty"),
@@ -388,7 +388,7 @@ MISTAKES = [
     (f"{WEIGHTING}DynamicWeightAverage --model.weighting.temprature 1", "did you mean 'temperature'?"),
     (f"{WEIGHTING}FAMO --model.weighting.lr -0.1", "--model.weighting.lr: must be above 0, got -0.1"),
     (f"{WEIGHTING}FAMO --model.weighting.weight_decay -1", "--model.weighting.weight_decay: must be at least 0"),
-    (f"{WEIGHTING}FAM0", "no 'FAM0' in common.multitask; did you mean 'FAMO'?"),
+    (f"{WEIGHTING}FAM0", "no class 'FAM0'; did you mean 'FAMO'?"),
     ("--model.weighting torch.nn.ReLU", "model.weighting"),
     ("--model.aggregator torch.nn.ReLU", "model.aggregator"),
     (f"{AGGREGATOR}MGDAWeighting", "model.aggregator"),

@@ -32,7 +32,7 @@ from common.optim import (
     scale_lr,
 )
 from common.run.cli import RecipeCLI
-from tests.support import ROOT, main_of, read_metrics
+from tests.support import main_of, read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -41,7 +41,7 @@ SMALL = [
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
 NO_FILES = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
-CSV = ["--config", str(ROOT / "configs/logger/csv.yaml"), "--trainer.log_every_n_steps", "1"]
+CSV = ["--trainer.logger", "[]", "--trainer.log_every_n_steps", "1"]
 
 
 def fit(*args: str) -> RecipeCLI:

@@ -130,10 +130,10 @@ def zero_gradient(path: Path) -> None:
     dist.init_process_group("gloo")
     net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     strategy = PowerSGD(1, 2)
-    strategy.model = DistributedDataParallel(net)
-    strategy.register_hook(strategy.model)
+    model = DistributedDataParallel(net)
+    strategy.register_hook(model)
     for step in range(4):
-        strategy.model(torch.zeros(2, 16) if step < 3 else torch.ones(2, 16)).sum().backward()
+        model(torch.zeros(2, 16) if step < 3 else torch.ones(2, 16)).sum().backward()
         assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None), step
 
 
@@ -147,10 +147,10 @@ def many_buckets(path: Path) -> None:
     torch.manual_seed(1)
     net = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((16, 200), (200, 30), (30, 150), (150, 16)) * 3))
     strategy = PowerSGD(2, 2)
-    strategy.model = DistributedDataParallel(net, bucket_cap_mb=0.02)
-    strategy.register_hook(strategy.model)
+    model = DistributedDataParallel(net, bucket_cap_mb=0.02)
+    strategy.register_hook(model)
     for _ in range(40):
-        strategy.model(torch.randn(2, 16)).square().sum().backward()
+        model(torch.randn(2, 16)).square().sum().backward()
     assert strategy.state.compression_stats()[0] > 2
 
 

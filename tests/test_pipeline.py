@@ -233,7 +233,7 @@ def test_nets_that_cannot_be_divided(make: Callable[[], nn.Module], stages: int,
         ("lm", ["--trainer.strategy.micro_batches", "0", "--trainer.strategy.schedule", "gpipe"], "at least 1 with"),
         ("lm", ["--data.batch_size", "6"], "micro_batches: 4 is no divisor of the 6 samples of a batch"),
         ("lm", [f"{NET}.num_hidden_layers", "1"], "LlamaForCausalLM has 1 blocks, fewer than 2 stages"),
-        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: stages do without"),
+        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for Pipeline"),
         ("classification", [], "ConvNet names no list of blocks (_no_split_modules)"),
     ],
 )
@@ -250,7 +250,7 @@ def test_mistakes(recipe: str, flags: list[str], line: str, work: Path, lm_args:
     ("recipe", "flags", "line"),
     [
         ("adversarial", [], "stages: the recipe wants other gradients than those of its loss"),
-        ("multitask", [], "stages: the recipe trains with another loss than that of its shared_step"),
+        ("multitask", [], "stages: the recipe wants other gradients than those of its loss"),
         ("curriculum", ["--data.batch_size", "8"], "micro_batches: 4 is no divisor of the 2 samples of a batch"),
         ("lm", ["--model.optimizer", "pytorch_optimizer.Prodigy"], "Prodigy goes by all parameters at once"),
     ],
@@ -304,6 +304,15 @@ def logging_main(args: list[str]) -> None:
     main_of("lm")(args)
 
 
+def doubling_main(args: list[str]) -> None:
+    """A recipe that trains with something made of the loss of its ``shared_step``."""
+    from recipes.lm.module import LMModule
+
+    training_step = LMModule.training_step
+    LMModule.training_step = lambda *args: 2 * training_step(*args)  # type: ignore  # in this forked process only
+    main_of("lm")(args)
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "codes", "line"),
     [
@@ -313,6 +322,7 @@ def logging_main(args: list[str]) -> None:
             [2, 2],
             "FalconDecoderLayer does not return what it gets, in shape and type, and nothing else",
         ),
+        (doubling_main, [], [2, 2], "stages: the recipe trains with another loss than that of its shared_step"),
         (logging_main, [], [3, 2], "shared_step logs train/own in training, which the first stage does not compute"),
     ],
 )

@@ -90,9 +90,8 @@ def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     faults = work / "faults.yaml"
     settings = f"{{folder: {work}, kill: [7, 12], wait: 10}}"
     faults.write_text(
-        "trainer:\n  callbacks:\n"
-        f"  - {{class_path: tests.test_ray.Faults, init_args: {settings}}}\n"
-        "  - {class_path: common.run.callbacks.LastCheckpoint, init_args: {every_n_train_steps: 5}}\n"
+        "last: {every_n_train_steps: 5}\n"
+        f"trainer:\n  callbacks:\n  - {{class_path: tests.test_ray.Faults, init_args: {settings}}}\n"
     )
     cut = ["fit", *two, "--name", "cut", "--config", str(faults)]
     code, out, err = end(start(*cut, "--trainer.strategy.max_restarts", "1"))

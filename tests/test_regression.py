@@ -42,6 +42,7 @@ from recipes.regression.module import RegressionModule
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 main = main_of("regression")
+TABLES = "common.sources.tables"
 SMALL = ["--config", str(ROOT / "recipes/regression/small.yaml"), *TINY, "--trainer.accelerator", "cpu"]
 ROWS = 200
 
@@ -404,7 +405,7 @@ def test_another_table_does_not_pass_for_the_one_it_was_trained_on(
 
 @pytest.mark.parametrize("head", ["Gaussian", "Quantiles"])
 def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> None:
-    main(["fit", *SMALL, *TABLE, "--model.head", f"common.heads.{head}"])
+    main(["fit", *SMALL, *TABLE, "--model.head", head])
     run = work / "runs/regression/default"
     assert 0 <= read_metrics(run / "metrics.csv", "val/coverage")[-1] <= 1
     assert read_metrics(run / "metrics.csv", "val/interval_width")[-1] > 0
@@ -467,7 +468,7 @@ MISTAKES = [
     case(lines(), f"{SOURCE}.target_unit 0", f"{SOURCE}.target_unit", "must be above 0, got 0.0"),
     case(lines(), f"{SOURCE}.target_unit=-1", f"{SOURCE}.target_unit", "must be above 0, got -1.0"),
     case(lines(), f"{SOURCE}.path huses.csv", f"{SOURCE}.path", "no such file", "houses.csv"),
-    case(lines(), f"{SOURCE} common.sources.tables.Diabetse", SOURCE, "no 'Diabetse' in common.sources.tables", "Diabetes"),
+    case(lines(), f"{SOURCE} {TABLES}.Diabetse", SOURCE, f"no 'Diabetse' in {TABLES}", "Diabetes"),
     case(lines(), f"{SOURCE} null", SOURCE, "is null; name a table"),
     case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
     case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
@@ -500,7 +501,7 @@ MISTAKES = [
          "must have 0.5, the prediction"),
     case(lines(), "--model.head Gaussian --model.head.level 1", "--model.head.level",
          "must be between 0 and 1, got 1.0"),
-    case(lines(), "--model.head Gausian", "--model.head", "no 'Gausian' in common.heads", "Gaussian"),
+    case(lines(), "--model.head Gausian", "--model.head", "no class 'Gausian'", "Gaussian"),
     case(lines(), "--model.net.n_bins 500", "--model.net.n_bins", "must be from 2 to 41 for so many training rows"),
     case(lines(), "--model.net.n_blocks 0", "--model.net.n_blocks", "must be above 0, got 0"),
     case(lines(), "--model.net.k 0", "--model.net.k", "must be above 0, got 0"),

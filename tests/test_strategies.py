@@ -15,11 +15,13 @@ import pytest
 import pytorch_optimizer
 import torch
 import transformers
+from torch import Tensor, nn
 
+import common.optim
 from common.checkpoint import read_checkpoint
 from common.parts import Memory
 from common.strategies.fsdp import FSDP, FSDP2
-from common.strategies.sharding import is_elementwise
+from common.strategies.sharding import ELEMENTWISE, JOINING, SEPARABLE, is_elementwise, is_separable
 from tests.support import (
     EXACT,
     PLAIN,
@@ -297,6 +299,92 @@ def test_which_optimizers_work_on_flat_pieces(make: Any, expected: bool) -> None
     assert optimizer.param_groups[0]["lr"] == 0
 
 
+LIBRARIES = {
+    "torch": torch.optim, "pytorch_optimizer": pytorch_optimizer, "transformers": transformers, "common": common.optim,
+}  # fmt: skip
+KNOWN = [
+    getattr(LIBRARIES[library], name)
+    for known in (ELEMENTWISE, SEPARABLE)
+    for library, names in known.items()
+    for name in sorted(names)
+]
+Piece = tuple[slice, tuple[int, ...]]  # of 24 numbers, and its shape
+MATRIX: list[Piece] = [(slice(24), (4, 6))]
+FLAT: list[Piece] = [(slice(10), (10,)), (slice(10, 24), (14,))]
+MATRICES: list[Piece] = [(slice(12), (3, 4)), (slice(12, 24), (3, 4))]
+
+
+def moves_alike(make: Any, together: list[Piece], alone: list[Piece]) -> bool:
+    """Whether an optimizer of some pieces as its parameters moves them as one optimizer for each of others does."""
+    start, goal = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+
+    def moved(pieces: list[Piece]) -> Tensor:
+        params = [nn.Parameter(start[part].view(shape).clone()) for part, shape in pieces]
+        optimizer = make(params)
+        for _ in range(30):
+            for p, (part, shape) in zip(params, pieces, strict=True):
+                p.grad = p.detach() - goal[part].view(shape)
+            optimizer.step()
+        return torch.cat([p.detach().flatten() - start[part] for p, (part, _) in zip(params, pieces, strict=True)])
+
+    whole = moved(together)
+    assert whole.abs().max() > 1e-4
+    return bool((torch.cat([moved([piece]) for piece in alone]) - whole).abs().max() < 1e-4 * whole.abs().max())
+
+
+@pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+def test_what_is_known_of_optimizers_is_true(kind: Any) -> None:
+    """By their steps: of a matrix against flat pieces of it, of two matrices against each alone."""
+    own = {"relative_step": False} if kind is transformers.Adafactor else {}  # else it takes no rate
+    make = partial(kind, lr=0.1, **own)
+    optimizer = make([nn.Parameter(torch.zeros(3, 4))])
+    assert is_separable(optimizer)
+    assert moves_alike(make, MATRICES, MATRICES)
+    try:
+        on_pieces = moves_alike(make, MATRIX, FLAT)
+    except ValueError:  # it takes matrices alone
+        on_pieces = False
+    assert is_elementwise(optimizer) is on_pieces
+
+
+@pytest.mark.parametrize("setting", JOINING)
+def test_settings_that_join_elements(setting: str) -> None:
+    make = {"stable_adamw": pytorch_optimizer.ADOPT}.get(setting, pytorch_optimizer.Lion)
+    optimizer = make([nn.Parameter(torch.zeros(3, 4))], lr=0.1, **{setting: True})
+    assert not is_elementwise(optimizer)
+    assert is_separable(optimizer)
+
+
+class OwnStep(torch.optim.AdamW):
+    """One that goes by a norm of all."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
+class Says(OwnStep):
+    elementwise = True
+
+
+class SaysLess(OwnStep):
+    separable = True
+
+
+class OwnDefaults(torch.optim.AdamW):
+    def __init__(self, params: Any):
+        super().__init__(params, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "elementwise", "separable"),
+    [(OwnStep, False, False), (Says, True, True), (SaysLess, False, True), (OwnDefaults, True, True)],
+)
+def test_what_an_optimizer_says_of_itself(kind: Any, elementwise: bool, separable: bool) -> None:
+    optimizer = kind([nn.Parameter(torch.zeros(3, 4))])
+    assert (is_elementwise(optimizer), is_separable(optimizer)) == (elementwise, separable)
+
+
 @pytest.mark.parametrize(
     ("strategy", "flags", "line"),
     [
@@ -308,8 +396,8 @@ def test_which_optimizers_work_on_flat_pieces(make: Any, expected: bool) -> None
             ["--model.optimizer", "pytorch_optimizer.Lamb"],
             "model.optimizer: Lamb needs whole tensors",
         ),
-        ("deepspeed_zero2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: DeepSpeed does without"),
-        ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: FSDP2 does without"),
+        ("deepspeed_zero2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for DeepSpeed"),
+        ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for FSDP2"),
         ("fsdp", ["--trainer.strategy.device_mesh", "[1, 2]"], "is for sharding_strategy HYBRID_SHARD"),
         (
             "fsdp",

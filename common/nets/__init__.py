@@ -1,4 +1,4 @@
-"""Nets that several recipes name."""
+"""Nets that several recipes use."""
 
 from common.nets.images import ConvNet, ImageClassifier
 from common.nets.pretrained import Pretrained

@@ -20,7 +20,7 @@ class ConvNet(nn.Sequential):
         in_channels: channels of the images.
         widths: channels of each stage; every stage halves height and width.
         dropout: probability before the head.
-        grid: height and width of what the head sees, 1 for the mean over all places.
+        grid: height and width of the head's input; 1 is the mean over all places.
 
     Raises:
         InputError: there is no stage or no grid, or the images have other channels or are too small for so many stages.

@@ -1,7 +1,7 @@
 """A GPT of Megatron-LM's layers as a net of transformers: any recipe that takes a ``PretrainedConfig`` can train it.
 
-The net is made whole, on every rank. :class:`common.strategies.megatron.Megatron` then keeps a slice of it; under any
-other strategy it is a net like others.
+Every rank builds the whole net. :class:`common.strategies.megatron.Megatron` then keeps a slice of it; other strategies
+treat it like any net.
 """
 
 import importlib.util
@@ -23,26 +23,26 @@ from common.errors import InputError
 
 
 class MegatronConfig(PretrainedConfig):
-    """Sizes of a :class:`MegatronLM`, by the names that transformers has for them.
+    """Sizes of a :class:`MegatronLM`, by transformers' names.
 
     Args:
         hidden_size: width of the residual stream.
         intermediate_size: width inside the feed-forward layers; None for 4 times ``hidden_size``.
-        num_hidden_layers: blocks.
-        num_attention_heads: heads of each block; they divide ``hidden_size``.
-        num_key_value_heads: heads of keys and values; they divide those of queries, None for as many.
-        max_position_embeddings: positions that are learned: the longest window.
-        activation: GELU, or gated by SiLU (https://arxiv.org/abs/2002.05202), which has 1.5 times the parameters.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads of each block, a divisor of ``hidden_size``.
+        num_key_value_heads: heads of keys and values, a divisor of ``num_attention_heads``; None for the same number.
+        max_position_embeddings: number of learned positions: the longest window.
+        activation: GELU, or SwiGLU (https://arxiv.org/abs/2002.05202) with 1.5 times the parameters.
         normalization: of the residual stream before each layer.
-        bias: whether linear layers have one.
+        bias: whether linear layers have a bias.
         hidden_dropout: probability after the embedding and each layer.
         attention_dropout: probability of an attention weight.
         tie_word_embeddings: whether the head shares the embedding's weight.
-        initializer_range: standard deviation of initial weights; divided by sqrt(2 layers) where a layer ends.
+        initializer_range: standard deviation of initial weights; for output projections divided by sqrt(2 layers).
         vocab_size: number of tokens; a recipe takes it from its data.
 
     Raises:
-        InputError: Megatron is not installed, or heads cannot be divided so.
+        InputError: Megatron is not installed, or a number of heads is no such divisor.
     """
 
     model_type = "megatron_core_gpt"
@@ -82,7 +82,7 @@ class MegatronConfig(PretrainedConfig):
 
 
 class Attention(nn.Module):
-    """Causal attention by torch, for Megatron's own needs a GPU."""
+    """Causal attention by torch; Megatron's own needs a GPU."""
 
     def __init__(self, config: Any, **_: Any):
         super().__init__()
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         *_: Any,
         **__: Any,
     ) -> Float[Tensor, "time batch features"]:
-        """Attend to all positions before; of one rank's heads."""
+        """Attend to all earlier positions, with this rank's heads."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         attended = nn.functional.scaled_dot_product_attention(
@@ -110,8 +110,8 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     Args:
         config: its sizes.
-        mesh: of the ranks that each have a slice, one-dimensional; None for the whole. The vocabulary is padded to a
-            multiple of them.
+        mesh: one-dimensional mesh of the ranks that hold a slice each; None for the whole net. The vocabulary is padded
+            to a multiple of their number.
     """
 
     config: MegatronConfig
@@ -123,14 +123,14 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.mesh = mesh
         ranks = mesh.size() if mesh else 1
-        with warnings.catch_warnings(action="ignore"):  # about packages that would make it faster, and its own old ways
+        with warnings.catch_warnings(action="ignore"):  # about missing fast packages, and its own deprecated calls
             self.model = _gpt(config, -(-config.vocab_size // ranks) * ranks, mesh.get_group() if mesh else None)
         self.register_state_dict_post_hook(_drop_extra_state)
         self.post_init()
 
     @override
     def _init_weights(self, module: nn.Module) -> None:
-        """Megatron has done it."""
+        """Nothing to do: Megatron initializes its layers itself."""
 
     @override
     def get_input_embeddings(self) -> nn.Module:
@@ -138,7 +138,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @override
     def get_output_embeddings(self) -> None:
-        """None: a tied head has no weight of its own, it is given the embedding's."""
+        """None: a tied head uses the embedding's weight."""
 
     def forward(
         self,
@@ -151,11 +151,11 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Args:
             input_ids: tokens, without padding.
-            attention_mask: as callers of transformers give it; all ones.
-            labels: for the loss of transformers: the tokens again, -100 where none is asked for.
+            attention_mask: all ones, as callers of transformers pass it.
+            labels: the tokens again, for transformers' loss; -100 where a position does not count.
 
         Raises:
-            InputError: autocast on a CPU, of which Megatron's layers know nothing, or padded tokens.
+            InputError: the tokens are padded, or autocast runs on a CPU; Megatron's layers support neither.
         """
         if attention_mask is not None and not attention_mask.all():
             raise InputError("model.config: Megatron's layers attend to all tokens before; give them no padding")
@@ -163,7 +163,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise InputError("trainer.precision: Megatron's layers have no autocast on a CPU; take fp32 or bf16-true")
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         logits = self.model(input_ids, positions, attention_mask=None)
-        if self.mesh is not None:  # by torch, for Megatron's own gathering needs a GPU
+        if self.mesh is not None:  # by torch: Megatron's own gathering needs a GPU
             slices = DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False)
             logits = slices.redistribute(placements=[Replicate()]).to_local()[..., : self.config.vocab_size]
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
@@ -177,7 +177,7 @@ class MegatronLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         net.model.to(self.device, self.dtype)
         wholes = dict(self.named_parameters())
         for name, p in net.named_parameters():
-            p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # beside what Megatron knows of it
+            p.whole_shape = wholes[name].shape  # type: ignore[attr-defined]  # next to Megatron's own notes
             p.copy_(slice_of(wholes[name], p, mesh))
             p.requires_grad_(wholes[name].requires_grad)
         return net.train(self.training)
@@ -191,7 +191,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
     from megatron.core.tensor_parallel import layers, mappings  # type: ignore[import-not-found]
     from megatron.core.transformer.transformer_config import TransformerConfig  # type: ignore[import-not-found]
 
-    # They would drop the group that they are given where torch has none.
+    # These modules would ignore a given group if torch.distributed is not initialized.
     patched: tuple[Any, ...] = (language_model_embedding, layers, mappings)
     for module in patched:
         module.get_tensor_model_parallel_group_if_none = lambda group, **_: group
@@ -213,7 +213,7 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
         params_dtype=torch.get_default_dtype(),
         tensor_model_parallel_size=(group or alone).size(),
         use_cpu_initialization=True,  # the same weights on every device
-        # Kernels of Apex and Transformer Engine, and what is compiled for GPUs.
+        # These need Apex, Transformer Engine or a GPU.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -234,20 +234,20 @@ def _gpt(config: MegatronConfig, vocab_size: int, group: dist.ProcessGroup | Non
 
 
 def _drop_extra_state(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-    """Leave out of a state what Megatron has in it for Transformer Engine: None for every linear layer."""
+    """Drop Megatron's entries for Transformer Engine from a state: None for every linear layer."""
     for name in [name for name in state if name.endswith("_extra_state")]:
         del state[name]
 
 
 def is_sliced(parameter: Tensor) -> bool:
-    """Whether ranks have slices of a parameter; else each has the whole. Megatron has noted it."""
+    """Whether ranks hold slices of a parameter, as Megatron notes; otherwise each holds the whole."""
     return getattr(parameter, "tensor_model_parallel", False)
 
 
 def slice_of(whole: Tensor, parameter: Any, mesh: DeviceMesh) -> Tensor:
-    """What a rank has of a whole tensor that belongs to a parameter of its net, such as an optimizer's state.
+    """This rank's slice of a whole parameter, or of a tensor of its shape such as its optimizer state.
 
-    It has one piece along the parameter's ``partition_dim``, or, where a layer joins the weights of two, one of each
+    The slice is one piece along ``partition_dim``. If a layer joins the weights of two, it is a piece of each
     (``partition_stride``). The vocabulary is padded with zeros.
     """
     if not is_sliced(parameter):

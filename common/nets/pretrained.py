@@ -18,8 +18,8 @@ class Pretrained(nn.Module):
     """A pretrained net of transformers with its head, such as a teacher.
 
     Args:
-        num_classes: number of classes of the data, which the head must have too; a language model may know more tokens,
-            which are left out.
+        num_classes: number of classes of the data and the head. A language model may know more tokens; they are left
+            out.
         name: folder or hub name of the net (safetensors weights).
         task: what its head does.
 
@@ -29,7 +29,7 @@ class Pretrained(nn.Module):
 
     def __init__(self, num_classes: int, name: str, task: Literal["image", "text", "next token"] = "image"):
         super().__init__()
-        disable_progress_bar()  # it stands on stderr
+        disable_progress_bar()  # it would write to stderr
         kinds = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
         try:

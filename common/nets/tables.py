@@ -1,8 +1,8 @@
-"""Nets for tables from the libraries of their authors, with one signature.
+"""Nets for tables from their authors' libraries, with one signature.
 
-The first three arguments are facts of the data: how many outputs the head needs, how many classes each categorical
-column has, and evenly spaced quantiles of the scaled numeric columns. Outputs have an axis of ensemble members, which
-is 1 for a single net.
+The head and the data give the first three arguments: the number of outputs, the number of classes of each categorical
+column, and evenly spaced quantiles of the scaled numeric columns. Outputs have an ensemble axis, of size 1 for a single
+net.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from common.errors import InputError
 
 
 def _check(**sizes: int) -> None:
-    """The nets' own libraries leave out or cut short what is too small, or stumble over it far from its cause."""
+    """Refuse sizes below 1; the nets' libraries ignore them, or fail far from the cause."""
     for name, value in sizes.items():
         if value < 1:
             raise InputError(f"model.net.{name} must be above 0, got {value}")
@@ -33,7 +33,7 @@ def _check_hidden(name: str, multiplier: float, d_block: int) -> None:
 
 
 class _OneHot(nn.Module):
-    """A net of numbers that gets categories one-hot beside them."""
+    """A net that reads numbers, and categories as one-hot vectors."""
 
     def __init__(self, cardinalities: Sequence[int], net: nn.Module):
         super().__init__()
@@ -86,9 +86,9 @@ class ResNet(_OneHot):
         quantiles: of the numeric columns.
         n_blocks: residual blocks.
         d_block: width between the blocks.
-        d_hidden_multiplier: width inside a block as a multiple of it.
+        d_hidden_multiplier: width inside a block as a multiple of ``d_block``.
         dropout1: probability inside a block.
-        dropout2: probability at its end.
+        dropout2: probability at the end of a block.
 
     Raises:
         InputError: a size is not above 0, or leaves a block without width.
@@ -191,7 +191,7 @@ class TabM(nn.Module):
         d_block: their width.
         dropout: probability after each of them.
         n_bins: bins of each numeric column.
-        d_embedding: numbers that each numeric column becomes.
+        d_embedding: width of a numeric column's embedding.
 
     Raises:
         InputError: a size is not above 0, or there are more bins than quantiles.
@@ -216,7 +216,7 @@ class TabM(nn.Module):
             if not 1 < n_bins < len(quantiles):
                 problem = f"must be from 2 to {len(quantiles) - 1} for so many training rows, got {n_bins}"
                 raise InputError(f"model.net.n_bins {problem}")
-            # Preflight makes nets without values, which bins have to have.
+            # Preflight makes nets without values; bins need values.
             with unset_fake_temporarily(), torch.device("cpu"):
                 embeddings = rtdl_num_embeddings.PiecewiseLinearEmbeddings(
                     rtdl_num_embeddings.compute_bins(quantiles, n_bins), d_embedding, activation=False, version="B"

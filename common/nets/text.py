@@ -1,4 +1,4 @@
-"""Nets for texts, most of them of transformers."""
+"""Nets for texts, made from transformers."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,7 +15,7 @@ from common.errors import InputError
 
 
 class PretrainedEncoder(nn.Module):
-    """A pretrained text encoder, its token vectors averaged, and a new linear head.
+    """A pretrained text encoder, the mean of its token vectors, and a new linear head.
 
     Args:
         num_classes: width of the output.
@@ -29,7 +29,7 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, num_classes: int, name: str, freeze: bool = False, dropout: float = 0.1):
         super().__init__()
-        disable_progress_bar()  # it stands on stderr
+        disable_progress_bar()  # it would write to stderr
         try:
             self.body = AutoModel.from_pretrained(
                 name, use_safetensors=True, trust_remote_code=False, dtype=torch.get_default_dtype()
@@ -39,7 +39,7 @@ class PretrainedEncoder(nn.Module):
             problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
             raise InputError(f"model.net name {name!r}: {problem}") from error
         if hasattr(self.body, "pooler"):
-            self.body.pooler = None  # unused here, which distributed training refuses
+            self.body.pooler = None  # distributed training refuses unused parameters
         self.body.requires_grad_(not freeze)
         self.freeze = freeze
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.body.config.hidden_size, num_classes))
@@ -55,7 +55,7 @@ class PretrainedEncoder(nn.Module):
         return self.head((states * weights).sum(1) / weights.sum(1))
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """A frozen body stays in evaluation mode: no dropout in what cannot adapt to it."""
+        """A frozen body stays in evaluation mode: it cannot adapt to dropout."""
         super().train(mode)
         self.body.train(mode and not self.freeze)
         return self
@@ -67,10 +67,10 @@ def causal_lm(
     """A causal language model of transformers with new weights, for the tokens of the data.
 
     Args:
-        config: its config, which is changed to these tokens.
+        config: its config, changed in place to these tokens.
         vocab_size: number of tokens.
-        eos_id: the token that ends a text; None where nothing is generated.
-        key: where the config comes from.
+        eos_id: the token that ends a text; None if nothing is generated.
+        key: the config's setting, for messages.
 
     Raises:
         InputError: transformers has no language model of this config.
@@ -86,10 +86,10 @@ def causal_lm(
 def check_context(
     config: PretrainedConfig, context: int, whose: str = "model.config", key: str = "data.context"
 ) -> None:
-    """See that a language model can take windows of so many tokens.
+    """Check that a language model has positions for ``context`` tokens; ``whose`` and ``key`` are for messages.
 
     Raises:
-        InputError: they are longer than it has positions for.
+        InputError: it has fewer.
     """
     positions = getattr(config, "max_position_embeddings", None) or context
     if context > positions:

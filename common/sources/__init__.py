@@ -1,4 +1,4 @@
-"""Where samples come from: files, labelled samples, tables, text."""
+"""Sources of samples: labelled files, tables and text."""
 
 from common.sources.files import IDX, Digits, ImageTable, Labelled, Source, TextTable
 

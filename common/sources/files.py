@@ -1,7 +1,4 @@
-"""Labelled data by class path: each source reads one kind of files and says what its classes are.
-
-A source is built from YAML (``data.source``) and read once with :meth:`Source.read`.
-"""
+"""Sources of labelled images and texts: YAML names one (``data.source``), the data module reads it once."""
 
 import gzip
 import zlib
@@ -20,15 +17,15 @@ from common.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Labelled:
-    """Samples as the keyword arguments of a net, their classes, and the part of them that was set aside for testing.
+    """Samples as keyword arguments of a net, their classes, and the source's own splits.
 
     Attributes:
         inputs: argument name to values, all of shape (samples, …).
         target: class numbers, of each sample or of each of its positions; -1 for samples without labels, -100 for
             positions that do not count.
         class_names: a name for each class number.
-        num_test: how many samples at the end are the data set's own test split; 0 if it has none.
-        num_val: how many samples before them are its own validation split; 0 if it has none.
+        num_test: size of the source's own test split, the last samples; 0 if it has none.
+        num_val: size of its own validation split, the samples before these; 0 if it has none.
     """
 
     inputs: Mapping[str, Tensor]
@@ -39,7 +36,7 @@ class Labelled:
 
 
 class Source:
-    """Something that can be read as labelled samples."""
+    """A source of labelled samples."""
 
     def read(self) -> Labelled:
         """Read everything.
@@ -102,11 +99,11 @@ class IDX(Source):
 
 
 class ImageTable(Source):
-    """Images with labels through ``datasets``: Parquet files, an image folder, or a hub name.
+    """Labelled images in Parquet files, an image folder or a hub data set.
 
     Args:
         path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
-        image: name of the column of images, or of their files' names or bytes.
+        image: name of the column of images, file names or bytes.
         label: name of the label column; None for images without labels, to predict.
         size: height and width that images are resized to, in pixels.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
@@ -154,7 +151,7 @@ class TextTable(Source):
         tokenizer: folder or hub name of a transformers tokenizer.
         text: name of the text column.
         label: name of the label column; None for texts without labels, to predict.
-        max_length: tokens kept of a text; the longest text decides if it is shorter.
+        max_length: tokens kept of each text; all are padded to the longest.
     """
 
     def __init__(
@@ -176,7 +173,7 @@ class TextTable(Source):
         except (OSError, ValueError) as error:
             problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
             raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the mask leaves it out in any case
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
         encoded = tokenizer(
             [str(text) for text in texts],
             truncation=True,
@@ -199,7 +196,7 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
         folder_reader: the ``datasets`` builder for a folder.
 
     Raises:
-        InputError: nothing there, or it cannot be read.
+        InputError: the path does not exist, cannot be read, or has no train split.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -253,7 +250,7 @@ def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " 
     """Class numbers and names of labels: the feature's own if it is a class label, else the sorted distinct values.
 
     Raises:
-        InputError: a label is missing or no single value.
+        InputError: a label is missing, or is not one text or number.
     """
     _none_missing(labels, "label")
     if not isinstance(labels[0], str | int | float):

@@ -1,4 +1,4 @@
-"""Labelled samples as batches, and their parts for training, validation and testing."""
+"""Batches of labelled samples, and their split into training, validation and test parts."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from common.sources import Labelled
 
 
 class LabelledBatch(NamedTuple):
-    """Samples as keyword arguments of the net, their classes and places in the source, and which are not padding."""
+    """Samples as keyword arguments of the net, their classes and positions in the source, and a mask of real ones."""
 
     inputs: Mapping[str, Tensor]
     target: Int64[Tensor, "batch *positions"]
@@ -27,7 +27,7 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
     """The batch with its images augmented; the batch itself if there is no augmentation.
 
     Raises:
-        InputError: it has no images.
+        InputError: there are no images to augment.
     """
     if not len(augmentation):
         return batch
@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 
 def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
-    """Refuse a split that cannot be made of any data.
+    """Refuse shares and a seed that fit no data.
 
     Raises:
         InputError: the shares leave nothing to train on, or the seed is out of range.
@@ -78,14 +78,14 @@ def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
 def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, seed: int) -> Parts:
     """Split samples so that every part has the classes in the same proportion.
 
-    A source that sets samples aside for validation is split as it says, without shuffling; where it has no test split
-    of its own, they test as well.
+    If the source has its own validation split, its splits and order stay; without a test split of its own, the
+    validation part also tests.
 
     Args:
-        data: the samples; those that a source sets aside for testing stay there.
-        val_fraction: share of all samples that validates.
-        test_fraction: share of all samples that tests, if the source has no test split of its own.
-        seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        data: the samples; the source's own test split stays the test part.
+        val_fraction: share of all samples for validation.
+        test_fraction: share of all samples for testing, if the source has no test split of its own.
+        seed: seed of the split alone, so runs with other seeds test on the same samples.
 
     Raises:
         InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
@@ -123,7 +123,7 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
 
 
 def fingerprint(data: Labelled) -> str:
-    """A hash of samples, classes and their names: other data have another."""
+    """A hash of the samples, their classes and the class names."""
     digest = hashlib.blake2b(repr([sorted(data.inputs), data.class_names]).encode(), digest_size=16)
     for values in (*(data.inputs[name] for name in sorted(data.inputs)), data.target):
         digest.update(repr((values.shape, values.dtype)).encode())

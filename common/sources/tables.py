@@ -1,8 +1,7 @@
-"""Tables of numbers and categories: where they come from, and how rows become tensors.
+"""Tables of numbers and categories: their sources, and rows as tensors.
 
-A source is built from YAML (``data.source``) and read once. What has to be known of a column to encode it, its median,
-quantiles or categories, is fitted on the training rows alone (:func:`fit_columns`). It is plain values, so that a
-checkpoint holds it and whoever has the checkpoint can encode new rows (:func:`encode`).
+:func:`fit_columns` fits each column's median, quantiles or categories on the training rows alone. The result is plain
+values, so a checkpoint holds all that :func:`encode` needs for new rows.
 """
 
 import csv
@@ -32,12 +31,12 @@ MAX_QUANTILES = 512
 
 
 class TableSource:
-    """Something that can be read as a table, one row per sample.
+    """A source of rows, one per sample.
 
     Attributes:
         target: name of the column to predict; None for rows without it.
-        target_unit: what the target is divided by, to give errors in thousands, say.
-        categorical: names of numeric columns whose numbers stand for categories.
+        target_unit: divisor of the target; 1000 gives errors in thousands.
+        categorical: names of numeric columns that hold categories.
     """
 
     target: str | None = None
@@ -69,16 +68,16 @@ class Diabetes(TableSource):
 
 
 class Table(TableSource):
-    """Rows of CSV, JSONL or Parquet files or of a hub data set's part named train.
+    """Rows of CSV, JSONL or Parquet files, or of a hub data set's train split.
 
-    Columns of numbers are numeric; columns of text and of true and false are categorical.
+    Columns of numbers are numeric; columns of text or of true and false are categorical.
 
     Args:
         path: a file or a glob, or a hub name.
-        target: name of the column to predict; None for rows to predict, which may have it or not.
-        target_unit: what the target is divided by: 1000 to give errors in thousands.
-        categorical: columns whose numbers stand for categories, such as postal codes.
-        drop: columns that are left out.
+        target: name of the column to predict; None for rows to predict, with or without it.
+        target_unit: divisor of the target; 1000 gives errors in thousands.
+        categorical: columns of numbers that are categories, such as postal codes.
+        drop: columns to leave out.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Table(TableSource):
                 column(rows, name, f"data.source.{key}")
         if not len(rows):
             raise InputError(f"data.source.path {self.path}: has no rows")
-        # To learn from the number of a row is to learn the order of the file, which may be that of the target.
+        # A row's number tells its place in the file, which may be sorted by the target.
         for name in rows.column_names if self.target is not None else ():
             if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
@@ -114,20 +113,20 @@ class Table(TableSource):
 
 
 def _refuse_repeated_names(path: str) -> None:
-    """Readers of CSV files rename a second column of the same name without a word."""
+    """Refuse a second column of the same name; readers of CSV files rename it silently."""
     local = Path(path).expanduser()
     for file in local.parent.glob(local.name) if local.suffix == ".csv" else ():
         try:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 names = next(csv.reader(lines), [])
         except (OSError, UnicodeDecodeError, csv.Error):
-            return  # whoever reads the file says what is wrong
+            return  # the reader reports it
         if repeated := [name for name in names if names.count(name) > 1]:
             raise InputError(f"data.source.path {path}: has two columns named {repeated[0]!r}; rename one")
 
 
 class Numeric(TypedDict):
-    """What is known of a numeric column: its median, mean, standard deviation, ascending quantiles, and any gaps."""
+    """Facts of a numeric column in training: statistics, ascending quantiles, and whether values are missing."""
 
     median: float
     mean: float
@@ -137,9 +136,10 @@ class Numeric(TypedDict):
 
 
 class Columns(TypedDict):
-    """What encoding rows takes, fitted on training rows: plain values only, for a checkpoint to hold.
+    """Facts for encoding rows, fitted on training rows; plain values, so a checkpoint can hold them.
 
-    ``categorical`` has the categories of each column; all others, and missing values, have a class of their own.
+    ``mean`` and ``std`` are the target's, in its ``unit``. ``categorical`` lists each column's categories; all others
+    share one class, and missing values have another.
     """
 
     target: str
@@ -152,7 +152,7 @@ class Columns(TypedDict):
 
 
 def read_columns(path: str) -> Columns:
-    """The columns that a checkpoint was trained with.
+    """The columns in a checkpoint.
 
     Raises:
         InputError: it cannot be read, or was not trained on a table.
@@ -167,15 +167,15 @@ def read_columns(path: str) -> Columns:
 
 
 def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: int) -> Parts:
-    """Split rows at random: first those that test, then from the rest those that validate.
+    """Split rows at random: first the test part, then the validation part from the rest.
 
-    The test part is that of ``train_test_split(rows, test_size=test_fraction, random_state=seed)``.
+    ``train_test_split(rows, test_size=test_fraction, random_state=seed)`` gives the same test part.
 
     Args:
         num_rows: rows of the table.
-        val_fraction: share of all rows that validates.
-        test_fraction: share of all rows that tests.
-        seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        val_fraction: share of all rows for validation.
+        test_fraction: share of all rows for testing.
+        seed: seed of the split alone, so runs with other seeds test on the same rows.
 
     Raises:
         InputError: the shares leave nothing to train on, the seed is out of range, or there are too few rows.
@@ -192,7 +192,7 @@ def read_target(frame: DataFrame, source: TableSource) -> Float[np.ndarray, " ro
     """The column to predict, in its unit.
 
     Raises:
-        InputError: the source names none, or it holds anything but finite numbers.
+        InputError: the source names no target, or a value is no finite number.
     """
     if source.target is None:
         raise InputError("data.source.target is null, but training needs it; name the column to predict")
@@ -204,10 +204,10 @@ def read_target(frame: DataFrame, source: TableSource) -> Float[np.ndarray, " ro
 
 
 def known_target(frame: DataFrame, columns: Columns) -> Float[np.ndarray, " rows"]:
-    """The target of rows to predict in its unit, NaN where it is missing or where there is no such column.
+    """The target of rows to predict, in its unit; NaN where a value or the column is missing.
 
     Raises:
-        InputError: it holds anything but finite numbers.
+        InputError: a value is no finite number.
     """
     if columns["target"] not in frame:
         return np.full(len(frame), np.nan)
@@ -217,18 +217,18 @@ def known_target(frame: DataFrame, columns: Columns) -> Float[np.ndarray, " rows
 def fit_columns(
     frame: DataFrame, target: Float[np.ndarray, " rows"], source: TableSource, scaling: Scaling, rare: int
 ) -> Columns:
-    """Fit what encoding takes on training rows.
+    """Fit the facts that :func:`encode` needs.
 
     Args:
         frame: the training rows.
-        target: their target.
-        source: where they come from; it names the target and the numbers that are categories.
+        target: their target, in its unit.
+        source: their source; it names the target and the columns of numbers that are categories.
         scaling: of numeric columns: ``quantile`` to a normal distribution, or ``standard`` to zero mean and unit
             variance.
-        rare: categories of fewer rows are not told apart from each other nor from unseen ones.
+        rare: categories of fewer rows share one class with unseen ones.
 
     Raises:
-        InputError: ``rare`` is below 1, or a column has nothing to learn from, or values that cannot be encoded.
+        InputError: ``rare`` is below 1, or a column has nothing to learn from or values that cannot be encoded.
     """
     if rare < 1:
         raise InputError(f"data.rare must be at least 1, got {rare}")
@@ -296,7 +296,7 @@ def _holds_numbers(values: Series, key: str) -> bool:
 
 
 def _refuse_other_kinds(known: Series, key: str, problem: str) -> None:
-    """Dates, durations and nested values, of which pandas makes numbers in silence, or nothing at all."""
+    """Refuse dates, durations and nested values; pandas silently makes numbers or NaN of them."""
     if kind := next((type(value).__name__ for value in known if not isinstance(value, str | Number)), ""):
         raise InputError(f"{key} holds {kind}, {problem}")
 
@@ -319,7 +319,7 @@ def _numbers(values: Series, key: str) -> Float[np.ndarray, " rows"]:
 
 
 def _labels(values: Series) -> Series:
-    """Categories as text, None where missing; a whole number is the same whether gaps made it a float or not."""
+    """Categories as text, None where missing; 3 and 3.0 are the same, since gaps turn whole numbers into floats."""
     from pandas.api.types import is_float_dtype
 
     def written(value: float) -> str:
@@ -344,10 +344,10 @@ def _scaled(values: Float[np.ndarray, "rows numeric"], columns: Columns) -> Floa
 
 
 def raw_numbers(frame: DataFrame, columns: Columns, key: str = "data.source.path") -> Float[np.ndarray, "rows numeric"]:
-    """The numeric columns as they are, NaN where a value is missing.
+    """The numeric columns, unscaled; NaN where a value is missing.
 
     Raises:
-        InputError: a column is not there, or holds anything but finite numbers.
+        InputError: a column is missing, or a value is no finite number.
     """
     arrays = [_numbers(_column(frame, name, key), f"{key}: column {name!r}") for name in columns["numeric"]]
     return np.stack(arrays, 1) if arrays else np.empty((len(frame), 0))
@@ -365,17 +365,17 @@ def encode(
 ) -> tuple[Float32[Tensor, "rows numeric"], Int64[Tensor, "rows categorical"]]:
     """Rows as tensors: numbers filled with the median and scaled, categories and gaps as class numbers.
 
-    Class 0 of a categorical column is what was rare or unseen in training, class 1 a missing value. Behind the
-    categorical columns stands, for each numeric column with gaps in training, whether the value is missing.
+    In a categorical column class 0 is a value that was rare or unseen in training, class 1 a missing one. After these
+    columns comes one more for each numeric column with gaps in training: 1 where the value is missing, else 0.
 
     Args:
-        frame: rows with at least the columns that were fitted.
-        columns: what :func:`fit_columns` has found.
-        key: where the rows come from, for messages.
+        frame: rows with at least the fitted columns.
+        columns: the result of :func:`fit_columns`.
+        key: the setting of the rows, for messages.
 
     Raises:
-        InputError: a column is not there, holds text where it should hold numbers, or numbers where training had
-            text that begins with zeros.
+        InputError: a column is missing, holds text instead of numbers, or numbers where training had text with leading
+            zeros.
     """
     from pandas import Index
     from pandas.api.types import is_numeric_dtype
@@ -386,7 +386,7 @@ def encode(
     for name, categories in columns["categorical"].items():
         values = _column(frame, name, key)
         labels = _labels(values)
-        if is_numeric_dtype(values):  # readers of CSV files drop zeros in front where they find nothing but digits
+        if is_numeric_dtype(values):  # readers of CSV files drop leading zeros from columns of digits
             padded = {label.lstrip("0") or "0": label for label in categories if re.fullmatch(r"0\d+", label)}
             if lost := padded.keys() & set(labels) - set(categories):
                 problem = f"holds the number {min(lost)}, where training had the text {padded[min(lost)]!r}"
@@ -399,13 +399,13 @@ def encode(
 
 
 def cardinalities(columns: Columns) -> list[int]:
-    """How many classes each column of the categorical tensor of :func:`encode` has."""
+    """Number of classes of each column in the categorical tensor of :func:`encode`."""
     gaps = [2 for each in columns["numeric"].values() if each["has_missing"]]
     return [len(categories) + 2 for categories in columns["categorical"].values()] + gaps
 
 
 def scaled_quantiles(columns: Columns) -> Float32[Tensor, "quantiles numeric"]:
-    """Evenly spaced quantiles of the training rows' numeric columns after scaling: nets take their bins from them."""
+    """Evenly spaced quantiles of the training rows' scaled numeric columns, from which nets take their bins."""
     facts = columns["numeric"].values()
     size = max((len(each["quantiles"]) for each in facts), default=0)
     points = np.linspace(0, 1, size)

@@ -1,7 +1,7 @@
 """Text for language models: any source → documents → tokenizer → token files → windows of tokens.
 
-A corpus is prepared once, in streaming passes that keep 24 bytes per document in memory, and kept under a
-fingerprint of its source and settings; later runs only map the files.
+A corpus is prepared once, in streaming passes that hold 24 bytes per document in memory. It is kept under a fingerprint
+of its source and settings; later runs only map the files.
 """
 
 import glob
@@ -34,16 +34,16 @@ from torch.utils.data import Dataset
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import TokenizerSource
 
-FORMAT = 1  # to be raised when the same source and settings would give other tokens
+FORMAT = 1  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
-PIECE = 1 << 16  # characters of a document that are encoded at a time
-BATCH = 1 << 20  # characters that the tokenizer's threads share
+PIECE = 1 << 16  # characters of a document to encode at a time
+BATCH = 1 << 20  # characters for the tokenizer's threads to share
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
-# Where a document can be cut without changing a token: byte-level and Metaspace tokenizers never join a space
-# to what stands before it, byte-level ones never white space to a letter before it, nor a line end to a word.
+# Where a document can be cut without changing a token: byte-level and Metaspace tokenizers never join a space to the
+# character before it; byte-level ones never join white space to a letter before it, nor a line end to a word after it.
 CUT = re.compile(r"(?s:.*\S(?= )|.*(?:[^\W_](?=\s)|\S\n(?=\w)))")
 Piece = tuple[bool, str]  # whether a document begins here, and some of its text
-SplitPiece = tuple[str, bool, str]  # "train" or "val", and the same
+SplitPiece = tuple[str, bool, str]  # "train" or "val", and a piece
 AnyPiece = TypeVar("AnyPiece", Piece, SplitPiece)
 
 
@@ -51,9 +51,9 @@ AnyPiece = TypeVar("AnyPiece", Piece, SplitPiece)
 class Corpus:
     """A prepared corpus on disk: documents joined by the end-of-text token.
 
-    ``bytes_per_token`` is UTF-8 bytes per token of the validation split, so that bits per byte are nats per
-    token / ln 2 / ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and dropped ``duplicates``; a
-    single document is cut in two and counts on both sides.
+    ``bytes_per_token`` is UTF-8 bytes per token of the validation split: bits per byte are nats per token / ln 2 /
+    ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and dropped ``duplicates``; a single document is cut in
+    two and counts on both sides.
     """
 
     folder: Path
@@ -75,12 +75,12 @@ def prepare(
     seed: int = 0,
     cache_dir: Path,
 ) -> Corpus:
-    """Reads, splits and tokenizes a corpus into ``cache_dir``, or opens what an earlier call made there.
+    """Read, split and tokenize a corpus into ``cache_dir``, or open the result of an earlier call.
 
-    Exact duplicates are dropped. A document's side of the split depends on its text and ``seed`` alone (each
-    side gets at least one); a single document is cut by characters, its last ``val_fraction`` validates. Long
-    documents are encoded in pieces, cut where byte-level, character and Metaspace tokenizers give the same
-    tokens as for the whole. Several processes may call at once: one prepares, the others wait.
+    Exact duplicates are dropped. A document's side of the split depends on its text and ``seed`` alone; each side gets
+    at least one. A single document is cut by characters; its last ``val_fraction`` is for validation. Long documents
+    are encoded in pieces, cut where byte-level, character and Metaspace tokenizers give the same tokens as for the
+    whole. Several processes may call at once: one prepares, the others wait.
 
     Args:
         path: a text file; a table (JSON lines, JSON, CSV, Parquet), one document per row; a folder of these,
@@ -88,7 +88,7 @@ def prepare(
             split; None for the sources of Python's standard library.
         tokenizer: how to get the tokenizer.
         column: the text's column in tables and hub data sets.
-        val_fraction: share of the documents that validates, in (0, 1).
+        val_fraction: share of the documents for validation, in (0, 1).
         seed: another seed gives another split.
         cache_dir: a folder for prepared corpora.
 
@@ -118,9 +118,9 @@ def prepare(
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of ``length`` tokens and their next tokens: every token but the first is a target exactly once.
+    """Windows of ``length`` tokens and their next tokens: every token except the first is a target exactly once.
 
-    It is indexed by a list of window numbers. A mapped token file goes to worker processes by its name.
+    Index it with a list of window numbers. Worker processes get a mapped token file by its name.
 
     Args:
         tokens: token ids.
@@ -128,7 +128,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         keep_partial: count the shorter last window too, padded.
 
     Raises:
-        InputError: there is no window in so few tokens.
+        InputError: the tokens are too few for a window.
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " tokens"], length: int, keep_partial: bool):
@@ -141,7 +141,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return max(len(self.tokens) - 1 + (self.length - 1) * self.keep_partial, 0) // self.length
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
-        """``input_ids`` and ``target``; 0 and -100 where the text has ended."""
+        """``input_ids`` and ``target``; 0 and -100 after the end of the text."""
         positions = np.asarray(indices)[:, None] * self.length + np.arange(self.length + 1)
         tokens = torch.from_numpy(self.tokens[positions.clip(max=len(self.tokens) - 1)].astype(np.int64))
         ended = torch.from_numpy(positions[:, 1:] >= len(self.tokens))
@@ -160,7 +160,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class TokenBatch(NamedTuple):
-    """Windows of text; ``target`` is the next token of each position, -100 where there is none."""
+    """Windows of text; ``target`` is the next token of each position, -100 after the end."""
 
     input_ids: Int64[Tensor, "batch time"]
     target: Int64[Tensor, "batch time"]
@@ -189,8 +189,8 @@ class _Source(NamedTuple):
 
 def _find(path: str | None, column: str) -> _Source:
     if path is None:
-        # Packages and tests are not the same on every machine; the tables of encodings are nearly alike, so that those
-        # that train would give those that validate away.
+        # Packages and tests differ between machines. The tables of encodings are nearly alike: some in training would
+        # give away others in validation.
         skip = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings")
         files = _walk(sysconfig.get_paths()["stdlib"], skip)
         return _files("Python's library", [file for file in files if file.suffix == ".py"], column)
@@ -206,7 +206,7 @@ def _find(path: str | None, column: str) -> _Source:
     if files[0].exists():
         return _files(name, files, column)
     while not place.parent.is_dir():
-        place = place.parent  # the first folder of the path that is not there
+        place = place.parent  # the first missing folder of the path
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){1,2}", path) and not FILES.search(path)
     if hub_name and place.name == path.split("/")[0]:
         return _hub(path, column)
@@ -274,7 +274,7 @@ def _load(*args: str, **kwargs: Any) -> Any:
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it logs what it raises, too
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it also logs what it raises
     huggingface_hub.logging.set_verbosity_error()
     return datasets.load_dataset(*args, split="train", **kwargs)
 
@@ -304,13 +304,13 @@ def _pieces(document: io.TextIOBase) -> Iterator[Piece]:
 
 
 class _Plan(NamedTuple):
-    cuts: np.ndarray  # of each document's characters, how many train (the others validate); -1 where dropped
+    cuts: np.ndarray  # characters of each document for training, the rest is for validation; -1 if dropped
     total: int  # characters kept
     documents: dict[str, int]
 
 
 def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: int, folder: Path) -> None:
-    # A forked process has lost the threads that its parent may have used, and would wait for them for ever.
+    # A forked process lacks its parent's threads and would wait for them forever.
     forked = multiprocessing.parent_process() is not None
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if forked else "true"
     look = TextColumn("{task.description:>18}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
@@ -319,7 +319,7 @@ def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: 
         texts = _track(_split(source.read(), plan), progress, "training tokenizer", plan.total)
         tokenizer = wanted.build(_sample(texts, plan.total, wanted.sample_chars))
         part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: the lock is ours
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours
         part.mkdir()
         pieces = _track(_split(source.read(), plan), progress, "encoding", plan.total)
         meta = _encode(pieces, source.name, tokenizer, wanted.eos_token, part)
@@ -378,7 +378,7 @@ def _split(pieces: Iterable[Piece], plan: _Plan) -> Iterator[SplitPiece]:
 
 
 def _sample(pieces: Iterable[SplitPiece], total: int, limit: float) -> Iterator[str]:
-    """The training text, evenly thinned where all of it would exceed ``limit`` characters."""
+    """The training text, evenly thinned to about ``limit`` characters if it is longer."""
     seen = taken = 0
     for side, _, text in pieces:
         seen += len(text)
@@ -392,7 +392,7 @@ def _encode(
 ) -> dict[str, Any]:
     eos_id, vocab_size = tokenizer.token_to_id(eos_token), max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    tokenizer.encode_special_tokens = True  # a text that spells the end-of-text token out does not end there
+    tokenizer.encode_special_tokens = True  # a text that spells out the end-of-text token does not end there
     tokens, val_bytes = {"train": 0, "val": 0}, 0
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files = {"train": train, "val": val}

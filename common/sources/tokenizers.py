@@ -17,18 +17,18 @@ EOS = "<|endoftext|>"
 
 
 class TokenizerSource(ABC):
-    """Where a tokenizer comes from: subclass it for another one, and name the class in the configuration."""
+    """A source of a tokenizer. Subclass it for your own, and name the class in YAML."""
 
     eos_token: str = EOS
-    sample_chars: float = 50e6  # training text that `build` gets; merges learned from more hardly differ
+    sample_chars: float = 50e6  # training text for `build`; more text hardly changes the merges
 
     def settings(self) -> dict[str, Any]:
-        """What the tokenizer depends on besides the text, as JSON values."""
+        """All settings that the tokenizer depends on, as JSON values."""
         return dict(vars(self))
 
     @abstractmethod
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer, given pieces of training text in order. It must know `eos_token`."""
+        """Make the tokenizer from pieces of training text, in order. It must know `eos_token`."""
 
 
 class BPE(TokenizerSource):
@@ -90,7 +90,7 @@ class PretrainedTokenizer(TokenizerSource):
             else:
                 found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name, trust_remote_code=False)
             tokenizer: Tokenizer = found.backend_tokenizer
-        except Exception as error:  # tokenizers raises nothing narrower for a file that is none of its own
+        except Exception as error:  # tokenizers raises nothing narrower for a foreign file
             fix = "give a folder, a tokenizer.json or a hub name"
             raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 36)}); {fix}") from error
         tokenizer.no_truncation()

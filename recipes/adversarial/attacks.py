@@ -1,7 +1,7 @@
 """Attacks on a net's inputs, or on its embeddings.
 
-An attack searches near an input for the point of the highest loss. It differentiates with respect to that point alone:
-no gradient of a parameter is computed, so nothing accumulates and no strategy has anything to reduce.
+An attack searches near an input for the point of the highest loss. It differentiates by that point alone. Parameters
+get no gradients, so nothing accumulates and no strategy reduces anything.
 """
 
 import copy
@@ -24,7 +24,7 @@ from common.losses import precise
 from common.module import evaluating
 from common.parts import refuse_input_gradients
 
-Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches on end, to the logits of each sample
+Logits = Callable[[Tensor], Tensor]  # inputs of one or several batches, concatenated, to the logits of each sample
 Norm = Literal["linf", "l2"]
 Loss = Callable[[Tensor], Tensor]  # inputs of a batch to one loss per sample
 
@@ -34,9 +34,9 @@ class Attack:
 
     Attributes:
         eps: radius of the ball.
-        clamp: smallest and largest value that inputs can have; None if there is no bound.
+        clamp: smallest and largest value of inputs; None for no bounds.
         random_start: whether the search begins at a random point of the ball, not at the input.
-        restarts: how many searches there are.
+        restarts: number of searches.
     """
 
     eps: float
@@ -52,15 +52,15 @@ class Attack:
         seed: int,
         mask: Bool[Tensor, "batch *_"] | None = None,
     ) -> Iterator[Float[Tensor, "batch *shape"]]:
-        """The perturbed inputs that each restart ends with.
+        """Yield the perturbed inputs at the end of each restart.
 
         Args:
-            loss: of each sample alone, to be raised.
-            inputs: where it starts.
-            index: a number for each sample. Random starts are a function of it and of ``seed``, and so depend neither
-                on the other samples of the batch nor on the number of ranks.
-            seed: of the random starts.
-            mask: what may be changed; None for everything.
+            loss: loss of each sample alone, to raise.
+            inputs: centres of the balls.
+            index: a number for each sample. Random starts depend on it and on ``seed`` alone, not on the rest of the
+                batch or the number of ranks.
+            seed: seed of the random starts.
+            mask: true where inputs may change; None for everywhere.
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Attack:
         seed: int,
         mask: Bool[Tensor, "batch *_"] | None = None,
     ) -> Float[Tensor, "batch *shape"]:
-        """Of all restarts, the perturbed inputs with the highest loss; arguments as in :meth:`search`."""
+        """For each sample the restart with the highest loss; arguments as in :meth:`search`."""
         worst, *others = self.search(loss, inputs, index, seed, mask)
         if others:
             with torch.no_grad():
@@ -88,14 +88,14 @@ class Attack:
         raise NotImplementedError
 
     def check_range(self, key: str, found: Sequence[float]) -> None:
-        """See whether the bounds go with the data.
+        """Check the bounds against the data.
 
         Args:
-            key: of the bounds, to be named.
+            key: the setting of the bounds, for messages.
             found: smallest and largest value of the inputs; empty for embeddings.
 
         Raises:
-            InputError: inputs lie outside the bounds, from where an attack would move them, or have no bounds.
+            InputError: inputs are outside the bounds (an attack would move them inside), or embeddings have bounds.
         """
         if self.clamp is not None and not found:
             raise InputError(f"{key} must be null: embeddings of texts have no bounds")
@@ -107,23 +107,23 @@ class Attack:
 class PGD(Attack):
     """Projected gradient ascent on the loss (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
-    With one step it is the fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572) if it
-    does not start at random, and its variant for training if it does (FGSM-RS, Wong et al. 2020,
-    https://arxiv.org/abs/2001.03994). With one step, ``norm`` l2 and no random start it is the fast gradient method on
+    One step from the input is the fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572).
+    One step from a random start is its variant for training, FGSM-RS (Wong et al. 2020,
+    https://arxiv.org/abs/2001.03994). One step from the input with ``norm`` l2 is the fast gradient method on
     embeddings (Miyato et al. 2017, https://arxiv.org/abs/1605.07725).
 
     Args:
         eps: radius of the ball, in units of the inputs.
-        steps: of gradient ascent.
-        step_size: length of a step in the norm of the ball, in units of the inputs. None for the usual: ``eps`` for one
+        steps: number of steps of gradient ascent.
+        step_size: length of a step in the ball's norm, in units of the inputs. None takes the usual: ``eps`` for one
             step from the input, 1.25 ``eps`` for one from a random start, 2.5 ``eps`` / ``steps`` for several.
-        restarts: how many times it searches; more than one needs a random start.
-        norm: of the ball: linf bounds every element, l2 the root of the sum of squares over all elements of a sample.
+        restarts: number of searches; more than one needs a random start.
+        norm: norm of the ball: linf bounds every element, l2 the Euclidean length over all elements of a sample.
         random_start: begin at a point drawn uniformly from the ball.
-        clamp: smallest and largest value that inputs can have; None if there is no bound, as for embeddings.
+        clamp: smallest and largest value of inputs; None for no bounds, as for embeddings.
 
     Raises:
-        InputError: a number is out of its range, or restarts would all be the same.
+        InputError: a number is out of its range, or all restarts would be the same.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class PGD(Attack):
         random_start: bool = True,
         clamp: tuple[float, float] | None = (0.0, 1.0),
     ):
-        # Each message starts with the argument: an attack has several places in a config, which is searched for it.
+        # Each message starts with the argument and quotes its value: the command line finds the attack in the config.
         if not 0 <= eps < math.inf:
             raise InputError(f"eps must be a number of at least 0, got '{eps:g}'")
         if steps < 1:
@@ -182,13 +182,13 @@ class PGD(Attack):
             yield self._ascend(loss, inputs, index, step_seed(seed, restart), mask)
 
     def _ascend(self, loss: Loss, inputs: Tensor, index: Tensor, seed: int, mask: Tensor | None) -> Tensor:
-        # Evaluation runs in inference mode, whose tensors have no gradients: hence a copy, made outside it.
+        # Evaluation runs in inference mode, whose tensors have no gradients; hence a copy made outside it.
         with torch.inference_mode(False), torch.enable_grad(), _without_fp16(inputs.device.type):
             clean = precise_copy(inputs)
             point = self.start(clean, index, seed, mask)
             for _ in range(self.steps):
                 point = point.detach().requires_grad_()
-                # A sum, so that a sample's gradient does not depend on how many others there are.
+                # With a sum, a sample's gradient does not depend on the size of the batch.
                 total = loss(point.to(inputs.dtype)).sum()
                 found = torch.autograd.grad(total, point, allow_unused=True) if total.requires_grad else (None,)
                 point = self.step(point.detach(), found[0], clean, mask)
@@ -201,7 +201,7 @@ class PGD(Attack):
         seed: int,
         mask: Bool[Tensor, "batch *_"] | None = None,
     ) -> Float[Tensor, "batch *shape"]:
-        """The point that the first step is taken from; arguments as in :meth:`search`."""
+        """The point before the first step; arguments as in :meth:`search`."""
         if not self.random_start:
             return clean
         start = random_in_ball(self.norm, seed, index, clean.shape[1:], mask).to(clean.dtype)
@@ -217,9 +217,9 @@ class PGD(Attack):
         """One step of ascent, and back into the ball.
 
         Args:
-            point: where it stands.
-            gradient: of the loss there, of any scale well above 1e-12; None if the net has passed none.
-            clean: middle of the ball.
+            point: the present point.
+            gradient: gradient of the loss there, of any scale well above 1e-12; None if the net passes none.
+            clean: centre of the ball.
             mask: as in :meth:`search`.
 
         Raises:
@@ -238,23 +238,23 @@ class PGD(Attack):
         else:
             delta = point - clean
             point = clean + delta * (self.eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
-        # Clean inputs lie in the range, so this moves every element towards them and does not leave the ball.
+        # Clean inputs are within the bounds, so this moves every element towards them and stays in the ball.
         return point if self.clamp is None else point.clamp(*self.clamp)
 
 
 def _without_fp16(device_type: str) -> AbstractContextManager:
-    """Computes in fp32 where autocast has fp16: gradients of samples that are sure would be 0 there, and mislead."""
+    """Turn fp16 autocast off: gradients of confident samples would vanish in it and mislead the attack."""
     fp16 = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
     return torch.autocast(device_type, enabled=False) if fp16 else nullcontext()
 
 
 def precise_copy(inputs: Tensor) -> Tensor:
-    """A copy in at least fp32: in 16 bits small steps would be rounded away."""
+    """A copy in at least fp32; 16 bits would round small steps away."""
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=True)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, shaped so that it broadcasts over the elements of each."""
+    """One value per sample, in a shape that broadcasts over its elements."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -270,7 +270,7 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 def uniform_noise(seed: int, index: Int64[Tensor, " batch"], size: int) -> Float32[Tensor, "batch size"]:
-    """Uniform numbers in (0, 1), each a function of the seed, its sample's index and its place, on any device."""
+    """Uniform numbers in (0, 1), each a function of seed, sample index and place; the same on every device."""
     column = torch.arange(size, device=index.device)
     bits = _mixed(_mixed(index ^ (seed & 0xFFFFFFFF))[:, None] ^ _mixed(column ^ (seed >> 32 & 0x7FFFFFFF)))
     return ((bits >> 9).float() + 0.5) / 2**23  # 23 bits: with one more, rounding would reach 1
@@ -285,7 +285,7 @@ def random_in_ball(
 ) -> Float32[Tensor, "batch *shape"]:
     """A point for each sample, uniform in the ball of radius 1; a function of the seed and the sample's index.
 
-    The ball has the dimensions that the mask leaves, so that padding changes nothing.
+    The ball has only the dimensions that the mask admits, so padding changes nothing.
     """
     size = shape.numel()
     noise = uniform_noise(seed, index, size).view(-1, *shape)
@@ -294,21 +294,21 @@ def random_in_ball(
     if norm == "linf":
         return cube * free
     normal = torch.erfinv(cube) * free
-    # One column of two: on contiguous numbers torch's power may round a sample otherwise in a batch of another size.
+    # One of two columns: on contiguous numbers torch's power may round differently with the size of the batch.
     radius = uniform_noise(step_seed(seed, 1), index, 2)[:, 0] ** (1 / free.flatten(1).sum(1))
     return normal / _length(normal).clamp_min(1e-12) * _per_sample(radius, normal)
 
 
 def cross_entropy_to(target: Int64[Tensor, " batch"], logits: Logits) -> Loss:
-    """The cross-entropy of each sample as a function of the inputs, which an attack raises."""
+    """The cross-entropy of each sample as a function of the inputs, for an attack to raise."""
     return lambda point: F.cross_entropy(precise(logits(point)), target, reduction="none")
 
 
 def input_embeddings(net: nn.Module) -> nn.Embedding:
-    """The layer that makes vectors of tokens, in a net that has one of transformers inside.
+    """The token embedding of the transformers net inside ``net``.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such layer.
     """
     bodies = [module for module in net.modules() if isinstance(module, PreTrainedModel)]
     layer: Any = bodies[0].get_input_embeddings() if bodies else None
@@ -320,7 +320,7 @@ def input_embeddings(net: nn.Module) -> nn.Embedding:
 
 @contextmanager
 def perturbed_embeddings(net: nn.Module, delta: Float[Tensor, "batch time dim"]) -> Iterator[None]:
-    """Add ``delta`` to the token vectors of the forward passes within."""
+    """Add ``delta`` to the token vectors of all forward passes inside the context."""
 
     def add(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + delta.to(output.dtype)
@@ -333,19 +333,18 @@ def perturbed_embeddings(net: nn.Module, delta: Float[Tensor, "batch time dim"])
 
 
 def attackable(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Float[Tensor, "batch *shape"], Tensor | None]:
-    """What an attack on a batch starts from, and what it may change.
+    """The clean inputs of an attack on a batch, and the mask of elements that may change.
 
     Args:
-        net: the net, which has token embeddings if the batch is of texts.
+        net: the net; for texts it needs token embeddings.
         inputs: keyword arguments of the net.
 
     Returns:
-        Pixels, all of which may change; or for texts zeros, as a perturbation of each element of each token's vector,
-        and a mask (batch, time, 1) that leaves padding out.
+        Pixels, and None. For texts a zero perturbation of the token vectors (batch, time, dim), and a mask
+        (batch, time, 1) that excludes padding.
 
     Raises:
-        InputError: the net is sharded by FSDP1, which after a backward pass that reaches no parameter neither comes to
-            rest nor gets the next gradients right.
+        InputError: FSDP1 shards the net, or the batch has neither images nor texts with a mask.
     """
     refuse_input_gradients(net)
     if "pixel_values" in inputs:
@@ -359,15 +358,15 @@ def attackable(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Float[Tens
 def logits_at(
     net: nn.Module, inputs: Mapping[str, Tensor], points: Float[Tensor, "points *shape"]
 ) -> Float[Tensor, "points classes"]:
-    """Logits of a batch at other points than where :func:`attackable` starts; nets of transformers wrap them.
+    """Logits of a batch with other pixels or perturbations than :func:`attackable` returns.
 
     Args:
         net: the net.
         inputs: keyword arguments of the net.
-        points: pixels, or perturbations of embeddings, of the batch or of several passes over it on end.
+        points: pixels, or perturbations of embeddings, for one or several copies of the batch, concatenated.
 
     Raises:
-        InputError: the net itself is in fp16.
+        InputError: the net's weights are in fp16.
     """
     copies = len(points) // len(next(iter(inputs.values())))
     others = {name: torch.cat([values] * copies) for name, values in inputs.items() if name != "pixel_values"}
@@ -384,11 +383,11 @@ def logits_at(
 
 
 class UnderAttack(NamedTuple):
-    """What an attack has found for a batch."""
+    """The result of an attack on a batch."""
 
-    clean: Float[Tensor, "batch classes"]  # logits before it
-    points: Float[Tensor, "batch *shape"]  # pixels, or perturbations of embeddings
-    logits: Float[Tensor, "batch classes"]  # there
+    clean: Float[Tensor, "batch classes"]  # logits before the attack
+    points: Float[Tensor, "batch *shape"]  # attacked pixels, or perturbations of embeddings
+    logits: Float[Tensor, "batch classes"]  # logits at these points
 
 
 def under_attack(
@@ -399,23 +398,21 @@ def under_attack(
     index: Int64[Tensor, " batch"],
     seed: int,
 ) -> UnderAttack:
-    """For each sample the first restart of an attack that changes its prediction, or the last one.
+    """For each sample the first restart that makes its prediction wrong, or the last one.
 
-    A sample that the net gets wrong without attack stays as it is: no attack makes it right.
-
-    It works in inference mode too, in which trainers evaluate. Every call takes the same number of forward passes, so
-    that ranks which share weights stay together.
+    A sample that is wrong without attack does not change. This also works in inference mode, in which trainers
+    evaluate. Every call makes the same number of forward passes, so ranks that share weights stay in step.
 
     Args:
-        net: the net, which is in evaluation mode for as long as this takes.
+        net: the net; it is in evaluation mode during the attack.
         attack: the attack.
         inputs: keyword arguments of the net.
-        target: the classes to lead away from; None for those that the net predicts.
-        index: a number for each sample, of which its random starts are a function.
-        seed: of the random starts.
+        target: the true classes; None for the net's own predictions.
+        index: a number for each sample; random starts depend on it.
+        seed: seed of the random starts.
     """
     with torch.inference_mode(False), torch.no_grad(), evaluating(net):
-        # Tensors of inference mode cannot take part in gradients: hence copies.
+        # Tensors of inference mode have no gradients; hence copies.
         inputs, index = {name: values.clone() for name, values in inputs.items()}, index.clone()
         (start, mask), logits = attackable(net, inputs), partial(logits_at, net, inputs)
         clean = logits(start)

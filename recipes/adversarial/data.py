@@ -17,11 +17,11 @@ class AdversarialData(BaseDataModule):
     """Samples of a source, split so that every part has the classes in the same proportion.
 
     Args:
-        source: where samples come from, by class path: one of ``common.sources``.
-        predict_source: samples that ``predict`` classifies, with or without labels; None for the part that tests.
-        val_fraction: share of all samples that validates.
-        test_fraction: share of all samples that tests, if the source has no test split of its own.
-        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        source: the samples, by class path: one of ``common.sources``.
+        predict_source: samples for ``predict``, with or without labels; None for the test part.
+        val_fraction: share of all samples for validation.
+        test_fraction: share of all samples for testing, if the source has no test split of its own.
+        split_seed: seed of the split alone, so runs with other seeds test on the same samples.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.

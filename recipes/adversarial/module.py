@@ -1,4 +1,4 @@
-"""The objective: to be right at every point near an input, and how accurate that is."""
+"""The module: a classifier, trained and evaluated under attack."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +17,21 @@ from .data import Batch
 from .objectives import Objective
 from .pictures import adversarial_examples, robustness_curve
 
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # of the picture's curve, in units of the attack's own
-SHOWN = 128  # samples that the curve is of
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # of the picture's curve, in units of the attack's eps
+SHOWN = 128  # samples behind the curve
 
 
 class AdversarialModule(BaseModule):
-    """A classifier trained and evaluated under attack: on its pixels, or on its token embeddings where it reads text.
+    """A classifier, trained and evaluated under attacks on pixels or, for texts, on token embeddings.
 
     Args:
         net: the net by class path; its first argument, the number of classes, comes from the data.
         class_names: a name for each class; comes from the data.
         input_range: smallest and largest pixel, empty for texts; comes from the data.
-        objective: what is minimized, by class path: one of ``common.attacks``.
-        eval_attack: measures robustness in validation, ``predict`` and pictures.
-        test_attack: measures it in ``test``; None for ``eval_attack``.
-        attack: finds what is trained on; None for an objective without.
+        objective: the training loss, by name: ``Adversarial``, ``TRADES``, ``Free`` or ``Natural``.
+        eval_attack: the attack in validation, ``predict`` and pictures, by name: ``PGD``.
+        test_attack: the attack in ``test``; None for ``eval_attack``.
+        attack: the attack in training; None for ``Natural``.
         augmentation: kornia augmentations of the images in training, before the attack; pixels stay in their range.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -66,11 +66,11 @@ class AdversarialModule(BaseModule):
     def build_net(self) -> nn.Module:
         net = self.make_net(len(self.class_names))
         if not self.input_range:
-            input_embeddings(net)  # refuses nets without
+            input_embeddings(net)  # refuses nets without embeddings
         return net
 
     def under(self, attack: Attack, batch: Batch, target: Tensor | None) -> UnderAttack:
-        """What an attack finds; its random starts depend on the run's seed and the sample, so ranks change nothing."""
+        """Attack a batch. Random starts depend on the run's seed and the sample, so ranks change nothing."""
         return under_attack(self.net, attack, batch.inputs, target, batch.index, step_seed(global_seed()))
 
     @override

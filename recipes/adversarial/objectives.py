@@ -1,4 +1,4 @@
-"""Objectives that train a net to withstand attacks."""
+"""Training losses for a net under attack: natural, adversarial, TRADES and free adversarial training."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ Mode = Literal["eval", "train"]
 
 @contextmanager
 def keeping_no_statistics(net: nn.Module) -> Iterator[None]:
-    """Let batch norm of a net in training use statistics of its batch without adding them to the running ones."""
+    """Let batch norm in training use its batch's statistics without an update of the running ones."""
     layers: list[Any] = batch_norms(net)
     kept = [layer.track_running_stats for layer in layers]
     for layer in layers:
@@ -36,12 +36,12 @@ def keeping_no_statistics(net: nn.Module) -> Iterator[None]:
 
 
 class Objective:
-    """What is minimized in training.
+    """A training loss for a net under attack.
 
     Attributes:
-        needs_attack: whether there is nothing to minimize without one.
-        attack_mode: mode of the net while it is attacked.
-        replays: optimizer steps that are taken with each batch, one after the other.
+        needs_attack: whether it needs an attack.
+        attack_mode: the net's mode during the attack.
+        replays: optimizer steps with each batch.
     """
 
     needs_attack = True
@@ -49,22 +49,22 @@ class Objective:
     replays = 1
 
     def check(self, attack: Attack | None) -> None:
-        """See whether it can train with an attack.
+        """Check that it can train with this attack.
 
         Raises:
-            InputError: it cannot.
+            InputError: the attack is missing or does not suit it.
         """
         if self.needs_attack and attack is None:
             raise InputError(f"model.attack: {type(self).__name__} needs one; give PGD")
 
     def begin(self, accumulated: int) -> None:
-        """Make ready for a batch, before its optimizer steps.
+        """Prepare for a batch, before its optimizer steps.
 
         Args:
-            accumulated: batches whose gradients are added up for a step.
+            accumulated: batches per optimizer step.
 
         Raises:
-            InputError: they are several, and each batch is replayed.
+            InputError: a step accumulates several batches, and each batch is replayed.
         """
         if self.replays > 1 and accumulated > 1:
             problem = "replays each batch, an optimizer step each time"
@@ -79,11 +79,11 @@ class Objective:
         index: Int64[Tensor, " batch"],
         seed: int,
     ) -> Float[Tensor, ""]:
-        """Mean loss of a batch; arguments as those of :func:`under_attack`.
+        """Mean loss of a batch; arguments as in :func:`under_attack`.
 
-        While it is attacked the net is in evaluation mode, as in TRADES and as Pang et al. 2021 advise
+        The net is in evaluation mode during the attack, as in TRADES and as Pang et al. 2021 advise
         (https://arxiv.org/abs/2010.00467): batch norm neither uses nor keeps statistics of unfinished attacks, and
-        dropout is off; see ``attack_mode`` of :class:`Adversarial` for another, and :class:`Free`.
+        dropout is off. :class:`Free` and ``attack_mode`` of :class:`Adversarial` are the exceptions.
         """
         start, mask = attackable(net, inputs)
 
@@ -103,20 +103,20 @@ class Objective:
     ) -> Float[Tensor, ""]:
         """Mean loss of a batch.
 
-        Clean and attacked samples go through the net together where both are needed: batch norm sees them as one batch,
-        and a strategy that shares buffers before each forward pass changes none that backward needs.
+        A loss on clean and attacked samples takes one forward pass over both: batch norm sees one batch, and a strategy
+        that copies buffers before each pass changes none that backward needs.
 
         Args:
-            logits: the net.
+            logits: the net, as a function of the samples.
             inputs: the clean samples.
             target: their classes.
-            perturb: finds the inputs near the clean ones for which a loss is highest.
+            perturb: runs the attack: raises a loss of each sample and returns the attacked samples.
         """
         raise NotImplementedError
 
 
 class Natural(Objective):
-    """Cross-entropy on clean inputs: training without any attack, to compare with."""
+    """Cross-entropy on clean inputs, without any attack: the baseline."""
 
     needs_attack = False
 
@@ -129,11 +129,10 @@ class Adversarial(Objective):
     """Cross-entropy on attacked inputs (Madry et al. 2018, eq. 2.1, https://arxiv.org/abs/1706.06083).
 
     Args:
-        clean_weight: share of clean inputs in the loss; with 0.5 both count the same, as is usual for texts (Goodfellow
-            et al. 2015, section 6, https://arxiv.org/abs/1412.6572).
-        attack_mode: mode of the net while it is attacked. With ``train``, as in Wong et al. 2020, batch norm takes the
-            statistics of the batch under attack, which it does not keep, and dropout is on, so that a sample's attack
-            depends on the others of its batch.
+        clean_weight: share of clean inputs in the loss; 0.5 weighs both equally, as is usual for texts (Goodfellow et
+            al. 2015, section 6, https://arxiv.org/abs/1412.6572).
+        attack_mode: the net's mode during the attack. With ``train``, as in Wong et al. 2020, dropout is on, and batch
+            norm uses the attacked batch's statistics without keeping them, so a sample's attack depends on its batch.
     """
 
     def __init__(self, clean_weight: float = 0.0, attack_mode: Mode = "eval"):
@@ -153,10 +152,10 @@ class Adversarial(Objective):
 
 
 class TRADES(Objective):
-    """Cross-entropy on clean inputs, and ``beta`` times the divergence of the attacked prediction from the clean one.
+    """Cross-entropy on clean inputs, plus ``beta`` times the divergence KL(clean || attacked) of the predictions.
 
-    Zhang et al. 2019, eq. 5, https://arxiv.org/abs/1901.08573. The attack raises that divergence,
-    KL(clean || attacked), in which the clean prediction stays as it is.
+    Zhang et al. 2019, eq. 5, https://arxiv.org/abs/1901.08573. The attack raises the same divergence; the clean
+    prediction is constant in it.
 
     Args:
         beta: weight of robustness against accuracy; the paper's 1/lambda, 6 in most later work.
@@ -192,11 +191,11 @@ class Free(Objective):
     """Free adversarial training: each batch is replayed, and one backward pass moves both the weights and the inputs.
 
     Shafahi et al. 2019, algorithm 1, https://arxiv.org/abs/1904.12843. Each replay is an optimizer step and costs as
-    much as one without attack: for the same cost divide ``trainer.max_epochs`` by ``replays``. Replays after the first
-    take the one step of ``model.attack`` (1.25 eps if it does not say; eps in the paper), by the gradient of the replay
-    before, which comes from the net in training. In the paper a batch goes on from the perturbation of the one before;
-    here every batch begins where the attack does, at random, which leaves no perturbation for checkpoints to keep; for
-    FGSM that start does no worse (Wong et al. 2020, table 1). Schedules and ``trainer.max_steps`` count batches.
+    much as a step without attack; divide ``trainer.max_epochs`` by ``replays`` for the same cost. Each replay after the
+    first takes one step of ``model.attack`` along the gradient of the replay before, with the net in training mode. The
+    step is 1.25 eps by default, eps in the paper. In the paper a batch starts from the perturbation of the one before.
+    Here it starts at random, so checkpoints need not keep a perturbation; for FGSM this start is no worse (Wong et al.
+    2020, table 1). Schedules and ``trainer.max_steps`` count batches.
 
     Args:
         replays: optimizer steps with each batch; 8 in the paper for CIFAR-10.
@@ -208,7 +207,7 @@ class Free(Objective):
         if replays < 2:
             raise InputError(f"model.objective.replays must be at least 2, got {replays}")
         self.replays = replays
-        self._clean: Tensor | None = None  # the batch that is replayed, None before its first step
+        self._clean: Tensor | None = None  # the replayed batch, None before its first step
         self._delta = torch.empty(0)  # its perturbation, with the gradient of the replay before
 
     @override
@@ -241,9 +240,9 @@ class Free(Objective):
         if self._clean is None:
             self._clean = precise_copy(start)
             point = attack.start(self._clean, index, seed, mask)
-        else:  # of these very inputs: they may have been augmented otherwise this time
+        else:  # the gradient is of the kept batch: this call's inputs may be augmented differently
             gradient = self._delta.grad
-            if gradient is not None:  # where fp16 has overflowed: nan has no direction, infinity a sign and a square
+            if gradient is not None:  # after an fp16 overflow: NaN has no direction, and infinity no finite square
                 gradient = gradient.nan_to_num(0.0, 1e15, -1e15)
             point = attack.step(self._clean + self._delta.detach(), gradient, self._clean, mask)
         self._delta = (point - self._clean).requires_grad_()

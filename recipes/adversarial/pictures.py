@@ -21,15 +21,15 @@ def adversarial_examples(
     names: Sequence[str],
     columns: int = 8,
 ) -> "Figure":
-    """Rows of clean images, what an attack adds, and attacked images, with the class and both predictions.
+    """Rows of clean images, the attack's changes, and attacked images, with the class and both predictions.
 
-    Images that the attack turned from right to wrong come first. Grey in the middle row is no change; it is scaled so
-    that the largest change of all is black or white, and its title says by how much.
+    Images that the attack turned from right to wrong come first. In the middle row grey is no change, and the largest
+    change is black or white; the row's title gives the scale.
 
     Args:
         clean: images.
         target: class of each image.
-        found: what an attack has found for them.
+        found: the result of the attack on them.
         names: the classes' names, in order.
         columns: images shown at most.
     """
@@ -68,9 +68,9 @@ def _short(name: str) -> str:
 
 
 def robustness_curve(eps: Sequence[float], accuracy: Sequence[float], marked: float) -> "Figure":
-    """Accuracy under attack against the radius of the attack; it has to fall to about nothing for large ones.
+    """Accuracy under attack over the radius of the attack; it must fall to about 0 for large radii.
 
-    A curve that stays up is a sign that gradients mislead the attack, not that the net is robust (Athalye et al. 2018,
+    If the curve stays up, gradients mislead the attack; the net is not robust (Athalye et al. 2018,
     https://arxiv.org/abs/1802.00420).
 
     Args:

@@ -1,4 +1,4 @@
-"""The objective: cross-entropy over classes, and what it means to be good at it."""
+"""The module: a classifier trained with cross-entropy, and its metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ class ClassificationModule(BaseModule):
         augmentation: kornia augmentations of the images, applied on the device in training.
         label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567).
         balance_classes: weigh each class by the inverse of its share of the training samples.
-        body_lr_scale: factor on the learning rate of everything but the net's ``head``, for fine-tuning.
+        body_lr_scale: factor on the learning rate of the net's ``body``, for fine-tuning.
         kwargs: of :class:`common.module.BaseModule`.
     """
 

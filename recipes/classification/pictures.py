@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def confusion_matrix(counts: Int[Tensor, "classes classes"], names: Sequence[str]) -> "Figure":
-    """A confusion matrix coloured by each row's shares, with recalls, and up to 20 classes its counts.
+    """A confusion matrix, coloured by each row's shares, with recalls and, up to 20 classes, counts.
 
     Args:
         counts: samples by true class (rows) and predicted class (columns).

@@ -1,4 +1,4 @@
-"""Text as windows of tokens in lessons. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
+"""Windows of text in lessons. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
 
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,23 @@ Batch = TokenBatch
 
 
 class CurriculumData(BaseDataModule):
-    """A corpus, tokenized once and packed, whose batches grow with the tokens that training has seen.
+    """A corpus, tokenized once and packed; its lessons grow with the tokens that training has seen.
 
     Args:
-        tokenizer: how to get the tokenizer, by class path: one of ``common.sources.tokenizers``.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
-        column: the text's column, in files and data sets that have columns.
+        column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
-        length: share of ``context`` that a step trains on, the first tokens of each window; None for all of it
+        length: share of ``context`` that a step trains on, from the start of each window; None for all of it
             (https://arxiv.org/abs/2108.06084).
-        batch: share of ``batch_size`` in a step, rounded down to 1/2, 1/4, …, which divide it; None for all of it
+        batch: share of ``batch_size`` in a step, rounded down to 1/2, 1/4, …; None for all of it
             (https://arxiv.org/abs/1711.00489).
-        competence: share of the windows, the easiest, that a step draws from; None for all of them.
-        difficulty: what is easy, by class path: one of ``common.curriculum``.
-        val_fraction: share of the documents that validates; a single document's end.
-        cache_dir: where prepared corpora are kept.
-        batch_size: windows per rank and micro-batch, in the end.
+        competence: share of the windows, easiest first, that a step draws from; None for all of them.
+        difficulty: the windows' scores, by name: ``DocumentLength``, ``Rarity``, ``ReferenceLoss`` or ``ScoreFile``.
+        val_fraction: share of the documents for validation; of a single document, its end.
+        cache_dir: folder of prepared corpora.
+        batch_size: windows per rank and micro-batch at full size.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
     """
@@ -61,7 +61,7 @@ class CurriculumData(BaseDataModule):
             raise InputError(f"data.context must be at least 1, got {context}")
         if competence and not difficulty:
             raise InputError("data.competence needs data.difficulty; take Rarity")
-        # Rounded sizes would add up to other steps on another number of ranks.
+        # With rounded sizes, another number of ranks would give other steps.
         parts = 2 ** halvings(batch.start) if batch else 1
         if batch and batch_size % parts:
             problem = f"{batch_size} is no multiple of {parts}, into which data.batch.start {batch.start} divides it"
@@ -77,7 +77,7 @@ class CurriculumData(BaseDataModule):
         self.windows = Windows(self.corpus.train, context, keep_partial=False)
 
     def lesson(self, seen: int) -> Lesson:
-        """What a step is made of after so many tokens; batches double, lengths short of all are multiples of 8."""
+        """The lesson after ``seen`` tokens; batches double, lengths below ``context`` are multiples of 8."""
         batch, length, competence = (p(seen) if p else 1.0 for p in (self.batch, self.length, self.competence))
         rounded = min(8 * max(round(self.context * length / 8), 1), self.context)
         return Lesson(self.batch_size >> halvings(batch), rounded if length < 1 else self.context, competence)

@@ -1,4 +1,4 @@
-"""Difficulty of windows of text: scores, and the order that they give."""
+"""Difficulty of windows of text: scores, and the order by score."""
 
 import hashlib
 import os
@@ -19,10 +19,10 @@ from common.sources.text import CACHE, Windows
 
 
 def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str) -> None:
-    """See that samples have the order of difficulty that somebody else has, by its :func:`order_digest`.
+    """Check that an order of samples has the :func:`order_digest` of another; ``whose`` names the other for messages.
 
     Raises:
-        InputError: they have not.
+        InputError: it has not.
     """
     if order_digest(order) != digest:
         problem, fix = f"training windows are in another order than {whose}", "give the same text and scores"
@@ -30,12 +30,12 @@ def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str) -
 
 
 def order_digest(order: Int64[np.ndarray, " samples"]) -> str:
-    """A short name of an order: scores that were computed on unlike devices need not give the same."""
+    """A short hash of an order; scores from different devices may give different orders."""
     return hashlib.sha256(order.tobytes()).hexdigest()[:16]
 
 
 class Difficulty:
-    """A score for each window of a text; higher is harder. Subclass it for one of your own."""
+    """A score for each window of a text; higher is harder. Subclass it for your own."""
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:
         """Score every window.
@@ -61,7 +61,7 @@ class DocumentLength(Difficulty):
 class Rarity(Difficulty):
     """Mean surprise of a window's tokens, ``-log p`` by their frequency in the training data: common words first.
 
-    Platanios et al. 2019, equation 4.
+    Platanios et al. 2019, equation 4 (https://aclanthology.org/N19-1119).
     """
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
@@ -73,7 +73,7 @@ class Rarity(Difficulty):
 
 
 class ScoreFile(Difficulty):
-    """Scores that you have computed: a text file with one number per window, or a NumPy file.
+    """Your own scores: a text file with one number per window, or a NumPy file.
 
     Args:
         path: the file.
@@ -98,15 +98,15 @@ class ScoreFile(Difficulty):
 
 
 class ReferenceLoss(Difficulty):
-    """Loss of a trained net on each window: what it finds easy comes first. Computed once and kept.
+    """A trained net's loss on each window: the net's easy windows first. Computed once and kept.
 
     Args:
-        name: folder or hub name of a causal language model with the same tokenizer, such as what ``export`` writes.
-        cache_dir: where scores are kept.
+        name: folder or hub name of a causal language model with the same tokenizer, such as an ``export``.
+        cache_dir: folder of kept scores.
         batch_size: windows at a time.
 
     Raises:
-        InputError: there is no such net, it knows fewer tokens than the data has, or takes shorter windows.
+        InputError: there is no such net, it knows fewer tokens than the data has, or it takes only shorter windows.
     """
 
     def __init__(self, name: str, cache_dir: str = os.path.join(CACHE, "scores"), batch_size: int = 32):
@@ -158,7 +158,7 @@ class ReferenceLoss(Difficulty):
 
 
 def _blocks(windows: Windows, size: int = 1024) -> Iterator[np.ndarray]:
-    """The input tokens of so many windows at a time, (windows, time): those of all may not fit into memory."""
+    """Input tokens (windows, time) of ``size`` windows at a time; all of them may not fit into memory."""
     tokens = np.asarray(windows.tokens[: len(windows) * windows.length]).reshape(len(windows), windows.length)
     for start in range(0, len(windows), size):
         yield tokens[start : start + size]

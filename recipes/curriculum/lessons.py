@@ -1,6 +1,6 @@
-"""Lessons: how much, how long and how hard the samples of a step are, by the tokens that training has seen.
+"""Lessons: number, length and difficulty of a step's samples, by the tokens that training has seen.
 
-A lesson depends on nothing but the count of tokens, which is in the checkpoint: a resumed run goes on with it.
+A lesson depends on the count of tokens alone. The checkpoint holds that count, so a resumed run continues the lessons.
 """
 
 import math
@@ -30,7 +30,7 @@ class Pacing:
         power: ``p``; 1 grows linearly, 2 faster at first (root competence).
 
     Raises:
-        InputError: one of them is out of its range.
+        InputError: an argument is out of its range.
     """
 
     start: float
@@ -49,15 +49,15 @@ class Pacing:
         """The share after so many tokens."""
         begin = self.start**self.power
         share = (min(seen / self.tokens, 1.0) * (1 - begin) + begin) ** (1 / self.power)
-        return min(max(share, self.start), 1.0)  # rounding must not leave the bounds, of which batches are whole parts
+        return min(max(share, self.start), 1.0)  # rounding must not leave these bounds
 
 
 class Lesson(NamedTuple):
-    """What an optimizer step is made of."""
+    """Number, length and difficulty of an optimizer step's samples."""
 
     batch_size: int  # samples per rank and micro-batch
-    length: int  # tokens of each
-    competence: float  # share of the samples, the easiest ones, that are drawn from
+    length: int  # tokens per sample
+    competence: float  # share of the samples, easiest first, to draw from
 
 
 @runtime_checkable
@@ -67,26 +67,26 @@ class Curriculum(Protocol):
     tokens_seen: int  # by the optimizer steps so far, over all ranks
 
     def lesson(self, seen: int) -> Lesson:
-        """What the next step is made of after so many tokens."""
+        """The lesson of the next step after ``seen`` tokens."""
         ...
 
 
 def halvings(share: float) -> int:
-    """How often a whole has to be halved to be at most this share of itself."""
+    """The number of halvings that bring 1 down to ``share`` or below."""
     return math.ceil(-math.log2(share))
 
 
 class CurriculumSampler(TrainSampler):
-    """Micro-batches of the present lesson; as :class:`TrainSampler`, a pure function of the seed and the position.
+    """Micro-batches of the present lesson; as in :class:`TrainSampler`, a pure function of the seed and the position.
 
-    Each optimizer step has its slot in the epoch's random order, of which a smaller batch takes the first samples. The
-    numbers in it are places in the order of difficulty, scaled down to the share that is drawn from: at full competence
+    Each optimizer step has its slot in the epoch's random order; a smaller batch takes the slot's first samples. The
+    numbers in a slot are places in the order of difficulty, scaled down to the share to draw from. At full competence
     an epoch sees every sample once.
 
     Args:
         order: numbers of the samples, the easiest first.
         batch_size: the largest number of samples per rank and micro-batch.
-        data: knows the lessons, and where training is.
+        data: gives the lessons and the tokens seen.
         trainer: the trainer that uses it.
     """
 

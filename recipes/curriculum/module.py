@@ -1,4 +1,4 @@
-"""The objective: predict the next token, of what the present lesson shows."""
+"""The module: a language model trained by a curriculum."""
 
 from typing import Any
 
@@ -25,9 +25,9 @@ class CurriculumModule(BaseModule):
         vocab_size: number of tokens; comes from the data.
         bytes_per_token: UTF-8 bytes of an average token; comes from the data.
         context: tokens of a window; comes from the data.
-        self_paced: share of the windows of each micro-batch, of each rank, that count: those that the net itself finds
-            easiest at the time, and always one (Kumar et al. 2010, https://papers.nips.cc/paper/3923, whose threshold
-            is here the loss that admits this share); None for all of them.
+        self_paced: share of the windows that count in each micro-batch of each rank: the windows with the lowest loss,
+            at least one (Kumar et al. 2010, https://papers.nips.cc/paper/3923; here the loss that admits this share is
+            their threshold); None for all of them.
         kwargs: of :class:`common.module.BaseModule`.
     """
 
@@ -46,7 +46,7 @@ class CurriculumModule(BaseModule):
         check_context(config, context)
         self.config, self.vocab_size, self.bytes_per_token = config, vocab_size, bytes_per_token
         self.self_paced = self_paced
-        self.lesson: Lesson | None = None  # that of the last complete step
+        self.lesson: Lesson | None = None  # of the last complete step
 
     @override
     def build_net(self) -> nn.Module:
@@ -66,7 +66,7 @@ class CurriculumModule(BaseModule):
         return loss
 
     def window_losses(self, batch: Batch) -> Float[Tensor, " batch"]:
-        """Mean loss of each window's targets; NaN where it has none."""
+        """Mean loss of each window over its targets; NaN if it has none."""
         loss = nn.functional.cross_entropy(precise(self(batch)).mT, batch.target, reduction="none")
         return loss.sum(1) / (batch.target != -100).sum(1)
 
@@ -74,7 +74,7 @@ class CurriculumModule(BaseModule):
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train" and self.self_paced and (share := self.self_paced(self.data.tokens_seen)) < 1:
             each = self.window_losses(batch)
-            easy = each.detach() <= each.detach().quantile(share)  # as many in each micro-batch, up to equal losses
+            easy = each.detach() <= each.detach().quantile(share)  # the same number in each micro-batch, up to ties
             return (each * easy).sum() / easy.sum(), easy.sum()
         target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
         loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())

@@ -1,4 +1,4 @@
-"""The stages of a run."""
+"""A picture of a run's lessons and losses."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def curriculum(run_dir: Path) -> "Figure | None":
-    """The stages of a run, `curriculum/<name>`, and below them the losses, over the tokens seen.
+    """The lessons of a run, `curriculum/<name>`, and below them the losses, over the tokens seen.
 
     Returns:
-        The figure, None where they were not logged.
+        The figure; None if no lessons were logged.
     """
     series = read_metrics(run_dir)
     if "curriculum/tokens" not in series:

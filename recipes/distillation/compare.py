@@ -1,4 +1,4 @@
-"""Teacher and student compared: metrics, and what a report shows of both."""
+"""Comparison of teacher and student: accuracies, sizes, speeds and predictions."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -27,12 +27,12 @@ def flat_target(batch: LabelledBatch) -> Int64[Tensor, " items"]:
 
 
 class Scores(nn.ModuleDict):
-    """Accuracy of a student and of what it is compared with, and how often its teacher says the same.
+    """Accuracies of the student, its teacher and the student alone, and the agreement of student and teacher.
 
     Args:
         num_classes: number of classes.
-        teacher: whether it has a teacher.
-        alone: whether the same student without a teacher stands beside.
+        teacher: whether there is a teacher.
+        alone: whether there is the same student trained without a teacher.
     """
 
     def __init__(self, num_classes: int, teacher: bool, alone: bool = False):
@@ -47,7 +47,7 @@ class Scores(nn.ModuleDict):
         alone: Float[Tensor, "*items classes"] | None,
         target: Int64[Tensor, " items"],
     ) -> None:
-        """Count the items of a batch whose target is not -100: logits of the student, and of those beside it."""
+        """Count the items of a batch whose target is not -100, by logits of student, teacher and student alone."""
         preds, metrics = logits.argmax(-1), dict[str, Any](self)
         metrics["accuracy"].update(preds, target)
         if teacher is not None:
@@ -60,15 +60,14 @@ class Scores(nn.ModuleDict):
 
 @torch.no_grad()
 def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure | str]":
-    """What teacher and student take and give, as a picture and a table, and their softened probabilities.
+    """Size, speed and accuracy of teacher and student, as a picture and a table, and their softened probabilities.
 
-    Where there is the student alone, it stands between them, and the table says how much of its gap to the teacher is
-    closed.
+    With a student alone, the table also says how much of its gap to the teacher is closed.
 
     Args:
-        module: the recipe's module, after an evaluation; its first batch measures the speed.
-        stage: which evaluation it was.
-        shown: how many samples, or positions of samples, are shown: those that the teacher is least sure of.
+        module: the recipe's module, after an evaluation; the first batch measures the speed.
+        stage: the stage of that evaluation.
+        shown: number of samples, or positions of samples, to show; the teacher is least sure of these.
     """
     trainer, teacher, alone = module.trainer, module.teacher, module.alone
     names = trainer.datamodule.class_names
@@ -106,14 +105,14 @@ def compare_models(module: Any, stage: str, shown: int = 4) -> "dict[str, Figure
 
 
 def gap_closed(teacher: float, alone: float, distilled: float) -> str:
-    """What share of the gap in accuracy between teacher and student alone distillation has closed, in words."""
+    """How much of the gap between teacher and student alone is closed, in words; the arguments are accuracies."""
     if teacher <= alone:
         return "no gap to close: the student alone is as good as the teacher"
     return f"gap between teacher and student alone: {(distilled - alone) / (teacher - alone):.0%} closed"
 
 
 def _speed(ask: Callable[[], Tensor], target: Tensor, passes: int = 15) -> float:
-    """Samples per second of the fastest of some passes: whatever else the machine does makes them slower."""
+    """Samples per second of the fastest pass; other work of the machine slows the others down."""
     times = []
     for _ in range(passes):
         start = time.perf_counter()
@@ -125,7 +124,7 @@ def _speed(ask: Callable[[], Tensor], target: Tensor, passes: int = 15) -> float
 
 
 def _title(batch: LabelledBatch, place: int, names: list[str]) -> str:
-    """The class of a sample; for a position in a text, what stands before it too."""
+    """The class of a sample; for a position in a text, also the text before it."""
     right = names[int(batch.target.flatten()[place])]
     if batch.target.ndim == 1:
         return f"true class: {right}"
@@ -146,7 +145,7 @@ def _table(facts: Mapping[str, Mapping[str, float]]) -> str:
 def predictions(
     logits: Float[Tensor, "batch *positions classes"], batch: LabelledBatch, names: list[str]
 ) -> dict[str, list[Any]]:
-    """Place, class, prediction and its probability of each sample; classes of a sample's positions are joined."""
+    """Index, class, prediction and its probability of each sample; classes of a sample's positions are joined."""
     probability, preds = precise(logits[batch.mask]).softmax(-1).max(-1)
 
     def spell(numbers: Tensor) -> list[str]:

@@ -14,14 +14,14 @@ Batch = LabelledBatch
 
 
 class DistillationData(BaseDataModule):
-    """Samples of a source in three parts, from the first of which student and teacher learn.
+    """Samples of a source in three parts; student and teacher learn from the training part.
 
     Args:
-        source: where samples come from, by class path: one of ``common.sources``, or ``TextWindows``.
-        val_fraction: share of all samples that validates, if the source has no validation split of its own.
-        test_fraction: share of all samples that tests, if the source has no test split of its own.
-        train_fraction: share of the training samples that is used.
-        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        source: the samples: one of ``common.sources`` by class path, or ``TextWindows`` by name.
+        val_fraction: share of all samples for validation, if the source has no validation split of its own.
+        test_fraction: share of all samples for testing, if the source has no test split of its own.
+        train_fraction: share of the training samples to use.
+        split_seed: seed of the split alone, so runs with other seeds test on the same samples.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: losses of logits and of inner layers."""
+"""Distances between a student and its teacher: losses of logits and of inner layers."""
 
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 class LogitLoss:
-    """How far a student's logits are from its teacher's: a mean over items, in at least fp32.
-
-    Subclasses say what an item's loss is.
-    """
+    """Distance between a student's logits and its teacher's: a mean over items, in at least fp32."""
 
     temperature = 1.0
 
@@ -31,7 +28,7 @@ class LogitLoss:
         """The mean over the items that count.
 
         Raises:
-            InputError: the teacher has other classes.
+            InputError: the teacher has another number of classes.
         """
         if logits.shape[-1] != teacher.shape[-1]:
             problem = f"gives {teacher.shape[-1]} logits, but there are {logits.shape[-1]} classes"
@@ -49,11 +46,11 @@ class LogitLoss:
 class SoftTargets(LogitLoss):
     """Divergence of softened probabilities, T² KL(teacher ‖ student), in nats.
 
-    Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2); the factor T² keeps the size of the gradient as
-    the temperature changes. It differs from their cross-entropy by a constant, and a perfect student has 0.
+    Hinton et al. 2015 (https://arxiv.org/abs/1503.02531, section 2). The factor T² keeps the size of the gradient when
+    the temperature changes. The loss is their cross-entropy less a constant: a perfect student has 0.
 
     Args:
-        temperature: T, by which both logits are divided; above 0.
+        temperature: T, the divisor of both logits; above 0.
     """
 
     def __init__(self, temperature: float = 4.0):
@@ -80,7 +77,7 @@ class LogitError(LogitLoss):
 
 
 class FeatureLoss:
-    """How far a layer of a student is from one of its teacher; without parameters, so that widths may differ."""
+    """Distance between a layer of a student and one of its teacher, without parameters; widths may differ."""
 
     def __call__(
         self, student: Float[Tensor, "batch *student"], teacher: Float[Tensor, "batch *teacher"]
@@ -89,7 +86,7 @@ class FeatureLoss:
 
         Args:
             student: (batch, channels, height, width) of a convolution, or (batch, time, width) of hidden states.
-            teacher: the same of the teacher.
+            teacher: the same for the teacher's layer.
         """
         raise NotImplementedError
 
@@ -97,9 +94,9 @@ class FeatureLoss:
 class AttentionTransfer(FeatureLoss):
     """Squared distance of normalized attention maps.
 
-    A map says how strong a layer's answer is at each place: the mean of squares over channels, as a vector of length 1
-    (Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, equation 2 with p = 2, squared as in their code).
-    Both layers need the same places. Padding of texts counts as places.
+    A map is the mean of squares over channels at each place, normalized to length 1 (Zagoruyko & Komodakis 2017,
+    https://arxiv.org/abs/1612.03928, equation 2 with p = 2, squared as in their code). Both layers need the same
+    places. Padding of texts counts as places.
     """
 
     @override
@@ -126,11 +123,11 @@ def _attention(values: Tensor) -> Tensor:
 
 
 class SimilarityPreserving(FeatureLoss):
-    """Squared difference of the samples' similarities to one another.
+    """Squared difference of the similarities between samples.
 
-    Similarities are the Gram matrix of the flattened layer, its rows of length 1 (Tung & Mori 2019,
-    https://arxiv.org/abs/1907.09682, equation 4). They compare the samples of one micro-batch on one rank, so the
-    number of ranks and of accumulated micro-batches changes this loss, unlike all others here.
+    Similarities are the Gram matrix of the flattened layer with rows of length 1 (Tung & Mori 2019,
+    https://arxiv.org/abs/1907.09682, equation 4). They compare the samples of one micro-batch on one rank. So, unlike
+    the other losses here, this one changes with the number of ranks and of accumulated micro-batches.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""The objective: learn from the labels, from the teacher's logits and, if wanted, from its inner layers."""
+"""The module: a student learns from labels, from its teacher's logits and, if wanted, from its inner layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,20 +19,21 @@ from .teacher import Features, StudentAlone, Teacher, logits_of
 
 
 class DistillationModule(BaseModule):
-    """A student: (1 - alpha) cross-entropy + alpha loss of the logits + feature_weight losses of the features.
+    """A student with the loss (1 - alpha) cross-entropy + alpha loss + feature_weight feature_loss.
 
     Args:
         net: the student by class path; its first argument, the number of classes, comes from the data.
-        num_classes: comes from the data.
-        teacher: the teacher, in the same way; None trains the net alone, and all else about teachers is unused.
+        num_classes: number of classes; comes from the data.
+        teacher: the teacher, given like ``net``; None trains the student alone.
         teacher_checkpoint: a checkpoint of any recipe with the teacher's weights.
-        teacher_training: a config in this folder that trains it first if it has no checkpoint; None if pretrained.
-        alone_checkpoint: of a run of the same student without a teacher, which evaluation and the report compare with.
-        loss: what compares the logits, by class path: ``SoftTargets`` or ``LogitError``.
-        alpha: its weight; the cross-entropy with the labels has the rest.
+        teacher_training: a config in the recipe's folder that trains the teacher first if there is no checkpoint; None
+            for a pretrained teacher.
+        alone_checkpoint: a checkpoint of the same student trained without a teacher, for comparison.
+        loss: distance between the logits, by name: ``SoftTargets`` or ``LogitError``.
+        alpha: weight of ``loss``; the cross-entropy with the labels has the rest.
         features: pairs of layers, the student's and the teacher's, by their modules' names.
-        feature_loss: what compares them: ``AttentionTransfer`` or ``SimilarityPreserving``.
-        feature_weight: weight of its sum over pairs.
+        feature_loss: distance between the layers of a pair, by name: ``AttentionTransfer`` or ``SimilarityPreserving``.
+        feature_weight: weight of the sum over pairs.
         augmentation: kornia augmentations of the images; student and teacher see the same.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -90,7 +91,7 @@ class DistillationModule(BaseModule):
         return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "*batch classes"]:
-        """Logits of each class, of a sample or of each of its positions."""
+        """Class logits of each sample, or of each of its positions."""
         return logits_of(self.net(**batch.inputs))
 
     @override

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def model_comparison(models: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """A panel of bars for each property of some models, the values written beside.
+    """A panel of bars for each property of some models, with the values.
 
     Args:
-        models: name of a model to its properties, the same for all.
+        models: name of a model to its properties; all models have the same.
     """
     properties = list(next(iter(models.values())))
     figure = new_figure(2.3 * len(properties) + 0.6, 0.34 * len(models) + 0.75)
@@ -41,14 +41,14 @@ def soft_targets(
     ylabel: str = "probability",
     images: Float[Tensor, "samples channels height width"] | None = None,
 ) -> "Figure":
-    """Probabilities of several models for the same samples, as groups of bars; of many classes the ten likeliest.
+    """Probabilities of several models for the same samples, as groups of bars; at most the ten likeliest classes.
 
     Args:
         probabilities: name of a model to its probabilities; the first decides which classes are shown.
         names: the classes' names, in order.
-        titles: what stands above each sample.
-        ylabel: what the bars are.
-        images: the samples, shown beside their bars.
+        titles: a title for each sample.
+        ylabel: meaning of the bars.
+        images: pictures of the samples, shown next to their bars.
     """
     first, *_ = probabilities.values()
     figure, columns = new_figure(7.4, 1.75 * len(titles) + 0.5), 1 + (images is not None)

@@ -1,4 +1,4 @@
-"""Frozen nets: the teacher, and the student alone to compare with."""
+"""Frozen nets: the teacher, and the student trained without one, for comparison."""
 
 import os
 import re
@@ -19,7 +19,7 @@ HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Features:
-    """Keeps what named layers of a net put out in its last forward pass.
+    """Keeps the outputs of named layers in a net's last forward pass.
 
     Args:
         net: the net.
@@ -39,13 +39,13 @@ class Features:
             modules[name].register_forward_hook(lambda _, __, output, name=name: self._keep(name, output))
 
     def _keep(self, name: str, output: Any) -> None:
-        self._kept[name] = output if isinstance(output, Tensor) else output[0]  # hidden states stand first
+        self._kept[name] = output if isinstance(output, Tensor) else output[0]  # hidden states come first
 
     def take(self) -> list[Tensor]:
         """The outputs in the order of the names; each can be taken once.
 
         Raises:
-            InputError: the forward pass of this rank has not come by one of them.
+            InputError: the forward pass on this rank skipped one of them.
         """
         kept, self._kept = self._kept, {}
         if missing := [name for name in self.names if name not in kept]:
@@ -60,22 +60,22 @@ def logits_of(output: Any) -> Tensor:
 
 
 class FrozenNet:
-    """A net that is only asked: in evaluation mode, without gradients, whole on each rank.
+    """A frozen net: in evaluation mode, without gradients, whole on each rank.
 
-    It is no ``nn.Module``, so that a module can hold it without its weights being trained, sharded or saved. They stay
-    in fp32, or fp64 if the run computes in it; where it computes in 16 bits so does this net, under every strategy.
+    It is no ``nn.Module``, so the module that holds it does not train, shard or save its weights. They stay in fp32, or
+    in fp64 if the run does. In a 16-bit run the net computes in 16 bits, under every strategy.
 
     Args:
         net: the net.
-        checkpoint: of any recipe here, with its weights; None for those that it has.
-        trainer: says where the net is moved to, and in what precision it computes.
-        layers: names of the modules whose outputs :meth:`__call__` returns too.
+        checkpoint: a checkpoint of any recipe here with the net's weights; None keeps the weights.
+        trainer: gives the net's device and the precision to compute in.
+        layers: names of modules; :meth:`__call__` also returns their outputs.
 
     Raises:
         InputError: the checkpoint is missing, of another net or another split of the data, or there is no such layer.
     """
 
-    key = checkpoint_key = hint = ""  # of messages: where net and checkpoint stand in a config, and what else to give
+    key = checkpoint_key = hint = ""  # for messages: the settings of net and checkpoint, and the fix
 
     def __init__(self, net: nn.Module, checkpoint: str | None, trainer: L.Trainer, layers: Sequence[str] = ()):
         if checkpoint is not None:
@@ -103,7 +103,7 @@ class FrozenNet:
             raise InputError(f"{self.checkpoint_key} {error}") from error
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         there = checkpoint.get("datamodule_hyper_parameters", {})
-        if (key := _other_split(there, data)) is not None:  # then it has learned what tests here
+        if (key := _other_split(there, data)) is not None:  # then it has trained on test samples
             value = _value(there, key)
             problem = f"was trained on another split of the same data, with {key.rpartition('.')[2]} {value}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --{key} {value}")
@@ -114,7 +114,7 @@ class FrozenNet:
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
         if not state.keys() & net.state_dict().keys():
-            state = {f"model.{name}": value for name, value in state.items()}  # a net of transformers that ours wraps
+            state = {f"model.{name}": value for name, value in state.items()}  # saved from the net inside our wrapper
         try:
             net.load_state_dict(state)
         except RuntimeError as error:
@@ -127,13 +127,13 @@ class FrozenNet:
 
 
 def _value(data: Mapping[str, Any], key: str) -> Any:
-    """The value of ``data.<name>`` or ``data.source.<name>``, None where there is none."""
+    """The value of ``data.<name>`` or ``data.source.<name>``; None if there is none."""
     owner = data["source"].get("init_args", {}) if key.startswith("data.source.") else data
     return owner.get(key.rpartition(".")[2])
 
 
 def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
-    """The key by which a config splits the samples of a data module differently, however it names them; or None."""
+    """The setting by which a config splits a data module's samples differently; None if it does not."""
     here = datamodule.hparams
     if not all(isinstance(data.get("source"), Mapping) for data in (there, here)):
         return None  # one has no source of labelled samples
@@ -141,19 +141,19 @@ def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
     files = [os.path.realpath(os.path.expanduser(path)) if isinstance(path, str) else path for path in paths]
     if there["source"]["class_path"] != here["source"]["class_path"] or files[0] != files[1]:
         return None
-    labelled = datamodule.labelled  # its own sets for validation and testing come before those of a split
+    labelled = datamodule.labelled  # a source's own splits replace a random one
     ours = [] if labelled.num_val else ["split_seed", "val_fraction", *["test_fraction"] * (not labelled.num_test)]
     names = [*(f"data.{name}" for name in ours), "data.source.val_fraction"]
     return next((key for key in names if _value(there, key) not in (None, _value(here, key))), None)
 
 
 class Teacher(FrozenNet):
-    """Whose logits, and inner layers, the student learns from."""
+    """The teacher: the student learns from its logits and inner layers."""
 
     key, checkpoint_key, hint = "model.teacher", "model.teacher_checkpoint", "name another, or null to train one"
 
 
 class StudentAlone(FrozenNet):
-    """The student as it is without a teacher, to compare with."""
+    """The same student trained without a teacher, for comparison."""
 
     key, checkpoint_key, hint = "model.net", "model.alone_checkpoint", "name another, or null for no comparison"

@@ -12,18 +12,18 @@ from common.sources.tokenizers import TokenizerSource
 
 
 class TextWindows(Source):
-    """A corpus as samples of one length, whose classes are the next token of each position.
+    """A corpus as samples of one length; the class of each position is its next token.
 
-    The windows are held in memory, 16 bytes per token. Their own validation split is ``val_fraction`` of the documents.
+    The windows are held in memory, 16 bytes per token. The validation split is ``val_fraction`` of the documents.
 
     Args:
-        tokenizer: how to get the tokenizer, by class path: one of ``common.sources.tokenizers``.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
-        column: the text's column, in files and data sets that have columns.
+        column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
-        val_fraction: share of the documents that validates; a single document's end.
-        cache_dir: where prepared corpora are kept.
+        val_fraction: share of the documents for validation; of a single document, its end.
+        cache_dir: folder of prepared corpora.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A teacher that is trained first, by the recipe itself, and kept for all later runs."""
+"""Training of the teacher: the recipe trains it first, and keeps it for all later runs."""
 
 import hashlib
 import json
@@ -24,26 +24,26 @@ from common.run.cli import RecipeCLI
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE
 
-FORMAT = 2  # to be raised when the same settings would train another teacher, or keep it elsewhere
-COMPARING = ("fit", "validate", "test")  # the commands that ask the teacher
-LOADING = ("batch_size", "eval_batch_size", "num_workers")  # of the student's data, no property of it
+FORMAT = 2  # bump when equal settings would train a different teacher, or keep it elsewhere
+COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
+LOADING = ("batch_size", "eval_batch_size", "num_workers")  # the teacher has its own
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
 
 def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerprint: str, cache_dir: str) -> Path:
-    """The best checkpoint of a teacher, trained in a process of its own unless an earlier run has done so.
+    """The best checkpoint of a teacher, trained in its own process unless an earlier run has done so.
 
-    Its settings are the recipe's ``config.yaml``, the student's data, the student's ``model.teacher`` as the net, and
-    the layer ``training``, without augmentation where the student has none. It is kept under a hash of them and of the
-    samples. The first of several ranks trains, alone, while the others wait. On several nodes ``cache_dir`` has
-    to be a folder that they share.
+    The teacher's settings are the recipe's ``config.yaml``, the student's data, the student's ``model.teacher`` as the
+    net, and the layer ``training``. It has no augmentation if the student has none. It is kept under a hash of these
+    settings and the samples. The first of several ranks trains alone; the others wait. Several nodes must share
+    ``cache_dir``.
 
     Args:
         recipe: folder of the recipe.
         config: the student's resolved config.
-        training: a YAML file in that folder, or anywhere, that says how the teacher is trained.
-        fingerprint: of the samples.
-        cache_dir: where teachers are kept, each in a folder of its own.
+        training: a YAML file, in that folder or elsewhere, with the settings of the teacher's training.
+        fingerprint: fingerprint of the samples.
+        cache_dir: folder of kept teachers.
 
     Raises:
         InputError: there is no such file, or the training was refused.
@@ -54,17 +54,17 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
         raise InputError(f"model.teacher_training {training}: no such file in {recipe.name}{hint}")
     data = {key: value for key, value in config["data"].items() if key not in LOADING}
     base: dict[str, Any] = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
-    if config["model"]["augmentation"] is None:  # as texts must; the layer may have one
+    if config["model"]["augmentation"] is None:  # as for texts; the layer may have one
         base["model"]["augmentation"] = None
     layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (recipe / "config.yaml", layer)]
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"  # holds the name of the attempt that has ended
+    done = folder / "done"  # holds the folder of the finished run
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: the lock is ours
-            # A name of its own: what a killed process has started may still write to the folder of that attempt.
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed process: the lock is ours
+            # A new name: children of a killed process may still write to the folder of its attempt.
             attempt = folder / uuid4().hex[:8]
             attempt.mkdir(parents=True)
             try:
@@ -94,7 +94,7 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
     with _ending_at_sigterm():
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2 and done.stderr.strip():
-        # It names its own config, and its net is the teacher here.
+        # The message names the process's own config; its net is the teacher here.
         line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", done.stderr.strip().splitlines()[-1])
         line = line.replace(".init_args", "").replace("model.net", "model.teacher")
         raise InputError(f"model.teacher_training {layer.name}: {line}")
@@ -105,7 +105,7 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
 
 @contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
-    """Lets ``subprocess.run`` end its process when this one is sent SIGTERM, as it does at any exception."""
+    """Turn SIGTERM into an exception; at any exception ``subprocess.run`` ends its process."""
 
     def stop(*_: Any) -> None:
         raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
@@ -118,7 +118,7 @@ def _ending_at_sigterm() -> Iterator[None]:
 
 
 class TeacherCLI(RecipeCLI):
-    """Trains the teacher first where it has no weights yet: when all settings are checked, and before ranks start."""
+    """Trains the teacher first if it has no weights yet, after the check of all settings and before ranks start."""
 
     @override
     def instantiate_classes(self) -> None:
@@ -133,9 +133,9 @@ class TeacherCLI(RecipeCLI):
         with speaking_of("model.teacher", instead_of="model.net"):
             make(module.num_classes)  # a mistake in its arguments shows at once
         data: Any = self.datamodule
-        if self.subcommand == "fit":  # nor should too few samples cost the teacher's training
+        if self.subcommand == "fit":  # too few samples show before the teacher is trained
             TrainSampler(len(data.train_positions), data.batch_size, self.trainer)
         found = fingerprint(data.labelled)
         module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))
-        # The run's own config names it: a resumed run goes on with this teacher, whatever has been edited since.
+        # The run's own config names it, so a resumed run keeps this teacher after any edit of the settings.
         self.resolved["model"]["teacher_checkpoint"] = module.teacher_checkpoint

@@ -34,14 +34,14 @@ class LMData(BaseDataModule):
     """A corpus, tokenized once and packed.
 
     Args:
-        tokenizer: how to get the tokenizer, by class path: one of ``common.sources.tokenizers``.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the text of Python's own
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
-        column: the text's column, in files and data sets that have columns.
+        column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
-        val_fraction: share of the documents that validates; a single document's end.
-        prompts: texts that ``predict`` continues.
-        cache_dir: where prepared corpora are kept.
+        val_fraction: share of the documents for validation; of a single document, its end.
+        prompts: texts for ``predict`` to continue.
+        cache_dir: folder of prepared corpora.
         batch_size: windows per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.

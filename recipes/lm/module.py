@@ -1,4 +1,4 @@
-"""The objective: predict the next token."""
+"""The module: a language model trained with next-token prediction, and text samples of it."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class LMModule(BaseModule):
         eos_id: the token that ends a text; comes from the data.
         bytes_per_token: UTF-8 bytes of an average token; comes from the data.
         context: tokens of a window; comes from the data.
-        sample_tokens: length of the sample that is drawn after each validation; 0 for none.
+        sample_tokens: length of the sample after each validation; 0 for none.
         temperature: of the samples; 0 takes the most likely token.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -73,15 +73,15 @@ class LMModule(BaseModule):
         self.log_dict(scores, sync_dist=True)
 
     def generate(self, prompt: Tensor) -> list[int]:
-        """Continue a prompt (1, time) by ``sample_tokens`` tokens; past ``context`` it sees the last half of one."""
+        """Continue a prompt (1, time) by up to ``sample_tokens``; past ``context`` it sees the last half of one."""
         net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
         options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
         options |= {"pad_token_id": self.eos_id, "synced_gpus": self.trainer.world_size > 1}
-        # Where weights are sharded, every rank has to call the net as often as the others.
+        # With sharded weights, all ranks must call the net equally often.
         while self.trainer.strategy.reduce_boolean_decision(len(ids) < end, all=False):
             seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
             options["max_new_tokens"] = max(min(end - len(ids), self.context - seen.shape[1]), 1)
-            # Each token is a length of its own, for which compiled blocks would be compiled once more.
+            # Every token changes the length, and compiled blocks would compile again for each length.
             with gathered(net), torch.compiler.set_stance("force_eager"):
                 new: Any = net.generate(seen.to(self.device), **options)  # type: ignore[operator]
             ids += new[0, seen.shape[1] :].tolist() if len(ids) < end else []
@@ -102,7 +102,7 @@ class LMModule(BaseModule):
 
     @override
     def flops_per_item(self) -> float:
-        """Forward and backward operations per token (PaLM, appendix B)."""
+        """Forward and backward operations per token (PaLM, appendix B, https://arxiv.org/abs/2204.02311)."""
         return 6 * self.num_params + 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
 
     @override

@@ -14,20 +14,20 @@ Batch = TaskBatch
 
 
 class MultiTaskData(BaseDataModule):
-    """Pairs of images, one left and one right: which they are, and how far one lies from the other.
+    """Pairs of images, one left and one right: their classes, and the offset between them.
 
-    Tasks: ``left`` and ``right`` are the classes of the two images, ``offset`` is the way from the left one to the
-    right one in pixels, down and to the right. The pairs of each part are made of images that no other part has.
+    Tasks: ``left`` and ``right`` are the classes of the two images; ``offset`` leads from the left to the right image,
+    in pixels down and to the right. No two parts share an image.
 
     Args:
-        source: where the single images come from, by class path: one of ``common.sources``.
+        source: the single images, by class path: one of ``common.sources``.
         tasks: names of the tasks to train, in this order.
         canvas: height and width of the pictures, in pixels.
-        max_shift: how far each image may be from its side of the canvas, in pixels.
-        pairs: how many pairs train, validate and test.
-        val_fraction: share of the single images that validates.
-        test_fraction: share of them that tests, if the source has no test split of its own.
-        split_seed: of split and pairs alone, so that no run with another seed tests on what this one trained on.
+        max_shift: largest distance of an image from its side of the canvas, in pixels.
+        pairs: number of pairs for training, validation and testing.
+        val_fraction: share of the single images for validation.
+        test_fraction: share of the single images for testing, if the source has no test split of its own.
+        split_seed: seed of split and pairs alone, so runs with other seeds test on the same pairs.
         batch_size: pairs per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.

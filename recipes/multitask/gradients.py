@@ -1,4 +1,4 @@
-"""One gradient per task, and what aggregators of torchjd make of them."""
+"""One gradient per task, and their aggregation by torchjd."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class NNLSProjector(DualConeProjector):
     """Solves torchjd's projection onto the dual cone exactly, with scipy: UPGrad without quadprog.
 
-    The least v with v ≥ u of vᵀGv is u + x with x ≥ 0 of least |Aᵀx + Aᵀu| where AAᵀ = G: non-negative least squares.
+    It minimizes vᵀGv over v ≥ u. With G = AAᵀ and v = u + x this is non-negative least squares: the least |Aᵀx + Aᵀu|
+    over x ≥ 0.
     """
 
     def __call__(
@@ -47,7 +48,7 @@ class NNLSProjector(DualConeProjector):
 def task_gradients(
     losses: Float[Tensor, " tasks"], params: Sequence[nn.Parameter], scale: Float[Tensor, " tasks"]
 ) -> Float[Tensor, "tasks elements"]:
-    """The gradient of each loss with respect to all parameters in a row, times the loss's scale."""
+    """A row per loss: its gradient with respect to all parameters, times the loss's scale."""
     rows = []
     for factor in scale.diag():
         parts = torch.autograd.grad(
@@ -57,21 +58,20 @@ def task_gradients(
     return torch.stack(rows)
 
 
-# Of gradients that do not conflict these give the sum, and not their mean as the others do.
+# Without conflicts these aggregators give the sum of the gradients; the others give the mean.
 SUMMING = (ConFIG, FairGrad, GradDrop, PCGrad, Sum)
 
 
 class TaskGradients:
-    """Collects a gradient per task over the micro-batches of a step, and lets torchjd make one of them.
+    """Collects a gradient per task over the micro-batches of a step; torchjd aggregates them.
 
     The body's parameters get the aggregate of the tasks' gradients, all others the gradient of the loss. Gradients are
-    averaged over micro-batches and ranks before they are aggregated, so that the result is that of one large batch; for
-    that, ranks exchange as many gradients as there are tasks. What sums up gradients is divided by their number, as the
-    loss, and with it the gradient of each head, is a mean over tasks: with ``torchjd.aggregation.Mean`` or ``Sum`` the
-    result is the gradient of the loss.
+    averaged over micro-batches and ranks before they are aggregated, so one large batch gives the same result; ranks
+    exchange one gradient per task. The loss is a mean over tasks, so the result of a summing aggregator is divided by
+    their number: ``torchjd.aggregation.Mean`` and ``Sum`` both give the gradient of the loss.
 
     Args:
-        aggregator: of torchjd.
+        aggregator: an aggregator of torchjd.
         net: the net whose gradients are aggregated.
     """
 
@@ -85,10 +85,10 @@ class TaskGradients:
         """Take the gradients of a micro-batch.
 
         Args:
-            loss: what would be differentiated: scaled for AMP and by the number of micro-batches.
-            losses: the tasks' losses that it was made of.
+            loss: the combined loss, scaled for AMP and by the number of micro-batches.
+            losses: the tasks' losses in it.
         """
-        # What each loss counts in the loss: its weight / tasks / micro-batches, times AMP's factor.
+        # The factor on each task's loss in the loss: its weight / tasks / micro-batches, times AMP's factor.
         scale = torch.autograd.grad(loss, losses, retain_graph=True)[0]
         rows = task_gradients(losses, self.shared, len(losses) * scale)
         own = torch.autograd.grad(loss, self.own)
@@ -102,12 +102,12 @@ class TaskGradients:
         """Set the gradients of all parameters for the optimizer's step.
 
         Args:
-            average: the mean of a tensor over ranks.
-            seed: for aggregators that draw random numbers, the same on all ranks.
-            scale: AMP's factor, which aggregators must not see.
+            average: gives the mean of a tensor over ranks.
+            seed: seed for aggregators that draw random numbers, the same on all ranks.
+            scale: AMP's factor; aggregators must not see it.
 
         Returns:
-            The weight of each task's gradient, with mean 1 for the plain mean, if the aggregator has weights.
+            The weight of each task's gradient, 1 for the plain mean; None if the aggregator has no weights.
         """
         assert self._sum is not None
         flat, self._sum = average(self._sum), None
@@ -118,7 +118,7 @@ class TaskGradients:
         if isinstance(self.aggregator, WeightedAggregator):
             hook = self.aggregator.weighting.register_forward_hook(lambda *call: weights.append(call[-1]))
         torch.manual_seed(seed)
-        # Overflown gradients are for AMP or the check of the weights to find; solvers would fail.
+        # Leave overflowed gradients to AMP or the finite-weights check; a solver would fail on them.
         parts = self._tasks if isinstance(self.aggregator, SUMMING) else 1
         shared = self.aggregator(rows) / parts if rows.isfinite().all() else rows.mean(0)
         if hook is not None:
@@ -131,7 +131,7 @@ class TaskGradients:
 
 
 def cosines(gradients: Float[Tensor, "tasks elements"]) -> Float[Tensor, "tasks tasks"]:
-    """Cosine of the angle between each two gradients; below 0 they are in conflict (https://arxiv.org/abs/2001.06782)."""
+    """Cosine of the angle between any two gradients; below 0 they conflict (https://arxiv.org/abs/2001.06782)."""
     rows = F.normalize(precise(gradients))
     return rows @ rows.T
 
@@ -140,8 +140,8 @@ def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Agg
     """The aggregator that a config names.
 
     Raises:
-        InputError: its arguments are wrong, its packages are missing, it does not go with the weighting, or it
-            remembers earlier steps, of which no checkpoint would know.
+        InputError: its arguments are wrong, its packages are missing, it does not suit the weighting, or it remembers
+            earlier steps, which no checkpoint would hold.
     """
     try:
         aggregator = make()
@@ -151,7 +151,7 @@ def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Agg
     if not weighting.fixed:
         problem = f"{name} does not go with model.weighting {type(weighting).__name__}, which moves by itself"
         raise InputError(f"model.aggregator: {problem}; take Fixed")
-    if 0 in weighting().tolist():  # a row of zeros is a task that conflicts with none and cannot be made better
+    if 0 in weighting().tolist():  # a row of zeros conflicts with no task and cannot be improved
         problem = f"{name} would take a task of weight 0 for one that is trained"
         raise InputError(f"model.weighting.weights: {problem}; leave it out of data.tasks")
     if any(isinstance(part, Stateful) for part in aggregator.modules()):
@@ -161,11 +161,11 @@ def make_aggregator(make: Callable[[], Aggregator], weighting: Weighting) -> Agg
 
 
 class Balance:
-    """How the losses of the tasks become gradients in a run: weighted, or each by itself and then aggregated.
+    """Turns the tasks' losses into gradients: of the weighted loss, or one per task, which are then aggregated.
 
     Args:
-        module: the recipe's module, whose net the strategy has set up.
-        aggregator: of torchjd; None for the gradient of the weighted loss.
+        module: the recipe's module, after the strategy's set-up.
+        aggregator: an aggregator of torchjd; None for the gradient of the weighted loss.
 
     Raises:
         InputError: the strategy shards gradients, and an aggregator needs them whole.
@@ -173,7 +173,7 @@ class Balance:
 
     def __init__(self, module: BaseModule, aggregator: Aggregator | None):
         self.module, self.trainer = module, module.trainer
-        self.net: Any = module.net  # in whatever the strategy wraps it
+        self.net: Any = module.net  # in the strategy's wrapper, if any
         self.weighting: Weighting = self.net.weighting
         self.gradients = None
         if aggregator is not None:
@@ -188,8 +188,8 @@ class Balance:
         """The loss of a micro-batch to minimize.
 
         Args:
-            losses: of the tasks.
-            state: what the net has returned beside its outputs.
+            losses: the tasks' losses.
+            state: the state of the weighting, from the net.
         """
         self.losses, self.seen = losses, losses.detach()
         if self.weighting.needs_losses:
@@ -201,7 +201,7 @@ class Balance:
         return self.weighting.combine(losses, weights, state)
 
     def backward(self, loss: Float[Tensor, ""], *args: Any, **kwargs: Any) -> None:
-        """Differentiate the loss as Lightning scales it, or its tasks one by one."""
+        """Differentiate the loss, scaled by Lightning, or its tasks one by one."""
         if self.gradients is None:
             loss.backward(*args, **kwargs)
         else:
@@ -214,13 +214,13 @@ class Balance:
         self.losses = self.seen  # frees the graph
 
     def look_back(self, losses: Callable[[], Float[Tensor, " tasks"]]) -> None:
-        """After an optimizer step, tell the weighting the losses of the same batch if it wants to know them.
+        """After an optimizer step, give the weighting the losses of the same batch if it looks back.
 
         Args:
-            losses: computes them.
+            losses: computes these losses.
         """
         if self.weighting.looks_back and self.module.ends_step:
-            before = [(buffer, buffer.clone()) for buffer in self.net.buffers()]  # batch norm has seen the batch
+            before = [(buffer, buffer.clone()) for buffer in self.net.buffers()]  # batch norm has counted it
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 after = losses()
                 for buffer, value in before:
@@ -228,7 +228,7 @@ class Balance:
                 self.weighting.look_back(self.seen, self._everywhere(after))
 
     def logs(self) -> dict[str, Tensor]:
-        """Losses and weights of the last micro-batch, averaged over ranks, by the names that they are logged under."""
+        """Losses and weights of the last micro-batch, averaged over ranks, by their logged names."""
         both = self._everywhere(torch.stack([self.seen, self.used.to(self.seen)]))
         keys = ("train/loss_", "optim/weight_")
         return {

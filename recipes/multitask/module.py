@@ -1,4 +1,4 @@
-"""The objective: a loss per task, weighted or with aggregated gradients, and what it means to be good at each."""
+"""The module: one net for several tasks, with weighted losses or aggregated gradients, and metrics of each task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +25,12 @@ class MultiTaskModule(BaseModule):
     Args:
         net: the body by class path: any net whose first argument is the width of its output.
         tasks: name, kind and width of each task; comes from the data.
-        weighting: weights of the tasks' losses by class path: one of ``common.multitask``.
-        aggregator: makes one gradient for the body of those of the tasks, by class path: one of torchjd.aggregation;
-            None for the gradient of the weighted loss. It costs a backward pass per task, and ranks exchange the
-            gradients of all; strategies that shard gradients are refused.
-        features: width of the body's output, from which each head predicts.
+        weighting: weights of the tasks' losses, by name: ``Fixed``, ``Uncertainty``, ``DynamicWeightAverage`` or
+            ``FAMO``.
+        aggregator: aggregates the tasks' gradients for the body, by class path: one of ``torchjd.aggregation``; None
+            for the gradient of the weighted loss. It costs a backward pass per task, and ranks exchange every task's
+            gradient; strategies that shard gradients are refused.
+        features: width of the body's output, the input of each head.
         conflict_batches: validation batches for the picture of the angles between the tasks' gradients; 0 for none.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -95,7 +96,7 @@ class MultiTaskModule(BaseModule):
         self.balance.look_back(self._losses_again)
 
     def _losses_again(self) -> Tensor:
-        self.seed_micro_batch()  # the random numbers of the first time
+        self.seed_micro_batch()  # repeats the random numbers of the first pass
         return task_losses(self.tasks, self(self._batch), self._batch.target)
 
     @override

@@ -1,4 +1,4 @@
-"""The net: a shared body and a head per task."""
+"""Hard parameter sharing: one body for all tasks, and a head per task (https://doi.org/10.1023/A:1007379606734)."""
 
 import torch
 import torch._functorch.config
@@ -15,20 +15,20 @@ class MultiTaskNet(nn.Module):
 
     Args:
         body: maps the inputs to ``features`` numbers per sample.
-        features: how many.
-        tasks: what each head predicts.
-        weighting: weights of the tasks; a part of the net, so that it is optimized, sharded and saved with it.
+        features: width of the body's output.
+        tasks: the task of each head.
+        weighting: weights of the tasks; a part of the net, so it is optimized, sharded and saved with it.
     """
 
     def __init__(self, body: nn.Module, features: int, tasks: list[Task], weighting: Weighting):
         super().__init__()
-        # A compiled body is differentiated once per task: its buffers must outlive the first time.
+        # A compiled body is differentiated once per task, so its buffers must outlive the first pass.
         torch._functorch.config.donated_buffer = False
         self.body, self.features, self.weighting = body, features, weighting
         self.heads = nn.ModuleDict({task["name"]: nn.Linear(features, task["width"]) for task in tasks})
 
     def forward(self, **inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Each task's output (batch, width), and what the weighting makes its weights of.
+        """Each task's output (batch, width), and the state of the weighting (tasks).
 
         Raises:
             InputError: the body's output has another shape.

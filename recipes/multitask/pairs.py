@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Two images each on one canvas; which ones, and where their upper left pixels are (row and column)."""
+    """Canvases with two images each, the images' numbers, and row and column of their upper left pixels."""
 
     pixel_values: Float[Tensor, "pairs channels size size"]
     chosen: Int64[Tensor, "2 pairs"]
@@ -18,13 +18,13 @@ class Pairs(NamedTuple):
 def draw_pairs(
     images: Float[Tensor, "samples channels height width"], count: int, size: int, max_shift: int, seed: int
 ) -> Pairs:
-    """Draw pairs of images with replacement and lay one to the left and one to the right, at any height.
+    """Draw pairs of images with replacement; put one to the left and one to the right, at any height.
 
     Args:
-        images: what pairs are made of.
+        images: the single images.
         count: number of pairs.
         size: height and width of the canvas, in pixels.
-        max_shift: columns that each image may be away from its side of the canvas.
+        max_shift: largest distance of an image from its side of the canvas, in pixels.
         seed: of the draw; the same seed gives the same pairs.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def draw_pairs(
 def overlay(
     images: Float[Tensor, "2 pairs channels height width"], corner: Int64[Tensor, "2 pairs 2"], size: int
 ) -> Float[Tensor, "pairs channels size size"]:
-    """Lay two images on a square canvas, the brighter pixel where they overlap.
+    """Put two images on a square canvas; where they overlap, the brighter pixel wins.
 
     Args:
         images: the first and the second image of each pair.

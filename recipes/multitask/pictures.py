@@ -1,4 +1,4 @@
-"""Samples, weights of the tasks, and angles between their gradients."""
+"""Pictures of samples, of the tasks' weights, and of the angles between their gradients."""
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def gradient_angles(cosine: Float[Tensor, "batches tasks tasks"], names: Sequence[str]) -> "Figure":
-    """How the gradients of several tasks stand to one another: the mean cosine, and how often it is negative.
+    """Conflicts between the tasks' gradients: the mean cosine of each two, and how often it is negative.
 
     Args:
-        cosine: of the angles between the tasks' gradients, for some batches.
+        cosine: cosines of the angles between the tasks' gradients, for some batches.
         names: the tasks' names, in order.
     """
     values = cosine.float().cpu().numpy()
@@ -54,7 +54,7 @@ def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
     """The weights ``optim/weight_<task>`` of the tasks' losses or gradients over optimizer steps.
 
     Returns:
-        The figure, None where they did not change.
+        The figure; None if the weights did not change.
     """
     lines = {name: series[f"optim/weight_{name}"] for name in names if f"optim/weight_{name}" in series}
     if not lines or all(len(set(values)) < 2 for _, values in lines.values()):
@@ -70,13 +70,13 @@ def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
 def captioned_images(
     images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
 ) -> "Figure":
-    """Images in rows of six with a caption each, in orange where something is wrong.
+    """Images in rows of six with a caption each, in orange if a prediction is wrong.
 
     Args:
         images: grey or RGB, in [0, 1].
-        captions: a line or more for each image.
-        right: whether the caption is good news.
-        title: of the whole figure.
+        captions: one or more lines for each image.
+        right: whether all predictions for an image are right.
+        title: title of the figure.
     """
     columns = min(6, len(images))
     rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
@@ -94,13 +94,13 @@ def captioned_images(
 
 
 def task_media(module: Any, stage: str, conflict_batches: int) -> "dict[str, Figure]":
-    """Pictures of a multi-task module: samples with what it makes of them, weights, and angles between gradients.
+    """Pictures of a multi-task module: samples with predictions, weights, and angles between gradients.
 
     Args:
-        module: with ``tasks`` and ``net``.
-        stage: whose data is shown.
-        conflict_batches: how many batches angles are computed on, in evaluation mode; 0 for no such picture. There is
-            none either where a strategy shards the parameters.
+        module: the recipe's module.
+        stage: the stage of the data.
+        conflict_batches: number of batches for the angles, in evaluation mode; 0 for no picture of angles. A strategy
+            that shards the parameters has none either.
     """
     trainer, tasks, net = module.trainer, module.tasks, module.net
     names = [task["name"] for task in tasks]

@@ -1,4 +1,4 @@
-"""Tasks of different kinds on the same inputs: what they are, their batches, losses and metrics."""
+"""Tasks of different kinds on the same inputs: their batches, losses, metrics and predictions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -19,7 +19,7 @@ METRIC = {"classification": "accuracy", "regression": "rmse"}
 
 
 class Task(TypedDict):
-    """What is predicted: one of ``width`` classes, or ``width`` real numbers."""
+    """A task: predict one of ``width`` classes, or ``width`` real numbers."""
 
     name: str
     kind: Literal["classification", "regression"]
@@ -27,10 +27,10 @@ class Task(TypedDict):
 
 
 def choose(known: Sequence[Task], names: Sequence[str]) -> list[Task]:
-    """The tasks of these names, in their order.
+    """The tasks of these names, in the order of the names.
 
     Raises:
-        InputError: there is no name, one stands twice, or it is none of a task.
+        InputError: there is no name, a name occurs twice, or no task has it.
     """
     tasks = {task["name"]: task for task in known}
     if not names:
@@ -45,10 +45,10 @@ def choose(known: Sequence[Task], names: Sequence[str]) -> list[Task]:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Find out whether a net can be made for these tasks.
+    """Check that a net can be made for these tasks.
 
     Raises:
-        InputError: there is none, a name stands twice or cannot be one of a head, or a kind or width is wrong.
+        InputError: there is no task, a name occurs twice or cannot name a head, or a kind or width is wrong.
     """
     names = [task["name"] for task in tasks]
     if not tasks:
@@ -77,9 +77,9 @@ def task_losses(
 
 
 class TaskBatch(NamedTuple):
-    """Keyword arguments of the net, each task's target, places of the samples, and which are not padding.
+    """Keyword arguments of the net, each task's target, positions of the samples, and a mask of real ones.
 
-    A target has shape (batch,) and class numbers, or (batch, width) and real numbers.
+    A target holds class numbers (batch,) or real numbers (batch, width).
     """
 
     inputs: Mapping[str, Tensor]
@@ -89,15 +89,15 @@ class TaskBatch(NamedTuple):
 
 
 class TaskDataset(Dataset[TaskBatch]):
-    """Reads samples that lie in memory as batches.
+    """Reads batches of samples in memory.
 
     Args:
         inputs: keyword arguments of the net, each of shape (samples, …).
-        target: of each task, see :class:`TaskBatch`.
-        tasks: what is predicted.
+        target: target of each task, see :class:`TaskBatch`.
+        tasks: the tasks.
 
     Raises:
-        InputError: a task has no target, or one of another shape or of classes that it does not have.
+        InputError: a task has no target, or its target has another shape or unknown classes.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor], target: Mapping[str, Tensor], tasks: Sequence[Task]):
@@ -107,7 +107,7 @@ class TaskDataset(Dataset[TaskBatch]):
             if name not in target:
                 raise InputError(f"data: task {name!r} has no target{nearest(name, target)}; mend data.py")
             values = target[name]
-            # Torch would take each output from each target if there were numbers of another shape.
+            # With another shape torch would broadcast and compare each output with each target.
             wanted = (len(self),) if task["kind"] == "classification" else (len(self), width)
             if tuple(values.shape) != wanted:
                 problem = f"target of task {name!r} has the shape {tuple(values.shape)}, not {wanted}"
@@ -157,7 +157,7 @@ class TaskMetrics(nn.Module):
         outputs: Mapping[str, Tensor],
         target: Mapping[str, Tensor],
     ) -> None:
-        """Take in the samples of a batch that are not padding, of which there may be none."""
+        """Count the real samples of a batch; there may be none."""
         for task, loss in zip(self.tasks, losses, strict=True):
             name = task["name"]
             if count := len(target[name]):
@@ -170,17 +170,17 @@ class TaskMetrics(nn.Module):
                     self.scores[name].update(squares.mean(), torch.tensor(count, device=loss.device))
 
     def named(self, stage: str) -> dict[str, Any]:
-        """The metrics by the names that they are logged under, such as ``val/accuracy_left``."""
+        """The metrics by their logged names, such as ``val/accuracy_left``."""
         scores = {f"{stage}/{METRIC[task['kind']]}_{task['name']}": self.scores[task["name"]] for task in self.tasks}
         return scores | {f"{stage}/loss_{name}": loss for name, loss in self.losses.items()}
 
 
 def task_columns(task: Task, output: Tensor, target: Tensor) -> dict[str, list[Any]]:
-    """Columns of a table: what a task should give for each sample and what it gives.
+    """Columns of a table: target and prediction of a task for each sample.
 
     Args:
         task: the task.
-        output: of its head, (batch, width).
+        output: output of its head, (batch, width).
         target: class numbers (batch,) or real numbers (batch, width).
     """
     name = task["name"]
@@ -195,7 +195,7 @@ def task_columns(task: Task, output: Tensor, target: Tensor) -> dict[str, list[A
 
 
 def describe(task: Task, output: Tensor, target: Tensor) -> tuple[list[str], list[bool]]:
-    """A line per sample with target and prediction, and whether it is right; real numbers never count as wrong."""
+    """A line per sample with target and prediction, and whether it is right; real numbers always count as right."""
     name = task["name"]
     if task["kind"] == "classification":
         pairs = list(zip(target.tolist(), output.argmax(-1).tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""Weights of the tasks' losses.
+"""Weights of the tasks' losses: constant, or adapted in training.
 
-A weighting is named in YAML (``model.weighting``). The loss is the weighted mean over tasks, so that neither the
-learning rate nor clipping depends on how many there are.
+YAML names a weighting (``model.weighting``). The loss is the weighted mean over tasks, so neither the learning rate nor
+clipping depends on the number of tasks.
 """
 
 import math
@@ -22,26 +22,26 @@ EPS = 1e-8
 
 
 class Weighting(nn.Module):
-    """Weights of the tasks' losses. A subclass overrides :meth:`forward`, and what else it needs.
+    """Weights of the tasks' losses. A subclass overrides :meth:`forward`, and other methods as it needs them.
 
-    What it learns are parameters, what it remembers are buffers that :meth:`remember` makes, so that both are
-    in the checkpoint. It is a part of the net: :meth:`forward` runs within the net's, where a sharding strategy has the
-    parameters whole.
+    Learned values are parameters, remembered ones are buffers from :meth:`remember`; the checkpoint holds both. A
+    weighting is a part of the net: :meth:`forward` runs inside the net's, where a sharding strategy has the parameters
+    whole.
 
     Args:
         tasks: the tasks, in order; come from the data.
     """
 
-    fixed: ClassVar[bool] = False  # the weights never change, so that an aggregator may work on the weighted losses
-    needs_losses: ClassVar[bool] = False  # of all ranks, before backward
-    looks_back: ClassVar[bool] = False  # and of the same batch after the optimizer's step
+    fixed: ClassVar[bool] = False  # the weights never change, so an aggregator may use the weighted losses
+    needs_losses: ClassVar[bool] = False  # it needs the losses of all ranks before backward
+    looks_back: ClassVar[bool] = False  # it needs the losses of the same batch after the optimizer's step
 
     def __init__(self, tasks: list[Task]):
         super().__init__()
         self.names = [task["name"] for task in tasks]
 
     def remember(self, name: str, value: Tensor) -> None:
-        """Register a buffer in fp64, or fp32 where a device has none, that 16-bit precisions leave as it is."""
+        """Register a buffer in fp64 (fp32 on MPS) that 16-bit precisions do not cast."""
         self.register_buffer(name, value.float() if torch.backends.mps.is_available() else value.double())
 
     @override
@@ -54,14 +54,14 @@ class Weighting(nn.Module):
         return self
 
     def forward(self) -> Float[Tensor, " tasks"]:
-        """What :meth:`weights` are made of, as a tensor of its own."""
+        """The state that :meth:`weights` needs, as a new tensor."""
         raise NotImplementedError
 
     def weights(self, state: Float[Tensor, " tasks"], losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
-        """The weights; their mean over tasks is 1 where nothing else is said.
+        """The weights; their mean over tasks is 1 unless a subclass says otherwise.
 
         Args:
-            state: what :meth:`forward` has returned.
+            state: the result of :meth:`forward`.
             losses: of this micro-batch, over all ranks if ``needs_losses``; without gradient.
         """
         return state
@@ -85,14 +85,14 @@ class Weighting(nn.Module):
 
 
 class Fixed(Weighting):
-    """Weights that stay as they are.
+    """Constant weights.
 
     Args:
         tasks: the tasks; come from the data.
         weights: a weight for each task; None for 1 each, the plain mean of the losses.
 
     Raises:
-        InputError: a weight is missing, negative, or none of a task, or all are 0.
+        InputError: a weight is missing or negative, a name is no task's, or all weights are 0.
     """
 
     fixed = True
@@ -121,7 +121,7 @@ class Fixed(Weighting):
 
 
 class Uncertainty(Weighting):
-    """Weights by the noise of each task, which is learned (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
+    """Weights by the learned noise of each task (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
 
     With s the logarithm of a task's variance, its loss L becomes exp(-s) L / 2 + s / 2 for regression and
     exp(-s) L + s / 2 for classification (section 3.2). The s are parameters of the net, without weight decay.
@@ -158,8 +158,8 @@ class Uncertainty(Weighting):
 class DynamicWeightAverage(Weighting):
     """Weights by how fast each loss falls from epoch to epoch (Liu et al. 2019, https://arxiv.org/abs/1803.10704).
 
-    The weights of epoch t are the softmax of r / temperature times the number of tasks, where r is the mean loss of
-    epoch t - 1 divided by that of epoch t - 2; those of the first two epochs are 1.
+    The weights of epoch t are the number of tasks times softmax(r / temperature); r is the mean loss of epoch t - 1
+    divided by the mean loss of epoch t - 2. In the first two epochs the weights are 1.
 
     Args:
         tasks: the tasks; come from the data.
@@ -179,7 +179,7 @@ class DynamicWeightAverage(Weighting):
         self.temperature = temperature
         self.remember("total", torch.zeros(len(tasks)))  # of this epoch's losses so far
         self.remember("count", torch.zeros(()))  # and their number
-        self.remember("means", torch.ones(2, len(tasks)))  # of the last but one epoch and of the last
+        self.remember("means", torch.ones(2, len(tasks)))  # of the last two epochs, the older first
         self.remember("epochs", torch.zeros(()))
 
     def forward(self) -> Float[Tensor, " tasks"]:
@@ -202,10 +202,10 @@ class DynamicWeightAverage(Weighting):
 class FAMO(Weighting):
     """Weights that let all losses fall at the same rate (Liu et al. 2023, https://arxiv.org/abs/2306.03792).
 
-    The net descends along the gradient of c Σ z log L, with z the softmax of learned logits and c such that the weights
-    c z / L add up to 1; they are multiplied by the number of tasks here. After each step of the optimizer,
-    a forward pass over the same (last) micro-batch says how much each log L has fallen, and Adam moves the logits along
-    its gradient. With accumulation each micro-batch has the weights that its own losses give.
+    The net descends along the gradient of c Σ z log L. z is the softmax of learned logits; c makes the weights c z / L
+    add up to 1, here to the number of tasks. After each optimizer step, a forward pass over the last micro-batch
+    measures how much each log L has fallen, and Adam updates the logits by it. With accumulation each micro-batch has
+    weights from its own losses.
 
     Args:
         tasks: the tasks; come from the data. Their losses must be positive.
@@ -243,10 +243,10 @@ class FAMO(Weighting):
 
     @override
     def look_back(self, before: Float[Tensor, " tasks"], after: Float[Tensor, " tasks"]) -> None:
-        fall = (before.to(self.logits) + EPS).log() - (after.to(self.logits) + EPS).log()  # FSDP1 makes it fp32
+        fall = (before.to(self.logits) + EPS).log() - (after.to(self.logits) + EPS).log()  # FSDP1 casts buffers to fp32
         z = self.logits.softmax(0)
         gradient = z * (fall - (z * fall).sum()) + self.weight_decay * self.logits
-        # Adam with its usual settings, as the authors' code has it.
+        # Adam with its usual settings, as in the authors' code.
         self.steps += 1
         self.mean.lerp_(gradient, 1 - 0.9)
         self.square.lerp_(gradient.square(), 1 - 0.999)

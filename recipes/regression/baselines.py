@@ -1,4 +1,4 @@
-"""Linear regression and gradient-boosted trees on the same rows, to compare a net with."""
+"""Baselines for a net: linear regression and gradient-boosted trees on the same rows."""
 
 from typing import Any
 
@@ -20,19 +20,19 @@ def baseline_table(
 ) -> str:
     """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
 
-    Trees get numbers as they are, and categories as the net does; linear regression gets medians for gaps, and
-    categories one-hot.
+    Trees get unscaled numbers and the net's class numbers. Linear regression gets medians for gaps, and one-hot
+    categories.
 
     Args:
         frame: all rows.
         target: their target.
-        columns: what :func:`fit_columns` has found.
+        columns: the result of :func:`fit_columns`.
         fit: positions of the rows that the baselines are fitted on.
         test: positions of the rows to predict.
-        rmse: the net's root-mean-square error on these.
+        rmse: the net's root-mean-square error on these rows.
 
     Returns:
-        A line for each with the root-mean-square error in the target's units.
+        One line for each with its root-mean-square error in the target's units.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.linear_model import LinearRegression
@@ -41,7 +41,7 @@ def baseline_table(
     one_hot = [torch.nn.functional.one_hot(codes[:, n], size).numpy() for n, size in enumerate(sizes)]
     medians = [each["median"] for each in columns["numeric"].values()]
     plain = np.hstack([np.where(np.isnan(raw), medians, raw), *one_hot])
-    # Trees see gaps by themselves, and split up to 255 categories as sets; more of them by the order of their codes.
+    # Trees handle gaps themselves. They split up to 255 categories as sets, more by the order of the class numbers.
     own = codes[:, : len(columns["categorical"])].numpy()
     as_sets = [raw.shape[1] + n for n in range(own.shape[1]) if sizes[n] <= 255]
     mixed = np.hstack([raw, own])

@@ -25,7 +25,7 @@ from common.sources.tables import (
 
 
 class Batch(NamedTuple):
-    """Encoded rows, their standardized target, NaN where unknown, their places in the table, and which are real."""
+    """Encoded rows, their standardized target (NaN if unknown), their positions, and a mask of real rows."""
 
     numeric: Float[Tensor, "batch numeric"]
     categorical: Int64[Tensor, "batch categorical"]
@@ -49,17 +49,17 @@ class RowDataset(Dataset[Batch]):
 
 
 class RegressionData(BaseDataModule):
-    """Rows of a source, encoded with what is known from the training rows alone.
+    """Rows of a source, encoded by facts of the training rows alone.
 
     Args:
-        source: where rows come from, by class path: one of ``common.sources.tables``.
-        predict_source: rows that ``predict`` reads, with or without the target; None for the part that tests.
-        columns_of: a checkpoint whose columns encode ``predict_source`` without its table; goes with null as source.
+        source: the rows, by class path: one of ``common.sources.tables``.
+        predict_source: rows for ``predict``, with or without the target; None for the test part.
+        columns_of: a checkpoint that encodes ``predict_source`` in place of ``source``, which may then be null.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
-        rare: categories of fewer training rows share a class, which unseen ones join.
-        val_fraction: share of all rows that validates.
-        test_fraction: share of all rows that tests.
-        split_seed: of the split alone, so that no run with another seed tests on what this one trained on.
+        rare: categories of fewer training rows share one class with unseen ones.
+        val_fraction: share of all rows for validation.
+        test_fraction: share of all rows for testing.
+        split_seed: seed of the split alone, so runs with other seeds test on the same rows.
         batch_size: rows per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -114,6 +114,6 @@ class RegressionData(BaseDataModule):
 
     @override
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        # Precision bf16-true has rounded the target as well, with which predictions are to be compared.
+        # Precision bf16-true has rounded the target too; metrics need the exact one.
         data: Any = self.predict_data if self._trainer.predicting else self.train_data
         return batch._replace(target=data.rows[2][batch.index])

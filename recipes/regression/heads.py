@@ -1,8 +1,7 @@
-"""What the outputs of a regression net stand for: a value, a normal distribution, or quantiles.
+"""Heads give a regression net's outputs their meaning: a mean, a normal distribution, or quantiles.
 
-A head is chosen by class path (``model.head``). Outputs come per member of an ensemble, which a single net has one of:
-the loss is the mean over the members; each head says how it makes one prediction of theirs. Targets and outputs are
-standardized.
+YAML names a head (``model.head``). Outputs have an ensemble axis, of size 1 for a single net. The loss is the mean over
+the members; each head says how it combines the members into one prediction. Targets and outputs are standardized.
 """
 
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from common.losses import precise
 
 
 class Head:
-    """Outputs as predictions.
+    """The loss of a net's outputs, and the prediction that they make.
 
     Attributes:
-        num_outputs: how many numbers the net puts out per sample and member.
+        num_outputs: number of outputs per sample and member.
     """
 
     num_outputs: int
@@ -34,7 +33,7 @@ class Head:
         raise NotImplementedError
 
     def predict(self, outputs: Float[Tensor, "batch members outputs"]) -> Float[Tensor, "batch values"]:
-        """The prediction of each sample and, if the head gives intervals, their lower and upper ends."""
+        """The prediction of each sample and, if the head gives intervals, the lower and upper end."""
         raise NotImplementedError
 
 
@@ -49,8 +48,8 @@ def scores(
         interval: lower and upper ends of the prediction intervals, or nothing.
 
     Returns:
-        ``mse``, ``rmse``, ``mae``; ``r2`` of two samples or more; with intervals ``coverage``, the share of targets in
-        theirs, and ``interval_width``, the mean.
+        ``mse``, ``rmse``, ``mae``; ``r2`` for two samples or more; with intervals ``coverage``, the share of targets
+        inside, and the mean ``interval_width``.
     """
     mse = metrics.mean_squared_error(preds, target)
     values = {"mse": mse, "rmse": mse.sqrt(), "mae": metrics.mean_absolute_error(preds, target)}
@@ -80,11 +79,11 @@ class Mean(Head):
 class Gaussian(Head):
     """Mean and logarithm of the variance of a normal distribution, trained with its negative log-likelihood in nats.
 
-    The members' mixture has the mean of their means, and as variance the mean of their variances plus the variance of
-    their means (Lakshminarayanan et al., https://arxiv.org/abs/1612.01474, section 2.4).
+    The mixture of the members has the mean of their means. Its variance is the mean of their variances plus the
+    variance of their means (Lakshminarayanan et al., https://arxiv.org/abs/1612.01474, section 2.4).
 
     Args:
-        level: share of targets that the prediction interval is to contain.
+        level: share of targets that the prediction interval should contain, in (0, 1).
     """
 
     num_outputs = 2
@@ -111,9 +110,9 @@ class Gaussian(Head):
 class Quantiles(Head):
     """Quantiles, trained with the pinball loss (Koenker and Bassett, https://doi.org/10.2307/1913643).
 
-    The prediction is the median. The interval goes from the first to the last quantile, and is meant to contain a share
-    of targets that is their difference. Of an ensemble, each is the mean of the members' quantiles, not a quantile of
-    their mixture; those that cross are put in order.
+    The prediction is the median. The interval goes from the first to the last quantile; their difference is the share
+    of targets that it should contain. An ensemble's quantile is the mean of the members' quantiles, not a quantile of
+    their mixture. Crossing quantiles are sorted.
 
     Args:
         quantiles: ascending, between 0 and 1, with 0.5 among them.

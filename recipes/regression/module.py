@@ -1,4 +1,4 @@
-"""The objective: a number per row of a table, and how far off it is in the number's own units."""
+"""The module: regression on the rows of a table, with errors in the target's own units."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ from .pictures import predicted_against_true, residuals
 
 
 class RegressionModule(BaseModule):
-    """A net that maps the columns of a row to what its head needs, such as a mean or quantiles.
+    """A net that maps the columns of a row to its head's outputs, such as a mean or quantiles.
 
-    Losses are those of standardized targets; metrics and predictions are in the target's own units.
+    Losses are of standardized targets; metrics and predictions are in the target's own units.
 
     Args:
         net: the net by class path, one of ``common.nets.tables``; its first three arguments come from the data.
-        head: what the outputs stand for and the loss, by class path: one of ``common.heads``.
-        columns: what is known of the columns from the training rows; comes from the data.
+        head: meaning and loss of the outputs, by name: ``Mean``, ``Gaussian`` or ``Quantiles``.
+        columns: facts of the columns in the training rows; comes from the data.
         baselines: compare with linear regression and gradient-boosted trees after ``test``.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -54,7 +54,7 @@ class RegressionModule(BaseModule):
             raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch members outputs"]:
-        """What the head reads, of each member of an ensemble."""
+        """Outputs for the head, of each member of an ensemble."""
         return self.net(batch.numeric, batch.categorical)
 
     def in_units(self, standardized: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class RegressionModule(BaseModule):
         if stage == "test" and self.baselines and self.trainer.is_global_zero:
             data = self.data
             fit, test = torch.cat([data.parts.train, data.parts.val]), data.parts.test[: len(target)]
-            rmse = (preds - target).square().mean().sqrt().item()  # here, as rows of several ranks are in another order
+            rmse = (preds - target).square().mean().sqrt().item()  # here: several ranks give the rows in another order
             figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, rmse)
         return figures
 

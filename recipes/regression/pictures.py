@@ -26,7 +26,7 @@ def predicted_against_true(
         target: true values.
         preds: predicted values.
         interval: lower and upper ends of the prediction intervals, or nothing.
-        name: what is predicted, with its unit if it has one.
+        name: name of the target, with its unit if it has one.
         shown: points drawn at most, evenly spread over the samples.
     """
     step = max(math.ceil(len(target) / shown), 1)
@@ -55,12 +55,12 @@ def predicted_against_true(
 def residuals(
     target: Float[Tensor, "samples"], preds: Float[Tensor, "samples"], name: str = "target", shown: int = 2000
 ) -> "Figure":
-    """Residuals over predictions, which show where the net errs, and beside them how they are distributed.
+    """Residuals over predictions, and next to them the residuals' distribution.
 
     Args:
         target: true values.
         preds: predicted values.
-        name: what is predicted, with its unit if it has one.
+        name: name of the target, with its unit if it has one.
         shown: points drawn at most, evenly spread over the samples.
     """
     step = max(math.ceil(len(target) / shown), 1)
