@@ -26,8 +26,8 @@ check: $(VENV)/.installed-dev ## lint, format and types, the same as CI
 	@$(PY) -m ruff format --check
 	@$(PY) -m pyright --pythonpath $(PY)
 
-test-all: $(VENV)/.installed-dev ## every case of exact resume, equivalence and faults that the suite leaves out (long)
-	@$(PY) -m pytest -m matrix --ignore=tests/test_matrix.py -n2 --dist=load
+test-all: $(VENV)/.installed-dev ## every case of exact resume, equivalence and faults that the suite leaves out; goes on where it was stopped (long)
+	@$(PY) -m pytest -m matrix --ignore=tests/test_matrix.py -n4 --dist=load --go-on
 
 matrix: $(VENV)/.installed-dev ## every recipe x strategy x precision; renders docs/compatibility.md (long)
 	@$(PY) -m pytest -m "" tests/test_matrix.py -k test_cell -n2 --dist=load

@@ -1,9 +1,9 @@
 """``make results``: train each recipe's measured runs with three seeds and write the table of ``recipes/README.md``.
 
-``recipes/<task>/results.yaml`` says what is measured. Each number is kept with a hash of the settings that decide it,
-and only stale ones are measured again; ``--check`` lists the stale ones and measures nothing. The page shows recipes that
-were measured: a copy joins them with ``--only <its name>``. As many runs go on at a time as there are cores, each on one;
-what they print is in ``.results``.
+``recipes/<task>/results.yaml`` says what is measured. Each number is kept with a hash of the settings that decide it.
+Only stale numbers are measured again; ``--check`` lists them and measures nothing. The page shows measured recipes: a
+copy joins them with ``--only <its name>``. As many runs go on at a time as there are cores, each on one. Their output
+is in ``.results``.
 """
 
 import argparse
@@ -85,9 +85,7 @@ def decisive(config: dict[str, Any]) -> Any:
 
 def _named(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            key: item.rpartition(".")[2] if key == "class_path" else _named(item) for key, item in value.items()
-        }
+        return {key: item.rpartition(".")[2] if key == "class_path" else _named(item) for key, item in value.items()}
     return [_named(item) for item in value] if isinstance(value, list) else value
 
 

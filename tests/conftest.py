@@ -17,9 +17,39 @@ import torch
 
 import common.run.record
 import common.run.report
-from tests.support import RECIPES, small_args
+from tests.support import RECIPES, ROOT, code_hash, small_args
+
+PASSED = pytest.StashKey[Path]()
 
 torch.set_num_threads(1)  # two workers on two cores; small nets gain nothing from more
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--go-on", action="store_true", help="leave out what has passed with the present code")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With ``--go-on`` a long sweep goes on where it was stopped: a file of the code's hash lists what has passed."""
+    if config.getoption("--go-on"):
+        config.stash[PASSED] = ROOT / ".passed" / code_hash()
+        config.pluginmanager.register(GoOn(config.stash[PASSED]))
+
+
+class GoOn:
+    """Leaves out tests that have passed, and notes those that pass."""
+
+    def __init__(self, file: Path):
+        self.file, self.passed = file, set(file.read_text().splitlines()) if file.exists() else set()
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.nodeid in self.passed:
+            pytest.skip("has passed with this code")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" in os.environ:
+            self.file.parent.mkdir(exist_ok=True)
+            with self.file.open("a") as file:  # a short line is written at once
+                file.write(f"{report.nodeid}\n")
 
 
 def pytest_unconfigure() -> None:

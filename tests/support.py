@@ -4,7 +4,9 @@ import contextlib
 import csv
 import functools
 import gc
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -22,7 +24,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.py"))
@@ -76,6 +78,19 @@ def is_refused(recipe: str, strategy: str) -> bool:
 
 TINY = ["--config", str(ROOT / "configs/tiny.yaml")]
 PLAIN = ["--config", str(ROOT / "tests/plain.yaml")]
+
+
+def code_hash(*files: Path) -> str:
+    """A hash of files and of the packages that decide what a test does; of all code and configs if none is named."""
+    folders = [ROOT / name for name in ("common", "recipes", "configs", "tests")]
+    found = files or [path for folder in folders for path in folder.rglob("*.*") if path.suffix in (".py", ".yaml")]
+    sha = hashlib.sha256()
+    for path in sorted(found):
+        sha.update(path.read_bytes())
+    packages = "torch", "lightning", "transformers", "deepspeed", "megatron-core", "ray", "kornia", "tabm", "torchjd"
+    for package in packages:
+        sha.update(importlib.metadata.version(package).encode())
+    return sha.hexdigest()
 
 
 def main_of(recipe: str) -> Callable[[list[str]], Any]:

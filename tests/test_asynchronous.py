@@ -153,7 +153,7 @@ def in_step(args: list[str], path: Path) -> None:
 
 def with_a_slow_rank(args: list[str], path: Path) -> None:
     """Which takes several times as long for a step as the other."""
-    served_main(args, path, 0.05)
+    served_main(args, path, 0.1)
 
 
 def test_server_counts_staleness_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:

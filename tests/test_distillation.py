@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 RECIPE = "distillation"
 LAYER = ["--config", str(ROOT / "recipes/distillation/small.yaml")]
+LONGER = ["--trainer.max_steps", "20", "--trainer.val_check_interval", "20"]
 SHORT = str(ROOT / "recipes/distillation/small_teacher.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SMALL = [*LAYER, *TINY, *CPU]
@@ -476,7 +477,7 @@ def test_ranks_wait_for_one_teacher(work: Path, cache: None) -> None:
 
 
 def test_language_models(work: Path, small_text: Path) -> None:
-    cli = main_of(RECIPE)(["fit", *text_args(small_text)])
+    cli = main_of(RECIPE)(["fit", *text_args(small_text), *LONGER])
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     assert metrics["val/loss"] < math.log(len(cli.datamodule.class_names)) - 0.3  # that of a net that knows nothing
     assert metrics["val/agreement"] > metrics["val/accuracy"]
@@ -559,7 +560,7 @@ MISTAKES = [
     ("--model.loss.temperature -2", "--model.loss.temperature", "must be above 0, got -2.0"),
     ("--model.loss SoftTarget", "--model.loss", "did you mean 'SoftTargets'?"),
     ("--model.feature_weight -1", "--model.feature_weight", "must be a number from 0 on, got -1.0"),
-    ("--model.feature_loss LogitError", "--model.feature_loss", "is no FeatureLoss"),
+    ("--model.feature_loss LogitError", "--model.feature_loss", "no class 'LogitError'; it takes "),
     ("--model.teacher null --model.teacher_checkpoint a.ckpt", "--model.teacher_checkpoint", "model.teacher is null"),
     ("--model.teacher_checkpoint some.ckpt", "--model.teacher_checkpoint", "some.ckpt: no such checkpoint"),
     ("--model.teacher_checkpoint text.ckpt", "--model.teacher_checkpoint", "cut short, damaged or no checkpoint"),

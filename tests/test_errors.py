@@ -21,12 +21,14 @@ import yaml
 
 from common.checkpoint import read_checkpoint
 from common.run.cli import RecipeCLI
+from common.run.layers import locate
 from tests.support import RECIPES, ROOT, TINY, main_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
 LM, CLASSES = "lm", "classification"
 OPTIMIZER, SCHEDULE, NET = "--model.optimizer", "--model.lr_scheduler", "--model.config.init_args"
+TOKENIZER = "--data.tokenizer"
 CALLBACK = "trainer:\n  callbacks+:\n    - class_path: lightning.pytorch.callbacks."
 LOGGER = "trainer:\n  logger+:\n    - class_path: lightning.pytorch.loggers."
 IDX = "--data.source common.sources.IDX --data.source.class_names [a,b] --data.source.path files"
@@ -90,6 +92,8 @@ WRONG_KEYS = [
     case(LM, "", "--trainer.max_step 3", "--trainer.max_step", "no such key", "trainer.max_steps"),
     case(LM, "", "--trainer.max_step=3", "--trainer.max_step", "no such key", "trainer.max_steps"),
     case(CLASSES, "", "--nam x", "--nam", "no such key", "name"),
+    case(LM, "best:\n  monitr: val/loss\n", "", "bad.yaml:2", "best.monitr: no such key", "best.monitor"),
+    case(LM, "", "--model.optimzer.lr 3", "--model.optimzer.lr", "no such key", "model.optimizer.lr"),
     case(LM, "", "--config '{trainer: {max_step: 3}}'", "--config", "trainer.max_step: no such key",
          "trainer.max_steps"),
     case(LM, "model:\n  optimizer:\n    init_args:\n      weight_deca: 3\n", "", "bad.yaml:4",
@@ -133,7 +137,7 @@ WRONG_TYPES = [
          "bad.yaml:6", "trainer.callbacks[0].init_args.patience: expected int, got 'long'"),
     case(LM, "trainer: 3\n", "", "bad.yaml:1", "trainer: holds no keys"),
     case(CLASSES, "model:\n", "", "bad.yaml:1", "model: holds no keys"),
-    case(LM, "trainer:\n  callbacks: 3\n", "", "bad.yaml:2", "trainer.callbacks: expected a class path"),
+    case(LM, "trainer:\n  callbacks: 3\n", "", "bad.yaml:2", "trainer.callbacks: expected a class path, got '3'"),
     case(LM, "", "--data x", "--data", "no such file 'x'"),
 ]
 WRONG_CLASSES = [
@@ -143,10 +147,11 @@ WRONG_CLASSES = [
          "model.optimizer.class_path: no 'optin' in torch", "optim"),
     case(LM, "", f"{OPTIMIZER} AdamWW", OPTIMIZER, "no class 'AdamWW'", "AdamW"),
     case(LM, "", f"{SCHEDULE} comon.optim.Linear", SCHEDULE, "no module named 'comon'", "common"),
-    case(LM, "", f"{SCHEDULE} ReduceLROnPlateau", SCHEDULE, "give the full path, such as torch.optim.lr_scheduler."),
+    case(LM, "", f"{SCHEDULE} ReduceLROnPlateau", SCHEDULE, "Give the full class path to avoid ambiguity: torch.optim"),
     case(CLASSES, "", "--model.net common.nets.ConvNett", "--model.net", "no 'ConvNett' in common.nets", "ConvNet"),
     case(CLASSES, "data:\n  source: Digit\n", "", "bad.yaml:2", "data.source: no class 'Digit'", "Digits"),
-    case(LM, "data:\n  tokenizer: common.txt.BPE\n", "", "bad.yaml:2", "data.tokenizer: no 'txt' in common", "text"),
+    case(LM, "data:\n  tokenizer: common.sources.tokens.BPE\n", "", "bad.yaml:2",
+         "data.tokenizer: no 'tokens' in common.sources", "tokenizers"),
     case(LM, "model:\n  config:\n    class_path: transformers.LlamaConfg\n", "", "bad.yaml:3", "model.config",
          "LlamaConfig"),
     case(LM, CALLBACK + "EarlyStoping\n", "", "bad.yaml:3", "trainer.callbacks[0].class_path", "EarlyStopping"),
@@ -162,6 +167,8 @@ WRONG_CLASSES = [
     case(CLASSES, "", "--model.net common.sources.Digits", "--model.net", "common.sources.Digits is no Module"),
     case(LM, CALLBACK.replace("callbacks.", "loggers.") + "CSVLogger\n", "", "bad.yaml:3", "CSVLogger is no Callback"),
     case(LM, CALLBACK + "EarlyStopping\n", "", "bad.yaml:3", "EarlyStopping needs monitor"),
+    case(LM, CALLBACK + "ModelCheckpoint\n      init_args: {monitor: x}\n    - EarlyStopping\n", "", "bad.yaml:5",
+         "trainer.callbacks[1]: lightning.pytorch.callbacks.EarlyStopping needs monitor"),
     case(CLASSES, "", "--data.source common.sources.IDX", "--data.source", "needs path, class_names"),
     case(CLASSES, "", "--model.net.num_classes 3", "--model.net.num_classes", "comes from the recipe itself"),
 ]
@@ -169,9 +176,9 @@ WRONG_CHOICES = [
     case(LM, "trainer:\n  precision: bf16-mixd\n", "", "bad.yaml:2", "trainer.precision: 'bf16-mixd'", "bf16-mixed"),
     case(LM, "", "--model.weight_init kaiming_unifrom", "--model.weight_init", "kaiming_unifrom", "kaiming_uniform"),
     case(LM, "", "--model.weight_init zzz", "--model.weight_init", "choose from xavier_uniform, xavier_normal"),
-    case(LM, "", "--trainer.max_steps", "--trainer.max_steps", "needs a value"),
-    case(LM, "", "--config", "--config", "needs a value"),
-    case(LM, "", "max_steps=3", "", "'max_steps=3' is no flag"),
+    case(LM, "", "--trainer.max_steps", "--trainer.max_steps", "expected one argument"),
+    case(LM, "", "--config", "--config", "expected one argument"),
+    case(LM, "", "max_steps=3", "command line", "'max_steps=3' is no flag; arguments look like --"),
     case(LM, "", "--name a/b", "", "--name 'a/b' must be a plain folder name"),
     case(LM, "", "--name ..", "", "--name '..' must be a plain folder name"),
     case(LM, "", "--seed_everything -5", "--seed_everything", "must be in [0, 2**32), got -5"),
@@ -280,11 +287,9 @@ WRONG_NUMBERS = [
     built(LM, {}, f"{NET}.num_attention_heads 3", f"{NET}.num_attention_heads", "is not a multiple of the number of"),
     built(LM, {"bad.yaml": CALLBACK + "EarlyStopping\n      init_args: {monitor: val/loss, mode: mni}\n"},
          "--config bad.yaml", "bad.yaml:4", "trainer.callbacks[0].init_args.mode: `mode` can be min, max"),
-    built(LM,
-         {"bad.yaml": "trainer:\n  callbacks+:\n    - class_path: common.run.record.Media\n"
-          "      init_args: {every_n_validations: 0}\n"},
-         "--config bad.yaml", "bad.yaml:4",
-         "trainer.callbacks[0].init_args.every_n_validations: Media.every_n_validations must be at least 1"),
+    built(LM, {"bad.yaml": "media:\n  every_n_validations: -1\n"}, "--config bad.yaml", "bad.yaml:2",
+          "media.every_n_validations: must be at least 0, got -1"),
+    built(LM, {}, "--last.every_n_train_steps 0", "--last.every_n_train_steps", "must be at least 1, got 0"),
 ]
 WRONG_DATA = [
     built(LM, {"book.txt": "x"}, "--data.path bok.txt", "--data.path", "bok.txt: no such file or folder", "book.txt"),
@@ -296,10 +301,10 @@ WRONG_DATA = [
     built(LM, {"e.jsonl": '{"text": 3\n'}, "--data.path e.jsonl", "--data.path", "cannot be read as json"),
     built(LM, {"e.csv": "txt,b\nabc,d\n"}, "--data.path e.csv --data.column body", "--data.column",
          "no column 'body'; there are: txt, b"),
-    built(LM, {"t.json": "{}"}, "--data.tokenizer common.sources.tokenizers.PretrainedTokenizer --data.tokenizer.name t.json",
-         "--data.tokenizer.name", "no fast tokenizer there"),
-    built(LM, {}, "--data.tokenizer common.sources.tokenizers.BPE --data.tokenizer.vocab_size 3", "--data.tokenizer.vocab_size",
-         "at least 257"),
+    built(LM, {"t.json": "{}"}, f"{TOKENIZER} common.sources.tokenizers.PretrainedTokenizer {TOKENIZER}.name t.json",
+          f"{TOKENIZER}.name", "no fast tokenizer there"),
+    built(LM, {}, f"{TOKENIZER} common.sources.tokenizers.BPE {TOKENIZER}.vocab_size 3", f"{TOKENIZER}.vocab_size",
+          "at least 257"),
     built(CLASSES, {}, IDX, "--data.source.path", "no file train-images-idx3-ubyte[.gz] in files"),
     built(CLASSES, idx_files(t10k_labels=None), IDX, "--data.source.path", "no file t10k-labels-idx1-ubyte"),
     built(CLASSES, idx_files(t10k_images=IMAGES[:-5]), IDX, "--data.source.path", "t10k-images-idx3-ubyte is no IDX"),
@@ -577,11 +582,24 @@ def test_loss_that_is_not_finite(work: Path, request: pytest.FixtureRequest, cap
             ["--config", "fit.yaml", "fit"],
             "fit.yaml:3: trainer.max_step: no such key; did you mean 'trainer.max_steps'?",
         ),
+        (
+            ["--config", "top.yaml", "fit"],
+            "top.yaml:2: trainer.max_steps: is a key of fit; give this --config after the command",
+        ),
     ],
 )
 def test_command_line(args: list[str], line: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("fit.yaml").write_text("fit:\n  trainer:\n    max_step: 3\n")
+    Path("top.yaml").write_text("trainer:\n  max_steps: 3\n")
     assert refused(LM, args, capfd) == line
+
+
+def test_places_in_the_configs_that_every_command_loads() -> None:
+    shared, own = ROOT / "configs/defaults.yaml", ROOT / "recipes/lm/config.yaml"
+    for path, key in ((shared, "best.monitor"), (own, "last.every_n_train_steps"), (shared, "trainer.logger")):
+        start = f"  {key.split('.')[1]}:" if key == "trainer.logger" else f"{key.split('.')[0]}:"
+        number = next(n for n, line in enumerate(path.read_text().splitlines(), 1) if line.startswith(start))
+        assert locate([], [shared, own], key, [], []) == (f"{path}:{number}", key)
 
 
 def test_long_lines_keep_their_suggestion(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,6 @@ renders ``docs/compatibility.md``. The suite runs a part of them.
 
 import contextlib
 import functools
-import hashlib
-import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
@@ -22,6 +20,7 @@ from tests.support import (
     PLAIN,
     ROOT,
     STRATEGIES,
+    code_hash,
     difference,
     logs,
     main_of,
@@ -58,14 +57,8 @@ def key_of(cell: tuple[str, str, str]) -> str:
     tests = [Path(__file__), *(ROOT / "tests" / name for name in ("support.py", "conftest.py", "plain.yaml"))]
     tests.append(ROOT / "configs/defaults.yaml")
     folders = [ROOT / "common", ROOT / "recipes" / recipe]
-    files = [*(path for folder in folders for path in folder.rglob("*.*")), *layers, *tests]
-    sha = hashlib.sha256()
-    for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
-        sha.update(path.read_bytes())
-    packages = "torch", "lightning", "transformers", "deepspeed", "megatron-core", "ray", "kornia", "tabm", "torchjd"
-    for package in packages:
-        sha.update(importlib.metadata.version(package).encode())
-    return sha.hexdigest()
+    files = [path for folder in folders for path in folder.rglob("*.*")]
+    return code_hash(*layers, *tests, *(path for path in files if path.suffix in (".py", ".yaml")))
 
 
 def cached(cell: tuple[str, str, str]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def fit(*args: str) -> RecipeCLI:
 def lr_of_steps(*args: str) -> list[float]:
     """The learning rate of each step of a run, as its metrics.csv has it."""
     cli = fit(*CSV, *args)
-    return read_metrics(cli.run_dir / "metrics.csv", "optim/lr")
+    return read_metrics(cli.run.path / "metrics.csv", "optim/lr")
 
 
 def layer(folder: Path, **model: Any) -> list[str]:
@@ -519,10 +519,10 @@ def test_muon_with_adamw_refuses_values_out_of_range(settings: dict[str, Any]) -
 def run_optimizer(path: str, settings: dict[str, Any], work: Path) -> torch.optim.Optimizer:
     """Two steps with an optimizer that a config names; the second changes the weights of the first."""
     cli = fit(*layer(work, optimizer=a_class(path, **settings)), *CSV, "--trainer.max_steps", "2")
-    losses = read_metrics(cli.run_dir / "metrics.csv", "train/loss")
+    losses = read_metrics(cli.run.path / "metrics.csv", "train/loss")
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
-    saved = torch.load(cli.run_dir / "checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load(cli.run.path / "checkpoints/last.ckpt", weights_only=True)
     before = copy.deepcopy(cli.model)
     del before.net
     before.configure_model()

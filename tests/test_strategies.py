@@ -349,7 +349,7 @@ def test_what_is_known_of_optimizers_is_true(kind: Any) -> None:
 
 @pytest.mark.parametrize("setting", JOINING)
 def test_settings_that_join_elements(setting: str) -> None:
-    make = {"stable_adamw": pytorch_optimizer.ADOPT}.get(setting, pytorch_optimizer.Lion)
+    make: Any = {"stable_adamw": pytorch_optimizer.ADOPT}.get(setting, pytorch_optimizer.Lion)
     optimizer = make([nn.Parameter(torch.zeros(3, 4))], lr=0.1, **{setting: True})
     assert not is_elementwise(optimizer)
     assert is_separable(optimizer)

@@ -65,27 +65,28 @@ def classes(argv: list[str]) -> dict[str, set[str]]:
     return named
 
 
-def locate(argv: list[str], defaults: Sequence[Path], key: str, names: set[str], values: set[str]) -> tuple[str, str]:
-    """Where a key was written, as file and line or as a flag, and the key in full; empty and the key if nowhere.
+def locate(
+    argv: list[str], defaults: Sequence[Path], key: str, names: Sequence[str], values: Sequence[str]
+) -> tuple[str, str]:
+    """Return where a key was written, as file and line or as a flag, and the key in full; "" and the key if nowhere.
 
-    Of the entries at or below the key, the one whose last name and value are among those given; of equals, the one that
-    won in parsing. Without a key, one of both must be.
+    Of the entries at or below the key, the one that fits names and values best; of equals, the one that won in parsing.
+    Without a key, one must fit.
 
     Args:
         argv: the command line.
-        defaults: the configs that are loaded without being named.
+        defaults: the configs that every command loads.
         key: a full key; parts that YAML adds for classes and lists may be left out.
-        names: what may be written below the key.
-        values: and with what value, a path also by its end.
+        names: last parts of the keys that a message may speak of.
+        values: values that it may speak of, a path also by its end.
     """
-    layers = [_read_file(path) for path in defaults]
-    for flag, given in flags(argv):
-        layers.append([*([] if flag == "config" else [Entry(f"--{flag}", flag, given)]), *_read(flag, given)])
+    layers = [_entries(path, str(path)) for path in defaults]
+    layers += [[Entry(f"--{flag}", flag, value), *_read(flag, value)] for flag, value in flags(argv)]
     wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
     for entry in (entry for layer in reversed(layers) for entry in layer):
         name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
         if not wanted or f"{name}.".startswith(f"{wanted}."):
-            points = 2 + 2 * (name.split(".")[-1] in names) + 2 * any(_is(text, value) for value in values)
+            points = 2 + 2 * (name.split(".")[-1] in names) + 3 * any(_is(text, value) for value in values)
         else:
             points = int(isinstance(text, str) and wanted.startswith(f"{name}."))
         if points > best:
@@ -94,15 +95,15 @@ def locate(argv: list[str], defaults: Sequence[Path], key: str, names: set[str],
 
 
 def _plain(key: str) -> str:
-    """A key without what classes and lists add to it."""
+    """Return a key without what classes and lists add to it."""
     return re.sub(r"\.init_args\b|\[\d+\]", "", key)
 
 
 def _is(text: Any, value: str) -> bool:
-    """Whether a value is what was written, its end, or the path that it became."""
+    """Return whether text is a value, its end, or what became a path or class path."""
     if not isinstance(text, str) or not text or not value:
         return False
-    return text.endswith(value[1:]) if value[0] == "…" else text == value or value.endswith(f"/{text}")
+    return text.endswith(value[1:]) if value[0] == "…" else text == value or value.endswith((f"/{text}", f".{text}"))
 
 
 def flags(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -114,17 +115,17 @@ def flags(argv: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read(flag: str, value: str) -> list[Entry]:
-    """The entries of the YAML that a flag names or holds; none if its value is no YAML."""
+    """Return the entries of the YAML that a flag names or holds; none if its value is no YAML."""
     config, path, prefix = flag in ("config", *GROUPS), Path(value), "" if flag == "config" else flag
     if "\n" in value or value.startswith(("{", "[")):
         try:
-            return list(_walk(_compose(value, f"--{flag}"), prefix, f"--{flag}"))
+            return _entries(value, f"--{flag}", prefix)
         except InputError:
             if config:
                 raise
             return []
     if config and path.is_file():
-        return _read_file(path, prefix)
+        return _entries(path, str(path), prefix)
     if flag == "config" and value:
         names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
         problem = "is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}"
@@ -132,21 +133,18 @@ def _read(flag: str, value: str) -> list[Entry]:
     return []
 
 
-def _read_file(path: Path, prefix: str = "") -> list[Entry]:
+def _entries(source: str | Path, place: str, prefix: str = "") -> list[Entry]:
     try:
-        return list(_walk(_compose(path.read_text(encoding="utf-8"), str(path)), prefix, str(path)))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:1: not a text file in YAML") from error
-
-
-def _compose(text: str, place: str) -> yaml.Node | None:
-    try:
-        yaml.safe_load(text)  # finds tags and keys that composing lets pass
-        return yaml.compose(text, yaml.SafeLoader)
+        loader = yaml.SafeLoader(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        entries = list(_walk(node, prefix, place))
+        if node:
+            loader.construct_document(node)  # finds tags and keys that composing lets pass, and changes the node
+        return entries
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         raise InputError(f"{_where(place, line)}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{_where(place, 0)}: not a text file in YAML") from error
 
 

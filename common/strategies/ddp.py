@@ -1,4 +1,4 @@
-"""Data parallel with other ways to average gradients: hooks of DDP, on CPUs too, where Lightning leaves hooks out."""
+"""Data parallel with other ways to average gradients: hooks of DDP, also on CPUs, where Lightning registers none."""
 
 from datetime import timedelta
 
@@ -17,11 +17,11 @@ from common.parts import Answers, Memory
 
 
 def ring_all_reduce(values: Tensor) -> Tensor:
-    """Add up a flat tensor over all ranks, in place, each rank talking to its two neighbours alone.
+    """Add up a flat tensor over all ranks, in place. Each rank talks to its two neighbours alone.
 
-    In N - 1 rounds each rank adds one of N chunks to what its neighbour has of it, and then owns the sum of one; in
-    N - 1 more the sums go round (Patarasuk & Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002, figure 2). A rank
-    sends 2 (N - 1) / N times the size of the tensor, however many ranks there are.
+    N ranks cut it into N chunks. In N - 1 rounds each rank adds a chunk that it has received to its own; then it has
+    the sum of one chunk. In N - 1 more rounds the sums go round (Patarasuk & Yuan 2009,
+    https://doi.org/10.1016/j.jpdc.2008.09.002, figure 2). A rank sends 2 (N - 1) / N times the size of the tensor.
 
     Args:
         values: one-dimensional and contiguous, of the same size on each rank.
@@ -46,7 +46,7 @@ def ring_all_reduce(values: Tensor) -> Tensor:
 
 
 def _completed(values: Tensor) -> Future[Tensor]:
-    done = Future(devices=[values.device] if values.is_cuda else None)  # by which streams wait for it
+    done = Future(devices=[values.device] if values.is_cuda else None)  # streams wait for it by the device
     done.set_result(values)
     return done
 
@@ -55,52 +55,63 @@ def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ign
     return _completed(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
 
 
-class RingAllReduce(Answers, DDPStrategy):  # type: ignore[misc]
+class _Hooked(Answers, DDPStrategy):
+    """DDP whose gradients a hook averages, on every device."""
+
+    averages_by_itself = True
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self.register_hook(self.model)
+
+    def register_hook(self, model: DistributedDataParallel) -> None:
+        """Give the wrapped module its hook."""
+        raise NotImplementedError
+
+
+class RingAllReduce(_Hooked):
     """DDP whose ring is written out, see :func:`ring_all_reduce`.
 
-    NCCL's and gloo's all-reduce are rings as well where that is the fastest, and go on during backward, for which this
-    one waits: take it to read it, to change it, or to count what goes over the wire.
+    Take it to read it, to change it, or to count bytes. NCCL and gloo use rings too where these are the fastest, and
+    average while backward goes on; backward waits for this one.
 
     Args:
         timeout: after which a rank that waits for another gives up.
     """
-
-    averages_by_itself = True
 
     def __init__(self, timeout: timedelta = default_pg_timeout):
         super().__init__(gradient_as_bucket_view=True, timeout=timeout)
 
     @override
-    def _register_ddp_hooks(self) -> None:
-        assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(None, _ring_hook)
+    def register_hook(self, model: DistributedDataParallel) -> None:
+        model.register_comm_hook(None, _ring_hook)
 
 
 def _power_sgd_hook(state: PowerSGDState, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[attr-defined]
-    # It talks to other ranks three times, the later ones when the earlier has come back: over gloo, whose answers come
-    # on threads, ranks would mix up those of several buckets. On a GPU only the stream waits.
+    # It exchanges three times, one after the other. Gloo answers on threads, and ranks would mix up several buckets;
+    # so each waits. On a GPU only the stream does.
     return _completed(powerSGD_hook(state, bucket).wait())
 
 
-class PowerSGD(Answers, DDPStrategy):  # type: ignore[misc]
+class PowerSGD(_Hooked):
     """DDP that sends low-rank approximations of gradients (Vogels et al. 2019, https://arxiv.org/abs/1905.13727).
 
-    A matrix of n x m becomes two of n x r and r x m, in one power iteration from those of the step before; vectors are
-    sent whole. What the approximation leaves out is added to the next gradient of the same rank (error feedback). It is
-    kept in memory, as large as the gradients, and not in checkpoints: a resumed run starts with ``start_step`` steps of
-    plain DDP and without that rest, and so goes on near the run that it was, not to the bit.
+    A matrix of n x m becomes two of n x r and r x m, by one power iteration that starts from the last step's; vectors
+    are sent whole. The error of the approximation is added to the next gradient of the same rank (error feedback). It
+    takes as much memory as the gradients, and checkpoints do not have it: a resumed run begins with ``start_step``
+    steps of plain DDP and no error, so it repeats nearly, not to the bit.
 
     Args:
         rank: r; more is closer to the gradient and more to send.
         start_step: steps of plain DDP before, as gradients change fast at first; at least 2.
-        min_compression: matrices which it would make smaller by less than this factor are sent whole.
+        min_compression: matrices that would shrink by less than this factor are sent whole.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: a number is out of its range, or gradients are scaled, as an overflow would stay in what is kept.
+        InputError: a number is out of its range, or gradients are scaled; an overflow would stay in the error.
     """
-
-    averages_by_itself = True
 
     def __init__(
         self,
@@ -127,12 +138,11 @@ class PowerSGD(Answers, DDPStrategy):  # type: ignore[misc]
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What a rank holds: with the gradients what the approximation has left out of them."""
+        """The whole, and the error of the approximation."""
         return whole._replace(gradients=2 * whole.gradients)
 
     @override
-    def _register_ddp_hooks(self) -> None:
-        assert isinstance(self.model, DistributedDataParallel)
+    def register_hook(self, model: DistributedDataParallel) -> None:
         self.state = PowerSGDState(
             None,
             self.rank,
@@ -140,6 +150,6 @@ class PowerSGD(Answers, DDPStrategy):  # type: ignore[misc]
             self.min_compression,
             # A gradient of zero, or of a lower rank, would be divided by zero.
             orthogonalization_epsilon=1e-8,  # type: ignore[arg-type]
-            compression_stats_logging_frequency=2**62,  # never: it has no place but the console
+            compression_stats_logging_frequency=2**62,  # never, as it goes to the console
         )
-        self.model.register_comm_hook(self.state, _power_sgd_hook)
+        model.register_comm_hook(self.state, _power_sgd_hook)

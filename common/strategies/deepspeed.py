@@ -34,21 +34,21 @@ class _Piece(NamedTuple):
     of_flat: slice
 
 
-class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
+class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy (ZeRO, https://arxiv.org/abs/1910.02054), on CPUs too.
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Gradients are clipped by
     DeepSpeed, by their norm.
 
     Args:
-        stage: what is sharded: 1 the optimizer's state, 2 gradients as well, 3 weights as well.
+        stage: 1 shards the optimizer's state, 2 gradients as well, 3 weights as well.
         offload_optimizer: keep the optimizer's state in the memory of the host and step there.
         offload_parameters: keep weights in the memory of the host, with stage 3.
         zero_optimization: further settings of this section of DeepSpeed's config.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
-        InputError: DeepSpeed is not installed, runs on another device, or would leave a setting of the trainer out.
+        InputError: DeepSpeed is not installed, runs on another device, or would leave out a setting of the trainer.
     """
 
     syncs_batch_norm = False
@@ -104,25 +104,25 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         if not self._on_cpu:
             super().setup_distributed()
             return
-        # It would compile for a minute what gloo does as well. The attribute of the package is torch itself.
+        # It would compile for a minute, for something that gloo does as well. The package's attribute is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
     @override
-    def model_sharded_context(self) -> AbstractContextManager[None]:  # type: ignore[override]
-        return nullcontext()  # the net is made whole, with the weights that it has under every strategy
+    def model_sharded_context(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the net is made whole, with the same weights under every strategy
 
     @override
-    def _setup_model(self, model: BaseModule) -> BaseModule:  # type: ignore[override]
+    def _setup_model(self, model: BaseModule) -> BaseModule:
         if "mixed" in self.precision_plugin.precision and batch_norms(model.net):
             problem = "DeepSpeed would run batch norm in 16 bits beside statistics in 32"
             raise InputError(f"trainer.precision: {problem}; take fp32, bf16-true or configs/strategy/fsdp2.yaml")
         share_buffers(model.net)
         if "mixed" in self.precision_plugin.precision:
-            # Lightning would round everything in a batch to 16 bits, targets too. Autocast lets buffers in fp32 meet
-            # DeepSpeed's weights in 16 bits; around the net, as DeepSpeed turns it off where it comes from outside.
-            self.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+            # Lightning would round a whole batch to 16 bits, targets too. Autocast lets buffers in fp32 meet weights in
+            # 16 bits. It is around the net, as DeepSpeed turns off any from outside.
+            self.precision_plugin.convert_input = lambda data: data
             dtype = torch.float16 if self.precision_plugin.precision == "16-mixed" else torch.bfloat16
             model.net.forward = torch.autocast(self.root_device.type, dtype)(model.net.forward)
         # DeepSpeed allocates a bucket of half a billion gradients, whatever the net.
@@ -131,7 +131,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What is left on a rank of memory that is not sharded; the optimizer has fp32 weights of its own."""
+        """The shares of a rank, and all that is not sharded; the optimizer has fp32 weights of its own."""
         zero: dict[str, Any] = self.config["zero_optimization"]  # type: ignore[index]
         weights, gradients, optimizer = whole
         precision = self.precision_plugin.precision
@@ -178,7 +178,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         return self.deepspeed_engine.optimizer
 
     def _pieces(self) -> Iterator[_Piece]:
-        """All trained parameters, in the same order on every rank; of some, a rank has nothing."""
+        """All trained parameters, in the same order on every rank; a rank has no element of some."""
         zero, rank = self._zero, self.global_rank
         if self.zero_stage_3:  # each parameter is cut into as many parts as there are ranks, the last ones padded
             for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
@@ -231,7 +231,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         own = self._zero.optimizer
         numbers = self._numbers()
         state = {}
-        # What is no flat tensor, such as the number of steps, becomes each parameter's own.
+        # The rest, such as the number of steps, becomes each parameter's own.
         for piece in self._pieces():
             state[numbers[id(piece.param)]] = {
                 name: self._whole(piece, value) if _is_flat(value, piece.flat) else copy.deepcopy(value)
@@ -255,14 +255,14 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
         with torch.no_grad():
             for piece in self._pieces():
                 number = numbers[id(piece.param)]
-                # In 16 bits, the net has rounded weights; the optimizer goes on from those that it had.
+                # In 16 bits the net has rounded weights; the optimizer goes on from its own.
                 self._take(piece, piece.flat, checkpoint["state_dict"][names[number]])
                 for name, value in state["state"].get(number, {}).items():
                     if isinstance(value, Tensor) and value.shape == _shape(piece.param):
                         flat = own.state[piece.flat].setdefault(name, torch.zeros_like(piece.flat, requires_grad=False))
                         self._take(piece, flat, value)
                     else:
-                        # As torch's own load_state_dict: kernels that read the number of steps want it beside them.
+                        # As torch's load_state_dict does: kernels read the number of steps on their own device.
                         moves = on_device and isinstance(value, Tensor)
                         own.state[piece.flat][name] = value.to(piece.flat.device) if moves else value
 

@@ -1,7 +1,7 @@
 """Fully sharded data parallel, both of torch's: every rank keeps a share of weights, gradients and optimizer state.
 
-Checkpoints are those of a single process: one file, whole tensors, the optimizer's state numbered in the order of its
-groups. So they go on under any other strategy and on any number of ranks.
+A checkpoint is that of a single process: one file, whole tensors, the optimizer's state numbered in the order of its
+groups. So it goes on under any other strategy and on any number of ranks.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -36,20 +37,20 @@ from common.data import rank_groups
 from common.errors import InputError
 from common.parts import Memory, batch_norms, blocks, share_buffers
 from common.strategies.sharding import WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
-from common.strategies.tensor_parallel import plan_of, share_like, slice_layers
+from common.strategies.tensor_parallel import plan_slices, share_like, slice_layers
 
 
-class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
+class FSDP(WholeCheckpoints, FSDPStrategy):
     """Lightning's FSDP1 (https://arxiv.org/abs/2304.11277), on CPUs too.
 
-    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. The blocks of the net are the
-    units that are gathered at a time.
+    Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. Ranks gather one block of the
+    net at a time.
 
     Args:
         sharding_strategy: FULL_SHARD over all ranks; SHARD_GRAD_OP keeps gathered weights until backward; HYBRID_SHARD
             shards within a node and averages gradients between nodes.
         cpu_offload: keep weights, gradients and optimizer state in the memory of the host.
-        device_mesh: for HYBRID_SHARD, how many replicas and how many ranks that share one; None for a replica per node.
+        device_mesh: for HYBRID_SHARD, the number of replicas and of the ranks of each; None for a replica per node.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
@@ -69,7 +70,7 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         super().__init__(
             sharding_strategy=sharding_strategy, cpu_offload=cpu_offload, auto_wrap_policy=policy, timeout=timeout
         )
-        self._mesh = device_mesh
+        self._mesh, self.timeout = device_mesh, timeout
 
     @override
     def setup_environment(self) -> None:
@@ -90,7 +91,7 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
                 problem = f"{list(self._mesh)} is no mesh of {self.world_size} ranks"
                 raise InputError(f"{key}: {problem}; their product must be equal")
             self.kwargs["device_mesh"] = mesh = init_device_mesh(self.root_device.type, self._mesh)
-            limit_waiting(mesh, self._timeout)
+            limit_waiting(mesh, self.timeout)
 
     @override
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -104,8 +105,8 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
         config = super().mixed_precision_config
         if config is None or "mixed" not in self.precision_plugin.precision:
             return config
-        # Lightning would also keep buffers and add up gradients in 16 bits, and round the targets in a batch, unlike
-        # every other strategy: the net's units cast what enters them.
+        # Lightning would also keep buffers and add up gradients in 16 bits, and round the targets in a batch. No other
+        # strategy does: the net's units cast their inputs.
         fp32 = {"reduce_dtype": torch.float32, "buffer_dtype": torch.float32}
         return dataclasses.replace(config, **fp32, cast_root_forward_inputs=False, cast_forward_inputs=True)
 
@@ -130,7 +131,7 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
 
     @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Norm of all gradients, of which each rank holds a share."""
+        """Norm of all gradients; each rank holds a share of them."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return self.model.clip_grad_norm_(float("inf"))
 
@@ -161,8 +162,9 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         assert self.model is not None
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         with self._whole():
-            state = FullyShardedDataParallel.optim_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+            state = FullyShardedDataParallel.optim_state_dict(self.model, own)
         return _by_number(state, self.lightning_module.param_names) if state else state  # type: ignore[union-attr]
 
     @override
@@ -175,12 +177,12 @@ class FSDP(WholeCheckpoints, FSDPStrategy):  # type: ignore[misc]
             optimizer.load_state_dict(mine)
 
 
-class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
+class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     """Torch's ``fully_shard`` (FSDP2): each parameter is sharded for itself, along its first axis.
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its share. With ``tensor_parallel`` ranks
-    form groups that share the computation of each sample (:mod:`common.strategies.tensor_parallel`), and it shards what
-    a rank keeps over the groups: two dimensions of parallelism.
+    form groups that share the computation of each sample (:mod:`common.strategies.tensor_parallel`), and FSDP2 shards
+    each rank's slices over the groups: two dimensions of parallelism.
 
     Args:
         reshard_after_forward: free a block's gathered weights between forward and backward: less memory for gathering
@@ -203,11 +205,16 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         tensor_parallel: int = 1,
         timeout: timedelta = default_pg_timeout,
     ):
-        # What lies on the host is gathered there, for norms and checkpoints.
+        # Norms and checkpoints gather offloaded shares on the host.
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
+        super().__init__(
+            tensor_parallel_size=tensor_parallel,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+            timeout=timeout,
+        )
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
-        self.ranks_per_batch = tensor_parallel
+        self.ranks_per_batch, self.timeout = tensor_parallel, timeout
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
@@ -215,7 +222,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         left = 1.0
         if self.ranks_per_batch > 1:
             net: Any = self.lightning_module.net  # type: ignore[union-attr]
-            plan = plan_of(net, self.ranks_per_batch)
+            plan = plan_slices(net, self.ranks_per_batch)
             sliced = sum(net.get_submodule(name).weight.numel() for name in plan)
             left -= sliced / sum(p.numel() for p in net.parameters()) * (1 - 1 / self.ranks_per_batch)
         share = left * self.ranks_per_batch / ranks
@@ -227,9 +234,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         if self.cpu_offload:
             _refuse_offload(self.root_device)
         self._data_parallel_size = rank_groups(self.num_nodes * self.num_processes, self.ranks_per_batch)
-        self._tensor_parallel_size = self.ranks_per_batch
         super().setup_environment()
-        limit_waiting(self.device_mesh, self._timeout)
+        limit_waiting(self.device_mesh, self.timeout)
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
@@ -244,8 +250,8 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
         net: Any = self.lightning_module.net
         share_buffers(net)
         if self.ranks_per_batch > 1:
-            slice_layers(net, plan_of(net, self.ranks_per_batch), self.device_mesh["tensor_parallel"])
-        for module in batch_norms(net) if bf16 else ():  # their statistics stay in fp32, and with them their weights
+            slice_layers(net, plan_slices(net, self.ranks_per_batch), self.device_mesh["tensor_parallel"])
+        for module in batch_norms(net) if bf16 else ():  # their statistics and weights stay in fp32
             fully_shard(module, **{**settings, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
         for module in [*blocks(net), net]:
             fully_shard(module, **settings)
@@ -257,7 +263,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):  # type: ignore[misc]
             super().model_to_device()
             return
         assert self.model is not None
-        # Parameters stay on the host; all else is used where the net computes.
+        # Parameters stay on the host; the rest goes to where the net computes.
         for buffer in self.model.buffers():
             buffer.data = buffer.to(self.root_device)
         for module in self.model.modules():

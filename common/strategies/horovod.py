@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -19,24 +18,25 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.parts import Answers, share_buffers
+from common.strategies.sharding import share_weights
 
 
-class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
+class Horovod(Answers, DDPStrategy):
     """Horovod's ring all-reduce (Sergeev & Del Balso 2018, https://arxiv.org/abs/1802.05799) in the place of DDP's.
 
-    Ranks are started as for every other strategy, and torch does what is not an average of gradients. Horovod's
-    coordinator on rank 0 hears which gradients are ready on all ranks, and lets them average these while backward goes
-    on. Parameters that a rank has not used count as a gradient of zeros.
+    Ranks are started as for every other strategy, and torch does all else. Horovod's coordinator on rank 0 hears which
+    gradients are ready on all ranks, and lets them average these while backward goes on. A parameter that a rank has
+    not used counts as a gradient of zeros.
 
-    Its ``DistributedOptimizer`` would make the optimizer anew, after schedules were tied to it: the same hooks are
-    here, without it. Further settings of Horovod are its environment variables.
+    Its ``DistributedOptimizer`` would make the optimizer anew, after schedules were tied to it; this has the same hooks
+    without it. Further settings of Horovod are its environment variables.
 
     Args:
-        compression: fp16 sends gradients in half the bytes of fp32, rounded, those below 6e-8 as zeros
-            and those above 65,504 as infinite.
-        fusion_threshold: bytes of gradients that are averaged together if they are ready at the same time, in a buffer
-            of this size. Which ones are depends on the time they take, and on more than two ranks the order of sums
-            with it: with 0, which averages each by itself, a run repeats to the bit.
+        compression: fp16 sends gradients in half the bytes of fp32, rounded: below 6e-8 as zero, above 65,504 as
+            infinite.
+        fusion_threshold: bytes of a buffer for gradients that are ready at the same time and averaged together. Their
+            choice depends on time, and on more than two ranks the order of sums with it. With 0 each is averaged by
+            itself, and a run repeats to the bit.
         timeout: after which a rank that waits for another gives up.
 
     Raises:
@@ -72,7 +72,7 @@ class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
     @override
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
-        _sync_module_states(self.lightning_module)  # no wrapper: hooks of the parameters do what it would
+        share_weights(self.lightning_module)  # hooks of the parameters take the place of DDP's wrapper
         share_buffers(self.lightning_module.net)  # type: ignore[arg-type]
         self._start()
         self._names = {p: name for name, p in self.lightning_module.named_parameters() if p.requires_grad}
@@ -98,7 +98,7 @@ class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
             "GLOO_TIMEOUT_SECONDS": max(int(self._seconds), 1), "FUSION_THRESHOLD": self.fusion_threshold,
         }  # fmt: skip
         os.environ.update({f"HOROVOD_{key}": str(value) for key, value in own.items()})
-        os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # what it logs of a lost rank, it raises as well
+        os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # it logs a lost rank, and raises it as well
         if server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
         self._hvd.init()
@@ -114,7 +114,7 @@ class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
             return
         if self.compression == "fp16":
             gradient = gradient.half()
-        elif gradient.dtype == torch.bfloat16:  # of which Horovod knows nothing
+        elif gradient.dtype == torch.bfloat16:  # Horovod does not know it
             gradient = gradient.float()
         handle = self._hvd.allreduce_async_(gradient, name=self._names[parameter], op=self._hvd.Average)
         self._sent[parameter] = handle, gradient
@@ -138,7 +138,7 @@ class Horovod(Answers, DDPStrategy):  # type: ignore[misc]
                 self._send(p)
         deadline = time.monotonic() + self._seconds
         for p, (handle, average) in self._sent.items():
-            while not self._hvd.poll(handle):  # as synchronize does, which would be busy with it and have no end
+            while not self._hvd.poll(handle):  # synchronize would keep a core busy, and wait without end
                 if time.monotonic() > deadline:
                     problem = f"Horovod timed out: another rank has not sent the gradient of {self._names[p]}"
                     raise torch.distributed.DistError(problem)

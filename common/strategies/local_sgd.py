@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -17,17 +16,18 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.parts import Answers, Memory, broadcast_buffers, saved_buffers
+from common.strategies.sharding import share_weights
 
 
-class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
+class LocalSGD(Answers, DDPStrategy):
     """Each rank trains by itself, with its own optimizer, and the ranks average their weights from time to time.
 
-    With ``outer_lr`` 1 and no momentum that is local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). Otherwise what
-    the ranks have moved on average is the gradient of an outer SGD (DiLoCo: Douillard et al. 2023, algorithm 1,
-    https://arxiv.org/abs/2311.08105). Validation and checkpoints come with an averaging, so that they are of one net;
-    the steps to the next are counted anew from there.
+    With ``outer_lr`` 1 and no momentum that is local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). Otherwise the
+    average move of the ranks is the gradient of an outer SGD (DiLoCo: Douillard et al. 2023, algorithm 1,
+    https://arxiv.org/abs/2311.08105). Ranks also average for each validation and checkpoint, so that there is one net;
+    the steps to the next averaging are counted from there.
 
-    A checkpoint has the optimizer of rank 0, from which all ranks go on: near the run that it was, not to the bit.
+    A checkpoint has the optimizer of rank 0, and all ranks go on from it: a resumed run repeats nearly, not to the bit.
 
     Args:
         sync_every: optimizer steps between two averagings.
@@ -75,7 +75,7 @@ class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What a rank holds: beside the weights those of the last averaging, and what the outer momentum needs.
+        """The whole, the weights of the last averaging, and the outer momentum.
 
         While ranks average there is another copy of the weights for a moment.
         """
@@ -91,7 +91,7 @@ class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
     @override
     def configure_ddp(self) -> None:
         assert self.model is not None
-        _sync_module_states(self.model)  # no wrapper: backward concerns this rank alone
+        share_weights(self.model)  # without DDP's wrapper, as backward concerns this rank alone
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
@@ -101,7 +101,7 @@ class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
         self.start([p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]])
 
     def start(self, params: Sequence[Tensor]) -> None:
-        """Take the weights as they are, the same on all ranks, for those that the ranks have agreed on."""
+        """Begin from the present weights, which are the same on all ranks."""
         self._params = params
         # In at least fp32: steps of the average are small.
         self._agreed = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
@@ -118,7 +118,7 @@ class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
 
     @torch.no_grad()
     def _agree(self) -> None:
-        """Let the outer optimizer step by what all ranks have moved on average, and go on from there."""
+        """Let the outer optimizer step by the average move of all ranks, and go on from there."""
         if not self._since:
             return
         self._since, self.syncs = 0, self.syncs + 1
@@ -158,5 +158,5 @@ class LocalSGD(Answers, DDPStrategy):  # type: ignore[misc]
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         if (before := checkpoint.get("outer_optimizer")) and self.outer_momentum:
-            now = self._outer.state_dict()  # whose rates win over those of the checkpoint
+            now = self._outer.state_dict()  # its rates win over the checkpoint's
             self._outer.load_state_dict({**now, "state": before["state"]})

@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from common.data import rank_groups
@@ -23,7 +26,7 @@ from common.parts import Memory
 from common.strategies.sharding import WholeCheckpoints, limit_waiting, refuse_matrix_optimizer
 
 
-class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
+class Megatron(WholeCheckpoints, DDPStrategy):
     """Tensor parallelism by the layers of megatron-core (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
 
     Each rank makes the whole net, loads a checkpoint into it, and then keeps its slice. Neighbouring ranks form groups,
@@ -39,8 +42,8 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
     """
 
     def __init__(self, tensor_parallel: int = 2, timeout: timedelta = default_pg_timeout):
-        super().__init__(gradient_as_bucket_view=True, timeout=timeout)
-        self.ranks_per_batch = tensor_parallel
+        super().__init__(timeout=timeout)
+        self.ranks_per_batch, self.timeout = tensor_parallel, timeout
 
     @override
     def setup_environment(self) -> None:
@@ -48,14 +51,13 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         if self.ranks_per_batch > 1 and self.precision_plugin.precision.startswith("16"):
             problem = f"{self.precision_plugin.precision} overflows in one slice and not in the others"
             raise InputError(f"trainer.precision: {problem}; take bf16-true")
-        # Megatron counts on it, so that sums over ranks start before the products that are to hide them.
+        # Megatron needs it: a sum over ranks has to start before the product that hides it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         super().setup_environment()
         names = "data_parallel", "tensor_parallel"
         mesh = init_device_mesh(self.root_device.type, (copies, self.ranks_per_batch), mesh_dim_names=names)
-        limit_waiting(mesh, self._timeout)
-        self._ddp_kwargs["process_group"] = mesh["data_parallel"].get_group()
-        self._mesh = mesh["tensor_parallel"]
+        limit_waiting(mesh, self.timeout)
+        self._copies, self._mesh = mesh["data_parallel"], mesh["tensor_parallel"]
 
     @property
     def _module(self) -> BaseModule:
@@ -75,6 +77,18 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
         super().setup(trainer)
 
     @override
+    def configure_ddp(self) -> None:
+        # As Lightning does, except for the group of ranks, which is not known when it takes DDP's arguments.
+        on_gpu = self.root_device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+            self.model = DistributedDataParallel(
+                self._module,
+                device_ids=self.determine_ddp_device_ids(),
+                process_group=self._copies.get_group(),
+                gradient_as_bucket_view=True,
+            )
+
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state, net = dict(checkpoint["state_dict"]), self._module.net
         for name, p in net.named_parameters() if getattr(net, "mesh", None) is not None else ():
@@ -89,7 +103,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
 
     @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Norm of all gradients: of what is sliced over the ranks of a group, of what each rank has once."""
+        """Norm of all gradients: the slices of all ranks of a group, and the gradients that every rank has, once."""
         parts: dict[bool, list[Tensor]] = {True: [], False: []}
         for p in self._module.parameters():
             if p.grad is not None:
@@ -103,7 +117,7 @@ class Megatron(WholeCheckpoints, DDPStrategy):  # type: ignore[misc]
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What is left on a rank of memory that is not sliced."""
+        """The slices of a rank, and all that is not sliced."""
         params = list(_checked(self._module, self.ranks_per_batch).parameters())
         sliced = sum(p.numel() for p in params if is_sliced(p)) / sum(p.numel() for p in params)
         left = 1 - sliced + sliced / self.ranks_per_batch

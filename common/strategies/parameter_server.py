@@ -11,7 +11,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from typing_extensions import override
 from common.errors import InputError
 from common.figures import PALETTE, new_figure, style_axes
 from common.parts import Answers, Memory
+from common.strategies.sharding import share_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,12 +70,12 @@ class Server:
         """Take a rank's gradient and return the weights that it goes on from, once it may.
 
         Args:
-            rank: that has computed it.
+            rank: the one that has computed it.
             gradient: of all weights.
             settings: called when no update is going on.
 
         Raises:
-            Exception: what a thread has ended with.
+            Exception: a thread has ended with it.
         """
         with self._changed:
             settings()
@@ -127,7 +127,7 @@ class Server:
                 self._changed.notify_all()
 
 
-class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
+class ParameterServer(Answers, DDPStrategy):
     """Ranks send gradients to a server, which steps and sends weights back (Li et al. 2014, OSDI).
 
     The server is a part of rank 0: threads over gloo, with weights and optimizer in the memory of its host.
@@ -137,11 +137,11 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
     - n: stale synchronous parallel (Ho et al. 2013). The server steps by each gradient, and holds ranks that are ahead.
     - None: asynchronous SGD (Dean et al. 2012, section 4.1). The server steps by each gradient, and nobody waits.
 
-    With other values than 0 the server steps as many times as there are ranks for each step of the run, by gradients of
-    weights that others have changed meanwhile: a smaller learning rate is due. Ranks still meet where a row is logged,
-    for validation and for checkpoints, and the run does not repeat to the bit.
+    With other values than 0 the server steps once for each rank in each step of the run, by gradients of weights that
+    others have changed meanwhile: take a smaller learning rate. Ranks still meet for logged rows, validation and
+    checkpoints, and the run does not repeat to the bit.
 
-    Parameters that a rank has not used count as a gradient of zeros.
+    A parameter that a rank has not used counts as a gradient of zeros.
 
     Args:
         max_staleness: as above.
@@ -156,7 +156,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
 
     def __init__(self, max_staleness: int | None = 0, timeout: timedelta = default_pg_timeout):
         super().__init__(timeout=timeout)
-        self.max_staleness = max_staleness
+        self.max_staleness, self.timeout = max_staleness, timeout
         self.server: Server | None = None
 
     @override
@@ -171,12 +171,12 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
 
     @override
     def memory_per_rank(self, whole: Memory, trained: int, ranks: int) -> Memory:
-        """What rank 0 holds: weights twice, and a gradient of each rank."""
+        """The memory of rank 0: weights twice, and a gradient of each rank."""
         return Memory(whole.weights + whole.gradients, ranks * whole.gradients, whole.optimizer)
 
     @override
     def train_metrics(self) -> dict[str, float]:
-        """Mean number of updates between the weights of a gradient and those that it changes."""
+        """Mean number of updates that come between the computation of a gradient and its use."""
         if self.server is None or not self.server.updates:
             return {}
         return {"perf/staleness": sum(n * k for n, k in self.server.staleness.items()) / self.server.staleness.total()}
@@ -189,7 +189,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
     @override
     def configure_ddp(self) -> None:
         assert self.model is not None
-        _sync_module_states(self.model)  # no wrapper: backward concerns this rank alone
+        share_weights(self.model)  # without DDP's wrapper, as backward concerns this rank alone
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
@@ -200,7 +200,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
         (self._optimizer,) = self.optimizers
         self._told = [dict(group) for group in self._optimizer.param_groups]
         self._params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        # The server's threads are to outlast a validation; whoever waits for an answer has the strategy's timeout.
+        # The server's threads outlast a validation; a rank that waits for an answer has the strategy's timeout.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self._threads: list[threading.Thread] = []
         if not self.is_global_zero:
@@ -210,16 +210,16 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
             for group in self._optimizer.param_groups
         ]
         make: Callable[[Any], Optimizer] = self._module.optimizer
-        self.server = Server(make(groups), self.world_size, self.max_staleness, self._timeout or default_pg_timeout)
+        self.server = Server(make(groups), self.world_size, self.max_staleness, self.timeout)
         for rank in range(1, self.world_size):
             self._threads.append(threading.Thread(target=self.server.serve, args=(rank, self._group), daemon=True))
             self._threads[-1].start()
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        # What comes before a step, clipping included; the step is the server's.
+        # All that comes before a step, clipping too. The server makes the step.
         output = self.precision_plugin._wrap_closure(self._module, optimizer, closure)
-        optimizer._opt_called = True  # for the schedules of torch, which would warn
+        optimizer._opt_called = True  # else torch's schedules would warn
         gradient = flat(p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._params).cpu()
         if self.server is not None:
             weights = self.server.exchange(0, gradient, self._tell)
@@ -227,7 +227,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
             self._send(gradient, 1.0)
             weights = torch.empty_like(gradient)
             answer: Any = dist.irecv(weights, 0, self._group)
-            answer.wait(self._timeout)
+            answer.wait(self.timeout)
         scatter(weights, self._params)
         return output
 
@@ -235,7 +235,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
         dist.send(torch.cat([gradient, gradient.new_tensor([goes_on])]), 0, self._group)
 
     def _tell(self) -> None:
-        """Give the server what a schedule has changed in rank 0's optimizer."""
+        """Give the server the settings that a schedule has changed in rank 0's optimizer."""
         assert self.server is not None
         for told, now, group in zip(
             self._told, self._optimizer.param_groups, self.server.optimizer.param_groups, strict=True
@@ -246,7 +246,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
 
     @override
     def total_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Norm of the gradient that the server will step by: in step, of the mean, which every rank then has."""
+        """Norm of the gradient that the server will step by; in step, every rank then has the mean."""
         if self.max_staleness != 0:
             return nn.utils.get_total_norm(gradients)
         for p in self._params:
@@ -266,7 +266,7 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
             scatter(flat(self.server.params), self._params)
             self.server.seen = [self.server.updates] * self.world_size
         assert self.model is not None
-        _sync_module_states(self.model)
+        share_weights(self.model)
 
     @override
     def on_validation_start(self) -> None:
@@ -303,10 +303,10 @@ class ParameterServer(Answers, DDPStrategy):  # type: ignore[misc]
 
 
 def staleness(counts: Mapping[int, int]) -> "Figure":
-    """How many gradients came so many updates after the weights that they were computed with.
+    """Draw how stale gradients were.
 
     Args:
-        counts: number of updates between to number of gradients.
+        counts: number of gradients, by the number of updates since their weights.
     """
     figure = new_figure(4.4, 2.6)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""DDP on a Ray cluster: the command that a user gives starts workers there, which run it again as ranks."""
+"""DDP on a Ray cluster: the user's command starts workers there, and these run it again as ranks."""
 
 import logging
 import math
@@ -7,11 +7,10 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,63 +30,8 @@ STARTED = "RECIPES_RAY"  # variable of the ranks that workers of Ray start
 GRACE = 30.0  # seconds that ranks have to end by themselves once another has failed
 
 
-def _worker_class() -> type:
-    """The actor; made in a function, so that Ray sends its code along and actors do not import what this module does.
-
-    A rank is a process of its own: Ray's has threads, next to which the processes that read data could not be forked.
-    """
-    import secrets
-    import selectors
-    import socket
-    from contextlib import suppress
-
-    import ray.util
-
-    class Worker:
-        process: subprocess.Popen[bytes] | None = None
-
-        def place(self) -> tuple[str, int, list[str]]:
-            """Address of the node, a free port, and the worker's GPUs."""
-            while True:
-                port = 20_000 + secrets.randbelow(12_000)  # below those that any connection may be given meanwhile
-                with socket.socket() as listener, suppress(OSError):
-                    listener.bind(("", port))
-                    return ray.util.get_node_ip_address(), port, [str(i) for i in ray.get_gpu_ids()]
-
-        def run(self, command: list[str], folder: str, env: dict[str, str]) -> Iterator[tuple[int, Any]]:
-            """What the rank writes to 1 as it does so, and to 2 line by line; then 0 and its exit code."""
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(command, cwd=folder, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
-            with selectors.DefaultSelector() as streams:
-                for number, stream in ((1, self.process.stdout), (2, self.process.stderr)):
-                    streams.register(stream, selectors.EVENT_READ, number)  # type: ignore[arg-type]
-                rest = b""  # of a line on 2: those of several ranks must not end up in one
-                while streams.get_map():
-                    ready = streams.select(1.0)
-                    if not ready and self.process.poll() is not None:
-                        break  # processes that a killed rank has left behind hold them open
-                    for key, _ in ready:
-                        if not (written := os.read(key.fd, 1 << 16)):
-                            streams.unregister(key.fileobj)
-                        elif key.data == 2:
-                            lines, end, rest = (rest + written).rpartition(b"\n")
-                            yield 2, lines + end
-                        else:
-                            yield 1, written
-                yield 2, rest
-            yield 0, self.process.wait()
-
-        def send(self, number: int) -> None:
-            """Send the rank a signal, as soon as it runs."""
-            while self.process is None:
-                time.sleep(0.1)
-            self.process.send_signal(number)
-
-    return Worker
-
-
 def _end_with_worker() -> None:
-    """Send this rank SIGTERM when its worker is gone, which holds the other end of stdin."""
+    """Send this rank SIGTERM once its worker, which holds the other end of stdin, is gone."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -107,7 +51,7 @@ class _RayLauncher(_Launcher):
         return False
 
     @override
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer, **kwargs: Any) -> None:  # type: ignore[override]
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer, **kwargs: Any) -> None:
         """Run the command to its end, and again if ranks were lost.
 
         Raises:
@@ -146,7 +90,7 @@ class _RayLauncher(_Launcher):
             ray.shutdown()
 
     @override
-    def kill(self, signum: int) -> None:  # type: ignore[override]
+    def kill(self, signum: int) -> None:
         for worker in self._workers:
             worker.send.remote(signum)
 
@@ -178,8 +122,31 @@ class _RayLauncher(_Launcher):
         """Run a command as ranks, print what they print, and return their exit codes; negative for a lost one."""
         import ray
         from ray.exceptions import RayError, RayTaskError
-        from ray.util.placement_group import placement_group, remove_placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        from ray.util.placement_group import remove_placement_group
+
+        group = self._reserve()
+        self._workers = self._start_workers(group)
+        codes = [-signal.SIGKILL.value] * len(self._workers)  # of a rank that is lost with its node
+        try:
+            outputs = self._start_ranks(command, env)
+            if self._terminated:
+                self.kill(signal.SIGTERM)
+            self._follow(outputs, codes)
+        except RayTaskError:
+            raise
+        except RayError:  # a node that was lost while workers started
+            pass
+        finally:
+            workers, self._workers = self._workers, []
+            for worker in workers:
+                ray.kill(worker)
+            remove_placement_group(group)
+        return codes
+
+    def _reserve(self) -> Any:
+        """Reserve CPUs and GPUs for the ranks on as many nodes as the trainer wants."""
+        import ray
+        from ray.util.placement_group import placement_group
 
         strategy = self.strategy
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -191,8 +158,19 @@ class _RayLauncher(_Launcher):
         group = placement_group([strategy.bundle] * strategy.num_nodes, strategy="STRICT_SPREAD")
         if not group.wait(strategy.timeout.total_seconds()):
             raise InputError(f"trainer.strategy.timeout: the cluster was in use for {strategy.timeout}; wait longer")
-        actor = ray.remote(_worker_class())
-        self._workers = [
+        return group
+
+    def _start_workers(self, group: Any) -> list[Any]:
+        """Start an actor for each rank, in the order of ranks."""
+        import ray
+        from ray import cloudpickle
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from common.strategies import ray_worker
+
+        cloudpickle.register_pickle_by_value(ray_worker)  # actors need not find it, nor import what this module does
+        strategy, actor = self.strategy, ray.remote(ray_worker.Worker)
+        return [
             actor.options(
                 num_cpus=strategy.cpus_per_worker,
                 num_gpus=strategy.gpus_per_worker,
@@ -202,61 +180,72 @@ class _RayLauncher(_Launcher):
             for node in range(strategy.num_nodes)
             for _ in range(strategy.num_processes)
         ]
-        codes = [-signal.SIGKILL.value] * len(self._workers)  # of a rank that is lost with its node
-        try:
-            places = ray.get([worker.place.remote() for worker in self._workers])
-            outputs: dict[Any, int] = {}
-            for rank, worker in enumerate(self._workers):
-                node, local = divmod(rank, strategy.num_processes)
-                of_node = places[node * strategy.num_processes : (node + 1) * strategy.num_processes]
-                variables = {
-                    "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node,
-                    "WORLD_SIZE": len(places), "LOCAL_WORLD_SIZE": strategy.num_processes,
-                    "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": "ray", STARTED: 1,
-                    "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", max(int(strategy.cpus_per_worker), 1)),
-                }  # fmt: skip
-                if sys.stdout.isatty():  # or rank 0 would show its progress at the end only
-                    variables |= {"TTY_COMPATIBLE": 1, "COLUMNS": shutil.get_terminal_size().columns}
-                if gpus := [gpu for *_, worker_gpus in of_node for gpu in worker_gpus]:
-                    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # ranks tell them apart by LOCAL_RANK
-                whole = {**env, **{key: str(value) for key, value in variables.items()}}
-                output: Any = worker.run.options(num_returns="streaming").remote(command, os.getcwd(), whole)
-                outputs[output] = rank
-            if self._terminated:
-                self.kill(signal.SIGTERM)
-            killed_at = float("inf")
-            while outputs:
-                ready: list[Any] = ray.wait(list(outputs), timeout=1.0)[0]
-                for output in ready:
-                    try:
-                        number, content = ray.get(next(output))
-                    except RayTaskError as error:  # the worker lives, and could not start its rank
-                        if isinstance(error.cause, FileNotFoundError):
-                            problem = f"a node has no {error.cause.filename}; all need the same files at the same paths"
-                            raise InputError(f"trainer.strategy: {problem}") from error
-                        raise
-                    except (StopIteration, RayError):
-                        failed = codes[outputs.pop(output)]
-                        killed_at = min(killed_at, time.monotonic() + GRACE) if failed else killed_at
-                        continue
-                    if number:
-                        stream = sys.stdout if number == 1 else sys.stderr
-                        stream.buffer.write(content)
-                        stream.flush()
-                    else:
-                        codes[outputs[output]] = content
-                if time.monotonic() > killed_at:
-                    self.kill(signal.SIGKILL)
-        except RayTaskError:
-            raise
-        except RayError:  # a node that was lost while workers started
-            pass
-        finally:
-            workers, self._workers = self._workers, []
-            for worker in workers:
-                ray.kill(worker)
-            remove_placement_group(group)
-        return codes
+
+    def _start_ranks(self, command: list[str], env: dict[str, str]) -> dict[Any, int]:
+        """Let each worker run the command; returns the rank of each worker's stream."""
+        import ray
+
+        places = ray.get([worker.place.remote() for worker in self._workers])
+        outputs: dict[Any, int] = {}
+        for rank, worker in enumerate(self._workers):
+            whole = {**env, **self._variables(rank, places, env)}
+            outputs[worker.run.options(num_returns="streaming").remote(command, os.getcwd(), whole)] = rank
+        return outputs
+
+    def _variables(self, rank: int, places: list[tuple[str, int, list[str]]], env: dict[str, str]) -> dict[str, str]:
+        """The variables that make a process a rank, torchrun's and others."""
+        size = self.strategy.num_processes
+        node, local = divmod(rank, size)
+        variables: dict[str, Any] = {
+            "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node,
+            "WORLD_SIZE": len(places), "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": places[0][0], "MASTER_PORT": places[0][1], "TORCHELASTIC_RUN_ID": "ray", STARTED: 1,
+            "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", max(int(self.strategy.cpus_per_worker), 1)),
+        }  # fmt: skip
+        if sys.stdout.isatty():  # or rank 0 would show its progress at the end only
+            variables |= {"TTY_COMPATIBLE": 1, "COLUMNS": shutil.get_terminal_size().columns}
+        of_node = places[node * size : (node + 1) * size]
+        if gpus := [gpu for *_, worker_gpus in of_node for gpu in worker_gpus]:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # ranks tell them apart by LOCAL_RANK
+        return {key: str(value) for key, value in variables.items()}
+
+    def _follow(self, outputs: dict[Any, int], codes: list[int]) -> None:
+        """Print what ranks write, and note their codes, until all have ended; the rest is killed if one fails."""
+        import ray
+
+        killed_at = float("inf")
+        while outputs:
+            ready: list[Any] = ray.wait(list(outputs), timeout=1.0)[0]
+            for output in ready:
+                number, content = _next(output)
+                if number is None:
+                    failed = codes[outputs.pop(output)]
+                    killed_at = min(killed_at, time.monotonic() + GRACE) if failed else killed_at
+                elif number:
+                    stream = sys.stdout if number == 1 else sys.stderr
+                    stream.buffer.write(content)
+                    stream.flush()
+                else:
+                    codes[outputs[output]] = content
+            if time.monotonic() > killed_at:
+                self.kill(signal.SIGKILL)
+
+
+def _next(output: Any) -> tuple[int | None, Any]:
+    """The next pair that a worker yields; a None for its number once it has ended or is lost."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yielded: Any = ray.get(next(output))
+        return yielded
+    except RayTaskError as error:  # the worker lives, and could not start its rank
+        if isinstance(error.cause, FileNotFoundError):
+            problem = f"a node has no {error.cause.filename}; all need the same files at the same paths"
+            raise InputError(f"trainer.strategy: {problem}") from error
+        raise
+    except (StopIteration, RayError):
+        return None, None
 
 
 def _answers(address: str) -> bool:
@@ -276,17 +265,17 @@ def _stamp(path: Path) -> int | None:
 class RayDDP(DDPStrategy):
     """DDP whose ranks are started by Ray (Moritz et al. 2018, https://arxiv.org/abs/1712.05889), as torchrun would.
 
-    The process of the command is a driver: it finds mistakes, starts ``trainer.devices`` workers on each of
-    ``trainer.num_nodes`` nodes of the cluster, which run the same command with torchrun's variables, prints what they
-    print and ends with their exit code. Under these variables, torchrun's own too, this is plain DDP. All nodes need
-    the same files at the same paths, and ranks have the environment of the command. A rank has one GPU if
+    The process of the command is a driver. It finds mistakes, and starts ``trainer.devices`` workers on each of
+    ``trainer.num_nodes`` nodes of the cluster. These run the same command with torchrun's variables; the driver prints
+    their output and ends with their exit code. Under torchrun's variables this is plain DDP. All nodes need the same
+    files at the same paths, and ranks have the environment of the command. A rank has one GPU if
     ``trainer.accelerator`` is one, and none otherwise; Lightning wants the machine of the command to have GPUs as well.
 
     Args:
         address: ``host:port`` of a running cluster, ``auto`` for the one that this machine belongs to; None starts one
             of this machine alone, for this run.
-        cpus_per_worker: that Ray keeps free for a rank, and the threads that it has unless OMP_NUM_THREADS is set;
-            those of ``data.num_workers`` included.
+        cpus_per_worker: CPUs that Ray keeps free for a rank and its ``data.num_workers``, and the threads of a rank
+            unless OMP_NUM_THREADS is set.
         max_restarts: how many times the command is started again, from its last checkpoint, when ranks were lost.
         timeout: after which a rank that waits for another gives up, and a command that waits for a cluster in use.
 
@@ -312,7 +301,7 @@ class RayDDP(DDPStrategy):
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What the ranks of a node need together, in Ray's words."""
+        """The needs of a node's ranks together, in Ray's words."""
         needs = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
         return {key: number * self.num_processes for key, number in needs.items() if number}
 
@@ -337,14 +326,14 @@ class RayDDP(DDPStrategy):
 
     @property
     def no_cluster(self) -> str:
-        """What to say where none is found."""
+        """The message where no cluster is found."""
         problem = f"there is no Ray cluster at {self.address}"
         return f"trainer.strategy.address: {problem}; give host:port, or null for one of this machine"
 
     @property
     @override
     def global_rank(self) -> int:
-        # The driver is no rank: it makes no folder, and leaves to rank 0 what that prints.
+        # The driver is no rank: it makes no folder, and prints nothing that rank 0 prints.
         return super().global_rank if is_torchelastic_launched() else -1
 
     @override

@@ -1,25 +1,25 @@
-"""What sharding strategies share: checkpoints of a single process, and which optimizers they can take."""
+"""What strategies share: checkpoints of a single process, equal weights, and the optimizers that they can take."""
 
-from collections import defaultdict
+import inspect
+from collections.abc import Collection, Mapping
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from common.errors import InputError
-from common.optim import MuonAdamW
 from common.parts import Answers
 
 
 class WholeCheckpoints(Answers):
     """Lets a sharding strategy of Lightning read and write the checkpoints of a single process.
 
-    Weights are loaded into the whole net, which is sharded then. What is left to a strategy is to put together and take
-    apart: ``lightning_module_state_dict``, ``optimizer_state``, ``load_optimizer_state_dict``.
+    Weights are loaded into the whole net, which is sharded afterwards. A strategy puts together and takes apart:
+    ``lightning_module_state_dict``, ``optimizer_state``, ``load_optimizer_state_dict``.
     """
 
     restore_checkpoint_after_setup = False
@@ -29,73 +29,84 @@ class WholeCheckpoints(Answers):
     load_model_state_dict = Strategy.load_model_state_dict
 
 
-def limit_waiting(mesh: DeviceMesh, timeout: timedelta | None) -> None:
+def limit_waiting(mesh: DeviceMesh, timeout: timedelta) -> None:
     """Let ranks of a mesh wait for one another as long as all ranks do; torch would give its groups another limit."""
-    if timeout is not None:
-        for group in mesh.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer does to a matrix what it does to each flat piece of it alone, as ranks hold them.
-
-    Found by trying, for each group, on a distance to be made smaller: an optimizer that estimates its own rate, or
-    norms, from all it has finds other ones for a piece. No proof: what begins after 30 steps goes unseen.
-    """
-    pieces = [(slice(10), (10,)), (slice(10, 24), (14,))]
-    return _moves_alike(optimizer, [(slice(24), (4, 6))], pieces)
-
-
-def is_separable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer does to each parameter what it does to it without the others; found in the same way."""
-    pieces = [(slice(12), (3, 4)), (slice(12, 24), (3, 4))]
-    return _moves_alike(optimizer, pieces, pieces)
+@torch.no_grad()
+def share_weights(module: nn.Module) -> None:
+    """Give all ranks the parameters and buffers of rank 0."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+    sent = [tensor.detach().contiguous() for tensor in tensors]
+    for work in [dist.broadcast(values, 0, async_op=True) for values in sent]:
+        work.wait()  # type: ignore[union-attr]
+    for tensor, values in zip(tensors, sent, strict=True):
+        tensor.copy_(values)
 
 
-Piece = tuple[slice, tuple[int, ...]]  # of 24 numbers, and its shape
+# Optimizers whose step treats each element by itself, by their library. One's own says: `elementwise = True`.
+ELEMENTWISE = {
+    "torch": {
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    },
+    "pytorch_optimizer": {
+        "ADOPT", "AdEMAMix", "AdaBelief", "Lion", "RAdam", "SGDW", "ScheduleFreeAdamW", "ScheduleFreeRAdam",
+        "ScheduleFreeSGD", "SignSGD", "Tiger", "Yogi",
+    },
+}  # fmt: skip
+# Their settings that bring in a norm or a mean of a whole parameter.
+JOINING = ("adanorm", "cautious", "stable_adamw", "use_gc")
+# Optimizers whose step treats each parameter by itself, its elements together. One's own says: `separable = True`.
+SEPARABLE = {
+    "common": {"MuonAdamW"},
+    "torch": {"Adafactor", "Muon"},
+    "transformers": {"Adafactor"},
+    "pytorch_optimizer": {"AdaFactor", "LARS", "SOAP", "Shampoo"},
+}
 
 
-def _moves_alike(optimizer: torch.optim.Optimizer, together: list[Piece], alone: list[Piece]) -> bool:
-    """Whether an optimizer of some pieces as its parameters moves them as one optimizer for each of others does."""
-    generator = torch.Generator().manual_seed(0)
-    start, goal = torch.randn(2, 24, generator=generator, dtype=torch.float64)
-
-    def moved(group: dict[str, Any], pieces: list[Piece]) -> Tensor:
-        device = group["params"][0].device
-        params = [nn.Parameter(start[part].view(shape).to(device, torch.float32)) for part, shape in pieces]
-        probe = object.__new__(type(optimizer))
-        probe.__dict__.update(optimizer.__dict__)
-        # A schedule may begin with a rate of 0, which moves nothing; capturable is for devices alone.
-        settings = {"params": params, "lr": 1.0} | ({"capturable": False} if "capturable" in group else {})
-        probe.state, probe.param_groups = defaultdict(dict), [{**group, **settings}]
-        for _ in range(30):
-            for p, (part, shape) in zip(params, pieces, strict=True):
-                p.grad = p.detach() - goal[part].view(shape).to(p)
-            type(probe).step(probe)  # a schedule has bound the instance's own to the true optimizer
-        return torch.cat(
-            [p.detach().cpu().flatten() - start[part] for p, (part, _) in zip(params, pieces, strict=True)]
-        )
-
-    for group in optimizer.param_groups:
-        if not group["params"]:
-            continue
-        try:
-            whole = moved(group, together)
-            parts = torch.cat([moved(group, [piece]) for piece in alone])
-        except Exception:  # it cannot even step on pieces
-            return False
-        if not (parts - whole).abs().max() < 1e-4 * whole.abs().max():
-            return False
-    return True
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to treat a matrix as it treats flat pieces of it, each alone."""
+    joins = any(group.get(name) for group in optimizer.param_groups for name in JOINING)
+    return getattr(optimizer, "elementwise", False) or (_steps_as(optimizer, ELEMENTWISE) and not joins)
 
 
-def refuse_matrix_optimizer(optimizer: Any) -> None:
+def is_separable(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to treat each parameter as it would without the others."""
+    says = getattr(optimizer, "separable", False) or getattr(optimizer, "elementwise", False)
+    return says or _steps_as(optimizer, ELEMENTWISE) or _steps_as(optimizer, SEPARABLE)
+
+
+def _steps_as(optimizer: Optimizer, known: Mapping[str, Collection[str]]) -> bool:
+    """Whether an optimizer's step is that of a known class; a subclass may have a step of its own."""
+    step = inspect.unwrap(type(optimizer).step)
+    return any(
+        base.__name__ in known.get(base.__module__.partition(".")[0], ()) and inspect.unwrap(base.step) is step
+        for base in type(optimizer).__mro__
+    )
+
+
+def refuse_matrix_optimizer(optimizer: Optimizer) -> None:
     """Keep optimizers of whole matrices or norms from strategies that flatten parameters.
 
     Raises:
-        InputError: the optimizer is one of them; it would train with something else, or fail.
+        InputError: the optimizer is not known to be elementwise; it might train with something else, or fail.
     """
-    # MuonAdamW has taken flat pieces for what AdamW is for.
-    if isinstance(optimizer, MuonAdamW) or not is_elementwise(optimizer):
-        problem = f"{type(optimizer).__name__} needs whole tensors, and this strategy has flat pieces"
-        raise InputError(f"model.optimizer: {problem}; take AdamW, or configs/strategy/fsdp2.yaml")
+    if not is_elementwise(optimizer):
+        problem = "needs whole tensors (its class does not say elementwise = True), and this strategy has flat pieces"
+        fix = "take AdamW, or configs/strategy/fsdp2.yaml"
+        raise InputError(f"model.optimizer: {type(optimizer).__name__} {problem}; {fix}")
+
+
+def refuse_joint_optimizer(optimizer: Optimizer) -> None:
+    """Keep optimizers that estimate something from all parameters from strategies whose ranks have some of them.
+
+    Raises:
+        InputError: the optimizer is not known to be separable; it would find something else from some of them.
+    """
+    if not is_separable(optimizer):
+        problem = "goes by all parameters at once (its class does not say separable = True), and a stage has its own"
+        fix = "take AdamW, or configs/strategy/fsdp2.yaml"
+        raise InputError(f"model.optimizer: {type(optimizer).__name__} {problem}; {fix}")

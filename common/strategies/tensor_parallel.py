@@ -25,7 +25,7 @@ class Style(NamedTuple):
     weight: Placement  # (out, in) of a linear layer
     bias: Placement
     input: Placement
-    joined: bool  # whether the ranks put their outputs together; else each goes on with its own features
+    joined: bool  # whether the ranks join their outputs; else each goes on with its own features
 
 
 # By the names that transformers gives them (Shoeybi et al. 2019, section 3, https://arxiv.org/abs/1909.08053).
@@ -37,10 +37,10 @@ STYLES = {
 WHOLE = Style(Replicate(), Replicate(), Replicate(), joined=True)
 
 
-def plan_of(net: nn.Module, ranks: int) -> dict[str, str]:
+def plan_slices(net: nn.Module, ranks: int) -> dict[str, str]:
     """Name of each layer that is sliced to how it is.
 
-    The plan is the net's own: ``_tp_plan`` maps names, with ``*`` for numbers, to ``colwise`` or ``rowwise``. Nets of
+    The plan is the net's own: ``tp_plan`` maps names, with ``*`` for numbers, to ``colwise`` or ``rowwise``. Nets of
     transformers have one, any other net can set it. Embeddings and layers that share their weight stay whole.
 
     Args:
@@ -53,10 +53,10 @@ def plan_of(net: nn.Module, ranks: int) -> dict[str, str]:
     wanted = {
         f"{prefix}.{pattern}".removeprefix("."): style
         for prefix, module in net.named_modules()
-        for pattern, style in (getattr(module, "_tp_plan", None) or {}).items()
+        for pattern, style in (getattr(module, "tp_plan", None) or {}).items()
     }
     if not wanted:
-        problem = f"{type(net).__name__} has no plan (_tp_plan) of which layers to slice"
+        problem = f"{type(net).__name__} has no plan (tp_plan) of which layers to slice"
         raise InputError(f"trainer.strategy.tensor_parallel: {problem}; take configs/strategy/fsdp2.yaml")
     _check_heads(net, ranks)
     owners = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
@@ -97,14 +97,14 @@ def _check_heads(net: nn.Module, ranks: int) -> None:
 def slice_layers(net: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Keep this rank's slice of the planned layers; every other parameter is whole on each rank of the mesh.
 
-    Between modules all tensors stay plain ones: of whole activations, or of a slice of the features between a colwise
-    and a rowwise layer. So a net needs no change, as long as it finds out the number of its heads by itself and has no
-    parameters between the two: these would get gradients of a slice alone, and are refused at the first forward pass.
+    Between modules all tensors stay plain: whole activations, or a slice of the features between a colwise and a
+    rowwise layer. So a net needs no change if it finds out the number of its heads by itself, and has no parameters
+    between the two. Such parameters would get gradients of a slice alone; the first forward pass refuses them.
 
     Raises:
         InputError: the net has parameters that cannot be treated so.
     """
-    # They tell that tensors of two dimensions are gathered in two steps, and that the plain tensors here are views.
+    # Torch would log that it gathers over two dimensions in two steps, and warn that the plain tensors are views.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     made: dict[int, nn.Parameter] = {}  # so that shared weights stay shared
@@ -156,7 +156,7 @@ def _leave(style: Style, _: nn.Module, __: Any, output: DTensor) -> Tensor:
 
 
 def share_like(parameter: DTensor, value: Tensor) -> DTensor:
-    """A whole tensor of a parameter's shape, of which this rank keeps what it keeps of the parameter."""
+    """This rank's share of a whole tensor, cut as a parameter of the same shape is."""
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
     mine = value[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]

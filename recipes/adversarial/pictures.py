@@ -24,7 +24,7 @@ def adversarial_examples(
     """Rows of clean images, the attack's changes, and attacked images, with the class and both predictions.
 
     Images that the attack turned from right to wrong come first. In the middle row grey is no change, and the largest
-    change is black or white; the row's title gives the scale.
+    change is black or white; the row's label gives the scale.
 
     Args:
         clean: images.
@@ -70,7 +70,7 @@ def _short(name: str) -> str:
 def robustness_curve(eps: Sequence[float], accuracy: Sequence[float], marked: float) -> "Figure":
     """Accuracy under attack over the radius of the attack; it must fall to about 0 for large radii.
 
-    If the curve stays up, gradients mislead the attack; the net is not robust (Athalye et al. 2018,
+    A curve that stays up shows that gradients mislead the attack; it is no proof of robustness (Athalye et al. 2018,
     https://arxiv.org/abs/1802.00420).
 
     Args:

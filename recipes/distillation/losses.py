@@ -1,7 +1,5 @@
 """Distances between a student and its teacher: losses of logits and of inner layers."""
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -9,9 +7,6 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.losses import precise
-
-if TYPE_CHECKING:
-    pass
 
 
 class LogitLoss:

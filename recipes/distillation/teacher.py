@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest, speaking_of
-
-if TYPE_CHECKING:
-    pass
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -139,7 +136,8 @@ def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
         return None  # one has no source of labelled samples
     paths = [_value(data, "data.source.path") for data in (there, here)]
     files = [os.path.realpath(os.path.expanduser(path)) if isinstance(path, str) else path for path in paths]
-    if there["source"]["class_path"] != here["source"]["class_path"] or files[0] != files[1]:
+    kinds = [data["source"]["class_path"].rpartition(".")[2] for data in (there, here)]  # a copy has classes of its own
+    if kinds[0] != kinds[1] or files[0] != files[1]:
         return None
     labelled = datamodule.labelled  # a source's own splits replace a random one
     ours = [] if labelled.num_val else ["split_seed", "val_fraction", *["test_fraction"] * (not labelled.num_test)]

@@ -1,7 +1,7 @@
 """One gradient per task, and their aggregation by torchjd."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from common.parts import take_over_gradients
 
 from .net import MultiTaskNet
 from .weighting import Weighting
-
-if TYPE_CHECKING:
-    pass
 
 
 class NNLSProjector(DualConeProjector):

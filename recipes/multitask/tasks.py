@@ -58,7 +58,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
         if not name.isidentifier() or hasattr(nn.ModuleDict, name) or names.count(name) > 1:
             raise InputError(f"data.tasks: {name!r} stands twice or cannot name a head; rename it in data.py")
         if kind not in METRIC or width < (2 if kind == "classification" else 1):
-            raise InputError(f"data.tasks: {name!r} is {kind} of width {width}; see common.tasks.Task")
+            raise InputError(f"data.tasks: {name!r} is {kind} of width {width}; see Task in tasks.py")
 
 
 def task_loss(task: Task, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
