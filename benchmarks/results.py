@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.figures import read_metrics  # noqa: E402
+from common.run.cli import DEFAULTS  # noqa: E402
 from common.run.record import describe_environment  # noqa: E402
 from common.sources.text import CACHE  # noqa: E402
 
@@ -36,6 +38,7 @@ STORE = ROOT / "benchmarks/results/recipes.json"
 PAGE = ROOT / "recipes/README.md"
 PLACE = ROOT / ".results"  # the runs
 SEEDS = (1, 2, 3)
+OURS = re.compile(r"^(common|recipes)\.[\w.]*\.")  # of a class path, all but the name
 
 
 class Row(NamedTuple):
@@ -74,18 +77,21 @@ def rows() -> list[Row]:
 
 
 def decisive(config: dict[str, Any]) -> Any:
-    """The settings that decide a number: without loggers and callbacks, and with the names alone of classes.
+    """The settings that decide a number.
 
-    Where a class lives decides nothing.
+    Loggers and the callbacks of every run decide nothing, nor does the file in which a class of this repository is.
     """
     kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
     left_out = ("logger", "callbacks", "default_root_dir")
-    return _named({**kept, "trainer": {key: value for key, value in config["trainer"].items() if key not in left_out}})
+    trainer = {key: value for key, value in config["trainer"].items() if key not in left_out}
+    everywhere = {item["class_path"] for item in yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]}
+    own = [item for item in config["trainer"]["callbacks"] or [] if item["class_path"] not in everywhere]
+    return _named({**kept, "trainer": trainer, **({"callbacks": own} if own else {})})
 
 
 def _named(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: item.rpartition(".")[2] if key == "class_path" else _named(item) for key, item in value.items()}
+        return {key: OURS.sub("", item) if key == "class_path" else _named(item) for key, item in value.items()}
     return [_named(item) for item in value] if isinstance(value, list) else value
 
 
@@ -136,8 +142,8 @@ def render(store: dict[str, Any], hashes: dict[str, str]) -> str:
         "# Results",
         "",
         "Made by `make results`: each row is trained with the seeds 1, 2 and 3 and the best checkpoint is tested. The",
-        "time is the median of training, from start to report, on one CPU core. Beside each number stands the hash of",
-        "the config that gave it; it is marked stale when the config has changed since.",
+        "time is the median of training, from start to report, on one CPU core. Beside each number is the hash of",
+        "the settings that decide it; it is marked stale when these have changed since.",
         "",
         "| recipe | command | metric | mean ± std | beside | time | config |",
         "|---|---|---|---|---|---|---|",

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
-from common.parts import answers
+from common.parts import facts_of
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ def step_seed(*parts: int) -> int:
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
     """World size and rank as samplers see them: ranks that share samples count as one."""
-    asked = answers(trainer.strategy)
+    asked = facts_of(trainer.strategy)
     together = asked.ranks_per_batch
     return rank_groups(trainer.world_size, together, asked.ranks_per_batch_key), trainer.global_rank // together
 

@@ -55,6 +55,8 @@ class StepLosses:
 
     def take(self, strategy: Strategy) -> Float[Tensor, ""]:
         """The mean over micro-batches and ranks; clears the losses. Raises as :meth:`check` does."""
+        if not self._kept:
+            raise RuntimeError("no loss was counted since the last row; a training_step of your own calls count_loss")
         losses = self.check(strategy)
         self._kept.clear()
         return losses.mean()

@@ -22,7 +22,7 @@ from common.data import data_ranks, geometry, global_seed, move_position, seed_d
 from common.errors import InputError, nearest
 from common.losses import StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
-from common.parts import answers, blocks, plain_name, share, to_float8
+from common.parts import blocks, facts_of, plain_name, share, to_float8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,8 @@ class BaseModule(L.LightningModule):
     @property
     def ends_step(self) -> bool:
         """Whether this micro-batch is the last of its optimizer step; samplers hold whole steps only."""
-        return (self.trainer.fit_loop.batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        done = self.trainer.fit_loop.batch_idx + 1
+        return done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
 
     @override
     def configure_model(self) -> None:
@@ -338,7 +339,7 @@ class BaseModule(L.LightningModule):
             self._lr = max(group["lr"] for group in optimizer.param_groups)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             # A strategy with its own kind of shards computes their norm itself.
-            norm = answers(self.trainer.strategy).total_norm(gradients)
+            norm = facts_of(self.trainer.strategy).total_norm(gradients)
             self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
@@ -363,7 +364,7 @@ class BaseModule(L.LightningModule):
         if self.lr_scheduler is None:
             self._given = GivenSettings(optimizer)
             return optimizer
-        self._given = GivenSettings(optimizer, but=["lr"])
+        self._given = GivenSettings(optimizer, except_for=["lr"])
         try:
             scheduler = self.lr_scheduler(optimizer)
         except (ValueError, TypeError, ArithmeticError) as error:

@@ -65,12 +65,12 @@ class GivenSettings:
 
     Args:
         optimizer: the new optimizer; None before it is made.
-        but: names of settings that a schedule changes; they continue from the checkpoint.
+        except_for: names of settings that a schedule changes; they continue from the checkpoint.
     """
 
-    def __init__(self, optimizer: Optimizer | None = None, but: Sequence[str] = ()):
+    def __init__(self, optimizer: Optimizer | None = None, except_for: Sequence[str] = ()):
         groups = optimizer.param_groups if optimizer else []
-        self.groups = [{k: v for k, v in group.items() if k not in ("params", *but)} for group in groups]
+        self.groups = [{k: v for k, v in group.items() if k not in ("params", *except_for)} for group in groups]
         self.rates: list[float] = []  # initial rates of a schedule of torch
 
     def leave_to(self, scheduler: LRScheduler) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a net (blocks, buffers, a rank's share of a parameter), and the questions that a strategy answers."""
+"""Parts of a net (blocks, buffers, a rank's share of a parameter), and what a strategy says of itself."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -27,8 +27,8 @@ class Memory(NamedTuple):
     optimizer: int
 
 
-class Answers:
-    """Questions to a strategy, with the answers of Lightning's own; our strategies inherit it and override answers.
+class StrategyFacts:
+    """What a strategy says of itself, as it holds for Lightning's own; our strategies inherit it and say otherwise.
 
     Attributes:
         ranks_per_batch: how many ranks compute the same samples together.
@@ -65,9 +65,9 @@ class Answers:
         return {}
 
 
-def answers(strategy: Any) -> Answers:
-    """A strategy's own answers, or the answers of Lightning's strategies."""
-    return strategy if isinstance(strategy, Answers) else Answers()
+def facts_of(strategy: Any) -> StrategyFacts:
+    """What a strategy says of itself; for one of Lightning's own, the defaults."""
+    return strategy if isinstance(strategy, StrategyFacts) else StrategyFacts()
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -143,7 +143,7 @@ def share_buffers(net: nn.Module) -> None:
 def has_whole_gradients(strategy: Strategy) -> bool:
     """Whether each rank holds every parameter and its gradient whole; valid after the strategy's set-up."""
     whole = strategy.model is strategy.lightning_module or isinstance(strategy.model, DistributedDataParallel)
-    if answers(strategy).ranks_per_batch > 1:  # each rank has a stage or a slice
+    if facts_of(strategy).ranks_per_batch > 1:  # each rank has a stage or a slice
         return False
     return whole and not any(isinstance(p, DTensor) for p in strategy.model.parameters())  # type: ignore[union-attr]
 
@@ -162,7 +162,7 @@ def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
     if not has_whole_gradients(strategy):
         problem = f"needs the whole gradient of each task, and {type(strategy).__name__} shards them"
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
-    if answers(strategy).averages_by_itself:
+    if facts_of(strategy).averages_by_itself:
         problem = f"averages gradients by itself, not as {type(strategy).__name__} would"
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
     if isinstance(strategy.model, DistributedDataParallel):

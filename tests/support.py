@@ -32,11 +32,11 @@ RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/train.p
 # through recipes, are about these.
 MEASURED = sorted({key.split("/")[0] for key in json.loads((ROOT / "benchmarks/results/recipes.json").read_text())})
 # What a recipe is, by the name of its module, which a copy keeps.
-KIND = {name: re.findall(r"CLI\((\w+)Module", (ROOT / f"recipes/{name}/train.py").read_text())[0] for name in RECIPES}
+SCRIPTS = {name: (ROOT / f"recipes/{name}/train.py").read_text() for name in RECIPES}
+KIND = {name: next(iter(re.findall(r"CLI\((\w+)Module", text)), "") for name, text in SCRIPTS.items()}
 # Those that read a corpus; the path of a short one makes them quick.
-TEXT = [
-    name for name in RECIPES if "path" in yaml.safe_load((ROOT / f"recipes/{name}/config.yaml").read_text())["data"]
-]
+CONFIGS = {name: yaml.safe_load((ROOT / f"recipes/{name}/config.yaml").read_text()) for name in RECIPES}
+TEXT = [name for name, config in CONFIGS.items() if "path" in config.get("data", {})]
 LAUNCHERS = {"ray"}  # DDP that starts its ranks in a way of its own: tests/test_ray.py
 # Layers named as the package that they need, which pip alone does not install: they are left out where it is missing.
 MISSING = {name for name in ("horovod",) if importlib.util.find_spec(name) is None}

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 RECIPE = "distillation"
 LAYER = ["--config", str(ROOT / "recipes/distillation/small.yaml")]
+# After four steps the net has learned so little that rounding decides, on some processors otherwise than on others.
 LONGER = ["--trainer.max_steps", "20", "--trainer.val_check_interval", "20"]
 SHORT = str(ROOT / "recipes/distillation/small_teacher.yaml")
 CPU = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

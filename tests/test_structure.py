@@ -3,11 +3,15 @@
 import ast
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import MEASURED, ROOT
 
@@ -99,7 +103,8 @@ def lonely_modules(root: Path) -> list[str]:
         for target, taken, _ in imports(name, path):
             users[homes.get(f"{target}.{taken}", target)].add(user)
     for path in (root / "recipes").glob("*/*.yaml"):
-        for found in re.findall(r"\bcommon(?:\.\w+)+", path.read_text()) if path.parent.name in MEASURED else ():
+        text = str(yaml.safe_load(path.read_text())) if path.parent.name in MEASURED else ""
+        for found in re.findall(r"\bcommon(?:\.\w+)+", text):
             users[homes.get(str(found), str(found).rpartition(".")[0])].add(f"recipes.{path.parent.name}")
     lines = []
     for name in shared:
@@ -222,3 +227,14 @@ def test_private_names_of_other_libraries_only_get_fewer() -> None:
     found, known = private_names(ROOT), set(PRIVATE.split())
     assert sorted(found - known) == [], "private names of other libraries; take a public way"
     assert sorted(known - found) == [], "gone: take them out of PRIVATE"
+
+
+def test_the_wheel_brings_dependencies_alone(tmp_path: Path) -> None:
+    """Packages named common and recipes must not land beside those of others."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert all(".dist-info/" in name for name in archive.namelist())
+        metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        assert b"Requires-Dist: lightning" in archive.read(metadata)

@@ -21,7 +21,7 @@ from typing_extensions import override
 from common.data import data_ranks
 from common.errors import InputError
 from common.module import BaseModule
-from common.parts import answers
+from common.parts import facts_of
 
 
 class Throughput(Callback):
@@ -82,7 +82,7 @@ class Throughput(Callback):
             metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         if self._peak and (flops := pl_module.flops_per_item()):
             metrics["perf/mfu"] = rate * flops / (self._peak * trainer.world_size)
-        metrics |= answers(trainer.strategy).train_metrics()
+        metrics |= facts_of(trainer.strategy).train_metrics()
         pl_module.log_dict(metrics)
         self._items, self._steps, self._since = 0, trainer.global_step, now
 
@@ -179,16 +179,16 @@ class BestCheckpoint(ModelCheckpoint):
         here = Path(str(self.dirpath), Path(state_dict["best_model_path"]).name)
         if state_dict["best_model_path"] and here.is_file():
             path, score = str(here), state_dict["best_model_score"]
-            places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": path}
+            places = {"best_model_path": path, "kth_best_model_path": path}
             state_dict = state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}}
         super().load_state_dict(state_dict)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt``: after every epoch, or every so many optimizer steps, and when training ends.
+    """Keeps ``checkpoints/last.ckpt``: after every epoch and validation, or every N steps, and when training ends.
 
     Args:
-        every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch.
+        every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch and validation.
     """
 
     def __init__(self, every_n_train_steps: int | None = None):
@@ -205,7 +205,7 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step
+        self._saved = -1
 
     @override
     def on_train_batch_end(  # type: ignore[override]
@@ -222,7 +222,11 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and trainer.should_stop:  # early stopping
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        # At the end of an epoch its own hook saves, whose checkpoint goes on with the next epoch.
+        within = not self.every_n_train_steps and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.should_stop or within:
             self.save(trainer)
 
     @override

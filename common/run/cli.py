@@ -35,7 +35,7 @@ from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
 from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest
 from common.module import BaseModule
-from common.parts import answers
+from common.parts import facts_of
 from common.run import layers
 from common.run.callbacks import BestCheckpoint, LastCheckpoint
 from common.run.faults import StopOnSigterm, lost_rank
@@ -78,7 +78,6 @@ NO_WARNINGS = (
     "You're resuming from a checkpoint that ended before the epoch ended",
     "The '.*_dataloader' does not have many workers",
     "Couldn't infer the batch indices fetched from your dataloader",
-    "The dirpath has changed from",
     "Found .* module\\(s\\) in eval mode at the start of training",
     "The number of training batches .* is smaller than the logging interval",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
@@ -156,6 +155,7 @@ class RecipeCLI(LightningCLI):
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
+        self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
         self.package = module_class.__module__.rpartition(".")[0]
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
@@ -188,7 +188,7 @@ class RecipeCLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Reading all signatures takes a tenth of a second for each command: only those of the one that is given.
-        if subcommand not in self.argv:
+        if subcommand != self.command:
             return self.init_parser(**kwargs)
         self.command_parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.command_parser
@@ -206,7 +206,7 @@ class RecipeCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         layers.check(self.argv)
-        self.subcommand = next((arg for arg in self.argv if arg in self.subcommands()), "")
+        self.subcommand = self.command
         where = self.argv.index(self.subcommand) + 1 if self.subcommand else 0
         head, flags = self.argv[:where], self.argv[where:]
         given = [flag for flag, _ in layers.flags(flags)]
@@ -245,7 +245,11 @@ class RecipeCLI(LightningCLI):
         for key, again in layers.classes(flags).items():
             items = before.get("trainer", {}).get(key)
             if isinstance(items, list):
-                before["trainer"][key] = [item for item in items if _name(item["class_path"]) not in again]
+                kept = [item for item in items if _name(item) not in again]
+                if len(kept) < len(items) and not rank_zero_only.rank:
+                    gone = ", ".join(sorted({_name(item) for item in items} & again))
+                    print(f"{self.command}: {gone} of the run gives way to what is given now", flush=True)
+                before["trainer"][key] = kept
         layered = [*head, "--config", yaml.safe_dump(before)]
         try:
             self.config = self.parser.parse_args([*layered, *flags])
@@ -266,7 +270,14 @@ class RecipeCLI(LightningCLI):
         """The config that a checkpoint was trained with: its run's own, or else the hyper-parameters in it."""
         beside = checkpoint.parent.parent / "config.yaml"
         if beside.is_file():
-            return yaml.safe_load(beside.read_text(encoding="utf-8"))
+            try:
+                config = yaml.safe_load(beside.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError):
+                config = None
+            if not isinstance(config, dict):
+                problem = "is no config: damaged, or cut short when the run was killed"
+                raise InputError(f"--ckpt_path {checkpoint}: {beside} {problem}; mend or remove it")
+            return config
         state = read_checkpoint(checkpoint)
         linked = {target.removeprefix("model.") for target in self.links.values()}
         kept = {"model": state.get("hyper_parameters", {}), "data": state.get("datamodule_hyper_parameters", {})}
@@ -357,7 +368,8 @@ class RecipeCLI(LightningCLI):
             return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")
         if isinstance(error, RuntimeError | ValueError) and (cause := lost_rank(error)):
             problem = f"rank {self.trainer.global_rank}: another rank has ended ({cause})"
-            goes_on = "; --ckpt_path last goes on from the last checkpoint" if self.subcommand == "fit" else ""
+            trained = self.trainer.global_step > self.first_step
+            goes_on = "; --ckpt_path last goes on from the last checkpoint" if trained else ""
             return Stopped(problem + goes_on, LOST_RANK_EXIT)
         return None
 
@@ -365,11 +377,14 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         built = self.config_init[self.subcommand]
         settings = built["trainer"]
-        own = [built[key] for key in CALLBACKS] + [RunRecord(self.resolved, self.folder), StopOnSigterm()]
+        best, last, media = (built[key] for key in CALLBACKS)
+        own = [media, RunRecord(self.resolved, self.folder), StopOnSigterm()]
         if self.subcommand == "predict":
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
-        callbacks = [each for each in (*_as_list(settings.get("callbacks")), *own) if not isinstance(each, off)]
+        callbacks = [
+            each for each in (best, last, *_as_list(settings.get("callbacks")), *own) if not isinstance(each, off)
+        ]
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
         loggers = self._loggers(settings["logger"])
         try:
@@ -382,7 +397,7 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def _loggers(self, given: Any) -> list[Any]:
-        """The loggers that are given, and the CSV file that reports are made of; none if that is what is given."""
+        """The loggers that are given, and the CSV file that reports are made of; none if ``logger`` is false."""
         loggers = _as_list(given)
         if given is False or any(isinstance(each, CSVLogger) and Path(each.log_dir) == self.folder for each in loggers):
             return loggers
@@ -390,7 +405,7 @@ class RecipeCLI(LightningCLI):
 
 
 def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
-    """Refuse what the trainer takes, but would do otherwise than asked."""
+    """Refuse settings that the trainer accepts and then ignores or changes."""
     world = trainer.num_devices * trainer.num_nodes
     started = world
     if is_torchelastic_launched():
@@ -404,13 +419,14 @@ def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
     if str(settings["precision"]).startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
         problem = "needs a GPU, and Lightning would run another on a CPU"
         raise InputError(f"trainer.precision: {settings['precision']} {problem}; take bf16-mixed")
-    if settings["sync_batchnorm"] and not answers(trainer.strategy).syncs_batch_norm:
-        problem = f"is nothing for {type(trainer.strategy).__name__}"
+    if settings["sync_batchnorm"] and not facts_of(trainer.strategy).syncs_batch_norm:
+        problem = f"{type(trainer.strategy).__name__} does not support it"
         raise InputError(f"trainer.sync_batchnorm: {problem}; take false, or configs/strategy/ddp.yaml")
 
 
-def _name(class_path: str) -> str:
-    return class_path.rpartition(".")[2]
+def _name(item: Any) -> str:
+    """The name of a class that a config lists, without its package."""
+    return str(item.get("class_path", "") if isinstance(item, dict) else item).rpartition(".")[2]
 
 
 def _at_home(config: Any, package: str) -> Any:
@@ -423,7 +439,8 @@ def _at_home(config: Any, package: str) -> Any:
     if not isinstance(config, dict):
         return config
     path = config.get("class_path")
-    if isinstance(path, str) and path.count(".") > 1 and path.partition(".")[0] not in _packages():
+    others = [name for name in _packages() if not f"{package}.".startswith(f"{name}.")]
+    if isinstance(path, str) and path.count(".") > 1 and not path.startswith(tuple(f"{name}." for name in others)):
         file, name = path.split(".")[-2:]
         if hasattr(sys.modules.get(f"{package}.{file}"), name):
             config = {**config, "class_path": f"{package}.{file}.{name}"}

@@ -76,7 +76,7 @@ class RunFolder:
         """Move an earlier run of this name aside, or keep its metrics when it goes on, as the logger starts anew.
 
         Args:
-            checkpoint: that is gone on from; None for a new run.
+            checkpoint: the checkpoint to resume from; None for a new run.
             first_step: its optimizer step.
         """
         if self.holds(checkpoint):

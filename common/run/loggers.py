@@ -26,7 +26,7 @@ class Wandb(WandbLogger):
         group: name that runs to be shown together share.
         tags: labels to find the run by.
         notes: what is special about the run.
-        log_model: upload checkpoints, at the end or ``all`` at once.
+        log_model: upload ``best.ckpt``, at the end or, with ``all``, each time it is written.
     """
 
     def __init__(

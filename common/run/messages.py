@@ -19,6 +19,7 @@ from common.run.layers import GROUPS, locate
 
 LIMIT = 200
 SHORT = {  # what jsonargparse says, in few words
+    r"expected one argument": "needs a value",
     r"unrecognized arguments: (?!--)(\S+)": r"command line: '\1' is no flag; arguments look like --data.batch_size 3",
     r'(?:must be given via "|argument )([\w.]+)(?:"| --> )': r"is taken from \1 and cannot be set; remove it",
     r"Unable to load config '([^']+)'": r"no such file '\1', nor a mapping of keys",

@@ -16,7 +16,7 @@ from transformers.initialization import TORCH_INIT_FUNCTIONS, no_init_weights
 
 from common.data import BaseDataModule, data_ranks, geometry, total_steps
 from common.module import BaseModule
-from common.parts import Memory, answers
+from common.parts import Memory, facts_of
 
 
 class Preflight(NamedTuple):
@@ -64,7 +64,7 @@ def preflight(trainer: L.Trainer, model: BaseModule, datamodule: BaseDataModule)
             p.grad = torch.empty_like(p)
         optimizer.step()
     memory = Memory(_bytes(params), _bytes(trained), _bytes(v for s in optimizer.state.values() for v in s.values()))
-    memory = answers(trainer.strategy).memory_per_rank(memory, sum(p.numel() for p in trained), trainer.world_size)
+    memory = facts_of(trainer.strategy).memory_per_rank(memory, sum(p.numel() for p in trained), trainer.world_size)
     found = Preflight(
         params=sum(p.numel() for p in params),
         trained=sum(p.numel() for p in trained),

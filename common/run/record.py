@@ -5,6 +5,7 @@ import csv
 import html
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -29,7 +30,8 @@ from typing_extensions import override
 from common.data import data_ranks, global_seed, step_seed
 from common.errors import InputError, nearest
 from common.module import BaseModule
-from common.parts import answers
+from common.parts import facts_of
+from common.run.callbacks import BestCheckpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +80,7 @@ class Media(Callback):
         # A net that is sharded answers only when all ranks ask, and ask the same.
         torch.manual_seed(step_seed(global_seed(), self._step))
         with trainer.precision_plugin.forward_context():  # as in validation
-            media = module.media(stage) | answers(trainer.strategy).media()
+            media = module.media(stage) | facts_of(trainer.strategy).media()
         for name, item in media.items() if trainer.is_global_zero else ():
             if isinstance(item, str):
                 _write_text(trainer, f"{stage}-{name}", item, self._step)
@@ -132,7 +134,9 @@ class RunRecord(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        written = self.folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
+        written.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        os.replace(written, self.folder / "config.yaml")
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # TensorBoard's logger keeps an earlier one
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
@@ -155,10 +159,11 @@ class RunRecord(Callback):
             )
             known = [*trainer.callback_metrics, "train/loss"]
             if monitor is not None and monitor not in known:
+                hint = nearest(monitor, known)
+                if isinstance(callback, BestCheckpoint):
+                    raise InputError(f"best.monitor {monitor!r} is not logged{hint}")
                 name = type(callback).__name__
-                raise InputError(
-                    f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{nearest(monitor, known)}"
-                )
+                raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{hint}")
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -176,10 +181,10 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             logger.save()
         folder = Path(trainer.default_root_dir)
-        # Of a train metric every step is another: the best is that of validation.
-        saving: list[Any] = trainer.checkpoint_callbacks
-        monitored = [saved for saved in saving if (getattr(saved, "monitor", None) or "").startswith("val/")]
-        best = Best(monitored[0].monitor, monitored[0].mode) if monitored else LOWEST_LOSS
+        # Train metrics change every step, so only a validation metric marks the best.
+        monitored = [each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)]
+        monitored = [each for each in monitored if str(each.monitor).startswith("val/")]
+        best = Best(str(monitored[0].monitor), monitored[0].mode) if monitored else LOWEST_LOSS
         report = write_report(folder, f"{folder.parent.name} / {folder.name}", best)
         console, table = Console(), Table(show_header=False, box=None)
         for name, value in trainer.callback_metrics.items():

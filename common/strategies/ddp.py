@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from common.errors import InputError
-from common.parts import Answers, Memory
+from common.parts import Memory, StrategyFacts
 
 
 def ring_all_reduce(values: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _ring_hook(_: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ign
     return _completed(ring_all_reduce(bucket.buffer()).div_(dist.get_world_size()))
 
 
-class _Hooked(Answers, DDPStrategy):
+class _Hooked(StrategyFacts, DDPStrategy):
     """DDP whose gradients a hook averages, on every device."""
 
     averages_by_itself = True

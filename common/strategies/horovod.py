@@ -17,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from common.errors import InputError
-from common.parts import Answers, share_buffers
+from common.parts import StrategyFacts, share_buffers
 from common.strategies.sharding import share_weights
 
 
-class Horovod(Answers, DDPStrategy):
+class Horovod(StrategyFacts, DDPStrategy):
     """Horovod's ring all-reduce (Sergeev & Del Balso 2018, https://arxiv.org/abs/1802.05799) in the place of DDP's.
 
     Ranks are started as for every other strategy, and torch does all else. Horovod's coordinator on rank 0 hears which

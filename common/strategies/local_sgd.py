@@ -15,11 +15,11 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from common.errors import InputError
-from common.parts import Answers, Memory, broadcast_buffers, saved_buffers
+from common.parts import Memory, StrategyFacts, broadcast_buffers, saved_buffers
 from common.strategies.sharding import share_weights
 
 
-class LocalSGD(Answers, DDPStrategy):
+class LocalSGD(StrategyFacts, DDPStrategy):
     """Each rank trains by itself, with its own optimizer, and the ranks average their weights from time to time.
 
     With ``outer_lr`` 1 and no momentum that is local SGD (Stich 2019, https://arxiv.org/abs/1805.09767). Otherwise the

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.figures import PALETTE, new_figure, style_axes
-from common.parts import Answers, Memory
+from common.parts import Memory, StrategyFacts
 from common.strategies.sharding import share_weights
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Server:
                 self._changed.notify_all()
 
 
-class ParameterServer(Answers, DDPStrategy):
+class ParameterServer(StrategyFacts, DDPStrategy):
     """Ranks send gradients to a server, which steps and sends weights back (Li et al. 2014, OSDI).
 
     The server is a part of rank 0: threads over gloo, with weights and optimizer in the memory of its host.

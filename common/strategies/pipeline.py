@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from common.data import rank_groups, seed_draws, step_seed
 from common.errors import InputError
-from common.parts import Answers, Memory
+from common.parts import Memory, StrategyFacts
 from common.strategies.sharding import limit_waiting, refuse_joint_optimizer
 from common.strategies.stages import INSTEAD, KEY, Left, Plan, Stage, plan_stages
 
@@ -49,7 +49,7 @@ class _Computed(torch.autograd.Function):
         return None, None, *(g if g is None else g.mul_(factor) for g in gradients)
 
 
-class Pipeline(Answers, DDPStrategy):
+class Pipeline(StrategyFacts, DDPStrategy):
     """Pipeline parallelism by torch's schedules, over more ranks beside data parallelism.
 
     Neighbouring ranks form a pipeline. Each has some of the net's blocks (:class:`common.strategies.stages.Stage`), the

@@ -248,7 +248,7 @@ def _next(output: Any) -> tuple[int | None, Any]:
         return None, None
 
 
-def _answers(address: str) -> bool:
+def _listens(address: str) -> bool:
     """Whether something listens at ``host:port``; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
@@ -321,7 +321,7 @@ class RayDDP(DDPStrategy):
         if self.address is None and self.num_nodes > 1:
             problem = f"this machine is one node, not {self.num_nodes}"
             raise InputError(f"{key}.address: {problem}; give the address of a Ray cluster")
-        if self.address not in (None, "auto") and not _answers(self.address):
+        if self.address not in (None, "auto") and not _listens(self.address):
             raise InputError(self.no_cluster)
 
     @property

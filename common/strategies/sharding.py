@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from common.errors import InputError
-from common.parts import Answers
+from common.parts import StrategyFacts
 
 
-class WholeCheckpoints(Answers):
+class WholeCheckpoints(StrategyFacts):
     """Lets a sharding strategy of Lightning read and write the checkpoints of a single process.
 
     Weights are loaded into the whole net, which is sharded afterwards. A strategy puts together and takes apart:

@@ -17,7 +17,7 @@ from common.parts import batch_norms, blocks
 
 KEY = "trainer.strategy.stages"
 INSTEAD = "take configs/strategy/fsdp2.yaml"
-UNLIKE = -1  # for the width of an output that is not as the input
+UNLIKE = -1  # a block's output differs from its input
 
 
 class Plan(NamedTuple):

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from common.data import TrainSampler
 from common.errors import SIGTERM_EXIT, InputError, Stopped, nearest, speaking_of
-from common.run.cli import RecipeCLI
+from common.run.cli import DEFAULTS, RecipeCLI
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE
 
@@ -56,7 +56,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     base: dict[str, Any] = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
     if config["model"]["augmentation"] is None:  # as for texts; the layer may have one
         base["model"]["augmentation"] = None
-    layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (recipe / "config.yaml", layer)]
+    layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DEFAULTS, recipe / "config.yaml", layer)]
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -69,19 +69,24 @@ class MultiTaskModule(BaseModule):
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        outputs, target = self(batch), batch.target
+        losses, _ = self.task_step(batch, stage)
+        return losses.mean(), batch.mask.sum()
+
+    def task_step(self, batch: Batch, stage: Stage) -> tuple[Float[Tensor, " tasks"], Float[Tensor, " tasks"]]:
+        """The mean loss of each task, and what the weighting makes its weights of; updates the stage's metrics."""
+        outputs, state = self.net(**batch.inputs)
+        target = batch.target
         if stage != "train":
             outputs, target = ({name: v[batch.mask] for name, v in values.items()} for values in (outputs, target))
         losses = task_losses(self.tasks, outputs, target)
         if stage != "train":
             self.metrics[stage].update(losses, outputs, target)
             self.log_dict(self.metrics[stage].named(stage), prog_bar=False)
-        return losses.mean(), batch.mask.sum()
+        return losses, state
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        outputs, state = self.net(**batch.inputs)
-        losses = task_losses(self.tasks, outputs, batch.target)
+        losses, state = self.task_step(batch, "train")
         self.count_loss(losses.mean())
         self._batch = batch  # for weightings that look back
         return self.balance.loss(losses, state)

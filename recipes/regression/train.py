@@ -1,11 +1,12 @@
-"""Command line: ``python recipes/regression/train.py {fit,validate,test,predict} [--key value]``."""
+"""Command line: ``python recipes/regression/train.py {fit,validate,test,predict,preflight,export} [--key value]``."""
 
 import sys
 from pathlib import Path
 
 # The clone that this file is in, or else the installed one, comes before any other package named common.
-ROOTS = [*Path(__file__).resolve().parents, *map(Path, sys.path)]
-sys.path[:0] = [str(root) for root in ROOTS if (root / "common/script.py").is_file()]
+FOLDERS = [*Path(__file__).resolve().parents, *map(Path, sys.path)]
+CLONE = next((str(folder) for folder in FOLDERS if (folder / "common/script.py").is_file()), sys.path[0])
+sys.path[:0] = [CLONE] if sys.path[0] != CLONE else []
 import common.script  # noqa: F401  # first: lets this file be run by its path
 from common.run.cli import RecipeCLI
 
