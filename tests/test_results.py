@@ -25,10 +25,11 @@ def test_the_hash_is_that_of_values() -> None:
 
 
 def test_the_hash_leaves_out_what_decides_nothing() -> None:
+    bar, stop = ({"class_path": name} for name in ("common.run.callbacks.RunProgressBar", "EarlyStopping"))
     config = {
         "seed_everything": 1, "name": "a", "best": {"monitor": "val/loss"}, "media": {"every_n_validations": 1},
         "data": {"source": {"class_path": "common.sources.Digits", "init_args": {}}}, "model": {"loss": [1.0]},
-        "trainer": {"max_epochs": 3, "callbacks": ["some"], "logger": None, "default_root_dir": "here"},
+        "trainer": {"max_epochs": 3, "callbacks": [bar], "logger": None, "default_root_dir": "here"},
     }  # fmt: skip
     moved = json.loads(
         json.dumps(config).replace("common.sources.Digits", "recipes.mine.data.Digits").replace("here", "there")
@@ -39,6 +40,7 @@ def test_the_hash_leaves_out_what_decides_nothing() -> None:
         ("val/loss", "val/f1"),
         ("[1.0]", "[2.0]"),
         ('"max_epochs": 3', '"max_epochs": 4'),
+        (json.dumps([bar]), json.dumps([bar, stop])),
     ):
         assert decisive(json.loads(json.dumps(config).replace(text, other))) != decisive(config)
 

@@ -175,13 +175,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # In a run that was moved the best checkpoint lies in another folder, and Lightning would forget its score.
-        here = Path(str(self.dirpath), Path(state_dict["best_model_path"]).name)
+        # A run that was moved keeps its best, in another folder than before; one that goes on from another run's
+        # checkpoint begins without.
+        here = Path(str(self.dirpath), "best.ckpt")
         if state_dict["best_model_path"] and here.is_file():
             path, score = str(here), state_dict["best_model_score"]
-            places = {"best_model_path": path, "kth_best_model_path": path}
-            state_dict = state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}}
-        super().load_state_dict(state_dict)
+            places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": ""}
+            super().load_state_dict(state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}})
 
 
 class LastCheckpoint(Checkpoint):
