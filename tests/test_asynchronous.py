@@ -368,7 +368,7 @@ def test_batch_norm_that_waits_for_all_ranks_is_refused(strategy: str, work: Pat
     args = ["fit", *layer, *lm_args, "--trainer.sync_batchnorm", "true"]
     assert run_ranks(main_of("lm"), args, world=1, folder=work) == [2], logs(work)
     name = {"local_sgd": "LocalSGD", "parameter_server": "ParameterServer"}[strategy]
-    line = f"trainer.sync_batchnorm: is nothing for {name}; take false"
+    line = f"trainer.sync_batchnorm: {name} does not support it; take false"
     assert line in (work / "rank0.log").read_text().splitlines()[-1]
 
 

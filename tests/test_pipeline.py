@@ -233,7 +233,7 @@ def test_nets_that_cannot_be_divided(make: Callable[[], nn.Module], stages: int,
         ("lm", ["--trainer.strategy.micro_batches", "0", "--trainer.strategy.schedule", "gpipe"], "at least 1 with"),
         ("lm", ["--data.batch_size", "6"], "micro_batches: 4 is no divisor of the 6 samples of a batch"),
         ("lm", [f"{NET}.num_hidden_layers", "1"], "LlamaForCausalLM has 1 blocks, fewer than 2 stages"),
-        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for Pipeline"),
+        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: Pipeline does not support it"),
         ("classification", [], "ConvNet names no list of blocks (_no_split_modules)"),
     ],
 )

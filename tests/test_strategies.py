@@ -396,8 +396,12 @@ def test_what_an_optimizer_says_of_itself(kind: Any, elementwise: bool, separabl
             ["--model.optimizer", "pytorch_optimizer.Lamb"],
             "model.optimizer: Lamb needs whole tensors",
         ),
-        ("deepspeed_zero2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for DeepSpeed"),
-        ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: is nothing for FSDP2"),
+        (
+            "deepspeed_zero2",
+            ["--trainer.sync_batchnorm", "true"],
+            "trainer.sync_batchnorm: DeepSpeed does not support it",
+        ),
+        ("fsdp2", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: FSDP2 does not support it"),
         ("fsdp", ["--trainer.strategy.device_mesh", "[1, 2]"], "is for sharding_strategy HYBRID_SHARD"),
         (
             "fsdp",
