@@ -479,8 +479,7 @@ def test_checkpoint_of_another_recipe(resumable: Path, lm_args: list[str], capfd
     before, checkpoint = contents(resumable), resumable / "checkpoints/last.ckpt"
     for path in (checkpoint, shutil.copy(checkpoint, "alone.ckpt")):
         line = refused(CLASSES, ["fit", *TINY, "--ckpt_path", str(path)], capfd)
-        assert line.startswith("--ckpt_path ")
-        assert line.endswith("is not one of classification")
+        assert "--ckpt_path: its config is not one of classification (" in line
     assert before == contents(resumable)
     assert not Path("runs/classification").exists()
 
@@ -508,6 +507,26 @@ def test_a_refused_start_from_another_run_puts_the_earlier_one_back(
     assert "trainer.val_check_interval: 3 micro-batches are no multiple" in line
     shutil.rmtree(other)
     assert contents(resumable) == before
+
+
+def test_a_copy_needs_a_name_that_python_can_import(work: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "recipes/regression", work / "my-table"))
+    command = [sys.executable, "-W", "ignore", str(folder / "train.py"), "fit"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "'my-table' cannot be the name of a Python package; take letters" in done.stderr
+
+
+def test_a_number_alone_names_no_key(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The message of a constructor starts with its argument; other keys may have the same number."""
+    Path("layer.yaml").write_text("trainer: {max_steps: -1}\nmodel: {attack: {init_args: {eps: -1.0}}}\n")
+    line = refused("adversarial", ["fit", "--config", "layer.yaml"], capfd)
+    assert line.startswith("layer.yaml:2: model.attack.init_args.eps: eps must be a number of at least 0")
+    Path("layer.yaml").write_text("model:\n  eval_attack: null\n")
+    line = refused("adversarial", ["fit", "--config", "layer.yaml"], capfd)
+    assert line == "layer.yaml:2: model.eval_attack: is null; it needs a value"
 
 
 def test_flags_may_be_for_a_class_of_the_run(work: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,9 @@ class RecipeCLI(LightningCLI):
         self.first_step = 0
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
         with one_line_errors(self, debug):
+            if not all(part.isidentifier() for part in self.package.split(".")):
+                problem = "cannot be the name of a Python package; take letters, digits and underscores"
+                raise InputError(f"{self.recipe_dir}: {self.recipe_dir.name!r} {problem}")
             allowed = [*_packages(), "recipes", self.package]
             jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
             super().__init__(
@@ -257,8 +260,9 @@ class RecipeCLI(LightningCLI):
             try:
                 self.parser.parse_args(layered)
             except jsonargparse.ArgumentError as error:
-                problem = f"its config is not one of {self.recipe_dir.name}"
-                raise InputError(f"--ckpt_path {checkpoint}: {problem}") from error
+                reason = explain(error, [], self.defaults, {})
+                problem = f"its config is not one of {self.recipe_dir.name} ({reason}); mend the config.yaml of its run"
+                raise InputError(f"--ckpt_path: {problem}") from error
             raise  # the mistake is in what is given now
         self.config[self.subcommand].ckpt_path = str(checkpoint)
         self._set_folder()

@@ -83,6 +83,8 @@ def locate(
     layers = [_entries(path, str(path)) for path in defaults]
     layers += [[Entry(f"--{flag}", flag, value), *_read(flag, value)] for flag, value in flags(argv)]
     wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
+    # Many keys may have the same number: without a key it says nothing.
+    values = [value for value in values if key or re.search("[A-Za-z]", value)]
     for entry in (entry for layer in reversed(layers) for entry in layer):
         name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
         if not wanted or f"{name}.".startswith(f"{wanted}."):

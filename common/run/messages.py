@@ -59,6 +59,8 @@ def _read_other(error: Exception) -> tuple[str, str, list[str]]:
 
 def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list[str]]:
     """Return the same for what jsonargparse says."""
+    if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
+        return m[1], "is null; it needs a value", []
     keys = re.findall(r"""(?:Parser key "|Linked "|--> |[Oo]ption '|arguments?:? (?:-c/)?--)([\w.]+)""", text)[:1]
     # Of the alternatives of a union, the one that went into a class says more than those that did not.
     if m := re.search(r"\n( *)- Problem with given class_path.*?(?=\n\1- |\Z)", text, re.DOTALL):
@@ -91,8 +93,13 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
         return f"no such argument of {path}{hint}"
     if len(keys) == 1 and (m := re.search(r"Expected a dot import path string: (\S+)", text)):
         classes = re.findall(r"\.(\w+)(?:,|$)", getattr(known.get(keys[0]), "extra_help", str)())
-        hint = nearest(m[1], classes) or (f"; it takes {', '.join(classes)}" if classes else "")
-        return f"no class {m[1]!r}{hint}"
+        if hint := nearest(m[1], classes):
+            return f"no class {m[1]!r}{hint}"
+        few = len(classes) < 12  # an argument that takes any net lists hundreds
+        hint = (
+            f"; it takes {', '.join(classes)}; import one of your own in module.py" if few else "; give its full path"
+        )
+        return f"no class {m[1]!r}{hint if classes else ''}"
     if choices := re.findall(r"'([^']+)'", " ".join(re.findall(r"typing\.Literal\[([^\]]+)", text))):
         hint = nearest(given, choices) or f"; choose from {', '.join(dict.fromkeys(choices))}"
         return f"{given!r} is not accepted{hint}"
