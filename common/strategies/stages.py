@@ -113,20 +113,20 @@ class Stage:
         device: torch.device,
         context: Callable[[], AbstractContextManager[Any]],
     ):
-        self.net, self.plan, self.number = net, plan, number
+        self.net, self.layers, self.number = net, plan.layers, number  # not the plan, which holds all parameters
         self.group, self.device, self.context = group, device, context
-        self.last = len(plan.own) - 1
+        self.last, self.own = len(plan.own) - 1, plan.own[number]
         self.in_step = False
         self.received: Tensor | None = None  # in a step, from the stage before, for one forward pass
         self.seeds = (0, 0)  # in a step, the seed of the batch and the number of the micro-batch
         self._width: int | None = None  # of the tuple that a block returns, 0 for a tensor; None before it is known
         self._checked: set[bool] = set()  # in evaluation, in training
-        self._drop_others()
+        self._drop_others(plan)
         self._lead_through_blocks()
         self._stop_caching()
         self._lead_through_stages()
 
-    def _drop_others(self) -> None:
+    def _drop_others(self, plan: Plan) -> None:
         """Take the parameters of other stages from the net.
 
         An expanded NaN takes the place of each. It needs no memory, tells the net its shapes, and shows in the output
@@ -134,14 +134,14 @@ class Stage:
         """
         for part in self.net.modules():
             for name, p in list(part.named_parameters(recurse=False, remove_duplicate=False)):
-                if self.number not in self.plan.stages_of[p]:
+                if self.number not in plan.stages_of[p]:
                     delattr(part, name)
                     value = torch.full((), torch.nan, dtype=p.dtype, device=self.device)
                     setattr(part, name, value.expand(p.shape))
 
     def _lead_through_blocks(self) -> None:
         """Replace the forward pass of each block of another stage."""
-        layers, own = self.plan.layers, self.plan.own[self.number]
+        layers, own = self.layers, self.own
         for number, block in enumerate(layers):
             if number not in own:
                 block._compiled_call_impl = None  # else it would run, and not this forward
@@ -255,7 +255,7 @@ class Stage:
             width.fill_(_width(output, found[0]))
             raise Left(found[0])
 
-        block = self.plan.layers[0]
+        block = self.layers[0]
         hooks = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
         try:
             with self.context(), torch.compiler.set_stance("force_eager"):
