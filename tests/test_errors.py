@@ -22,7 +22,7 @@ import yaml
 from common.checkpoint import read_checkpoint
 from common.run.cli import RecipeCLI
 from common.run.layers import locate
-from tests.support import RECIPES, ROOT, TINY, main_of
+from tests.support import MEASURED, ROOT, TINY, main_of
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -763,7 +763,7 @@ def test_typos_get_the_right_suggestion(
     assert len(wrong) <= 0.05 * count, wrong
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MEASURED)
 def test_every_recipe_is_given_mistakes(recipe: str) -> None:
     """Those of the first recipes are here, those of another in the file of its own tests."""
     mistakes = [case for case in (*CASES, *WRONG_NUMBERS, *WRONG_DATA, *WRONG_RUNS) if case.values[0] == recipe]

@@ -38,10 +38,10 @@ LOAD = """
 import importlib, sys
 from common.module import BaseModule
 for recipe in sys.argv[1:]:
-    module = importlib.import_module(f"recipes.my_{recipe}.module")
+    module = importlib.import_module(f"recipes.copy_of_{recipe}.module")
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseModule)]
     kind = next(kind for kind in kinds if kind.__module__ == module.__name__)
-    net = kind.load_from_checkpoint(f"runs/my_{recipe}/default/checkpoints/last.ckpt").net
+    net = kind.load_from_checkpoint(f"runs/copy_of_{recipe}/default/checkpoints/last.ckpt").net
     print(sum(p.numel() for p in net.parameters()))
 """
 
@@ -148,8 +148,8 @@ def test_copied_recipes_run_unedited(work: Path, clone: Path, small_text: Path) 
     """By path from another folder, and their checkpoints load in a process that knows only the classes."""
     commands = []
     for recipe in MEASURED:
-        shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/my_{recipe}")
-        script = str(clone / f"recipes/my_{recipe}/train.py")
+        shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/copy_of_{recipe}")
+        script = str(clone / f"recipes/copy_of_{recipe}/train.py")
         commands.append(([script, "fit", *tiny(recipe, small_text), *PLAIN], clone))
     run_scripts(work, commands)
     loaded = subprocess.run(
