@@ -79,7 +79,7 @@ def rows() -> list[Row]:
 def decisive(config: dict[str, Any]) -> Any:
     """The settings that decide a number.
 
-    Loggers and the callbacks of every run decide nothing, nor does the file in which a class of this repository is.
+    Loggers and the callbacks of every run decide nothing. Neither does the file of a class of this repository.
     """
     kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
     left_out = ("logger", "callbacks", "default_root_dir")
