@@ -22,23 +22,15 @@ DPI = 160
 
 
 def read_metrics(run_dir: Path) -> Series:
-    """Read a folder's `metrics.csv` and its earlier segments `metrics.until-step-<N>.csv` as one history.
+    """Read a folder's `metrics.csv`.
 
     Returns:
         Each metric's optimizer steps, ascending, and finite values; empty if nothing was logged.
     """
-    earlier = run_dir.glob("metrics.until-step-*.csv")
-    numbers = {path: [int(part) for part in path.stem.rpartition("-")[2].split(".")] for path in earlier}
-    segments = sorted(((number[0], number, path) for path, number in numbers.items()), reverse=True)
-    history: list[dict[str, str]] = []
-    end = math.inf
-    # Newest first: from its first step on, a file supersedes older ones.
-    for limit, _, path in [(math.inf, [], run_dir / "metrics.csv"), *segments]:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        # A killed run can leave half a line, with a wrong last number.
-        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-        history = [row for row in rows if int(row["step"]) < min(limit, end)] + history
-        end = min([end, *(int(row["step"]) for row in rows)])
+    path = run_dir / "metrics.csv"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    # A killed run can leave half a line, with a wrong last number.
+    history = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     series: Series = {}
     for row in history:
         for name, value in row.items():

@@ -53,6 +53,14 @@ class StepLosses:
         """Keep the loss of a micro-batch of an optimizer step."""
         self._kept.append((step, loss))
 
+    def state(self, strategy: Strategy) -> list[tuple[int, float]]:
+        """What a checkpoint keeps of them: steps, and means over ranks. Raises as :meth:`check` does."""
+        return list(zip([step for step, _ in self._kept], self.check(strategy).tolist(), strict=True))
+
+    def restore(self, state: list[tuple[int, float]], device: torch.device) -> None:
+        """Go on from a checkpoint's :meth:`state`."""
+        self._kept = [(step, torch.tensor(loss, device=device)) for step, loss in state]
+
     def take(self, strategy: Strategy) -> Float[Tensor, ""]:
         """The mean over micro-batches and ranks; clears the losses. Raises as :meth:`check` does."""
         if not self._kept:

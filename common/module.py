@@ -275,14 +275,16 @@ class BaseModule(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Raising here leaves the last good checkpoint in its place.
-        self._losses.check(self.trainer.strategy)
+        losses = self._losses.state(self.trainer.strategy)
         self._check_weights()
+        checkpoint["losses"] = [] if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"] = geometry(self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        self._losses.restore(checkpoint["losses"], self.device)
         before, now = checkpoint["geometry"], geometry(self.trainer)
         if before != now:
             move_position(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], before, now)

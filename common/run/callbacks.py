@@ -195,43 +195,39 @@ class LastCheckpoint(Checkpoint):
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise InputError(f"last.every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
-        self._saved = -1  # the optimizer step of the last checkpoint
+        self._is_saved = False  # whether the checkpoint holds all that has been done
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint, unless there is one of this step."""
-        if self._saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._saved = trainer.global_step
+        """Write the checkpoint."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(checkpoints_of(trainer) / "last.ckpt", weights_only=False)
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = -1
+            self._is_saved = True
 
     @override
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not pl_module.ends_step:
-            return
-        step, every = trainer.global_step, self.every_n_train_steps
-        # Not when training ends: Lightning then counts an epoch that max_steps cut short as complete.
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        ends = trainer.current_epoch + 1 == trainer.max_epochs and batches.is_last_batch and every
-        if step == trainer.max_steps or ends or trainer.should_stop or (every and step % every == 0):
+        self._is_saved = False
+        every = self.every_n_train_steps
+        if every and pl_module.ends_step and trainer.global_step % every == 0:
             self.save(trainer)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        # At the end of an epoch its own hook saves, whose checkpoint goes on with the next epoch.
-        within = not self.every_n_train_steps and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if trainer.should_stop or within:
+        self._is_saved = False
+        if not self.every_n_train_steps and not trainer.is_last_batch:  # an epoch's end follows at once
             self.save(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.should_stop or not self.every_n_train_steps:
+        if not self.every_n_train_steps:
+            self.save(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._is_saved:
             self.save(trainer)
 
 

@@ -40,6 +40,8 @@ from common.run import layers
 from common.run.callbacks import BestCheckpoint, LastCheckpoint
 from common.run.faults import StopOnSigterm, lost_rank
 from common.run.folder import RunFolder, make
+from common.run.loggers import Wandb
+from common.run.loop import EpochLoop, FitLoop
 from common.run.messages import explain
 from common.run.record import Media, PredictionWriter, RunRecord
 from common.run.trainer import RecipeTrainer
@@ -311,7 +313,8 @@ class RecipeCLI(LightningCLI):
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
-        self.folder = self.run.path if self.subcommand == "fit" else self.run.path / self.subcommand
+        self.run.start_from(config.get("ckpt_path"))
+        self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / self.subcommand
         config.trainer.default_root_dir = str(self.run.path)
         if self.subcommand == "test":
             config.verbose = False  # RunRecord prints a shorter table
@@ -321,13 +324,13 @@ class RecipeCLI(LightningCLI):
                     item.init_args[key] = str(base / path)
 
     def before_fit(self) -> None:
-        """Make room for the run, when everything is built: a mistake found until then leaves an earlier one alone."""
+        """Take the run's name, when everything is built."""
         checkpoint, steps = self.config.fit.ckpt_path, self.trainer.max_steps
         self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
         if -1 < steps < self.first_step:
             raise InputError(f"trainer.max_steps: {steps} is below the {self.first_step} of --ckpt_path; raise it")
         if not (self.config.fit.trainer.fast_dev_run or self.trainer.global_rank):
-            self.run.begin(checkpoint, self.first_step)
+            self.run.begin(self.first_step)
 
     def before_validate(self) -> None:
         """Make the command's folder."""
@@ -352,14 +355,11 @@ class RecipeCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            # It is a mistake of the user, not of the code, only as long as nothing was trained.
-            untrained = self.trainer.global_step <= self.first_step
-            mistake = self._mistake(error)
-            if untrained and (mistake or isinstance(error, InputError | MisconfigurationException)):
-                self.run.put_back()
-            if mistake:
+            if mistake := self._mistake(error):
                 raise mistake from error
             raise
+        finally:
+            self.run.end()
 
     def _mistake(self, error: Exception) -> Exception | None:
         """What a library's exception says about the config, the checkpoint or the other ranks; None if nothing."""
@@ -382,19 +382,21 @@ class RecipeCLI(LightningCLI):
         built = self.config_init[self.subcommand]
         settings = built["trainer"]
         best, last, media = (built[key] for key in CALLBACKS)
-        own = [media, RunRecord(self.resolved, self.folder), StopOnSigterm()]
+        own = [media, StopOnSigterm()]
         if self.subcommand == "predict":
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
-        callbacks = [
-            each for each in (best, last, *_as_list(settings.get("callbacks")), *own) if not isinstance(each, off)
-        ]
+        record, given = RunRecord(self.resolved, self.folder, self.run), _as_list(settings.get("callbacks"))
+        callbacks = [each for each in (record, best, *given, last, *own) if not isinstance(each, off)]
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
         loggers = self._loggers(settings["logger"])
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, logger=loggers, **kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(_trainer_mistake(str(error))) from error
+        steps = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+        trainer.fit_loop = FitLoop(trainer, trainer.min_epochs, trainer.max_epochs)
+        trainer.fit_loop.epoch_loop = steps
         # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         _check_trainer(trainer, settings)
@@ -403,6 +405,9 @@ class RecipeCLI(LightningCLI):
     def _loggers(self, given: Any) -> list[Any]:
         """The loggers that are given, and the CSV file that reports are made of; none if ``logger`` is false."""
         loggers = _as_list(given)
+        for each in loggers:
+            if isinstance(each, Wandb) and self.subcommand == "fit":
+                each.starting = self.folder
         if given is False or any(isinstance(each, CSVLogger) and Path(each.log_dir) == self.folder for each in loggers):
             return loggers
         return [CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1), *loggers]

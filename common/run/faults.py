@@ -55,7 +55,6 @@ class StopOnSigterm(Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         connector: Any = trainer._signal_connector
         connector._original_handlers = connector._get_current_signal_handlers()  # which Lightning puts back at the end
         connector._register_signal(signal.SIGTERM, self._note)

@@ -1,11 +1,18 @@
 """A run's folder: where it is, which of its checkpoints is meant, and what a new fit does to an earlier run."""
 
+import csv
+import errno
+import fcntl
+import glob
+import os
 import shutil
+import socket
 from pathlib import Path
+from typing import IO
 
 from common.errors import InputError, closest, nearest
 
-RECORD = ("config.yaml", "hparams.yaml", "environment.json")
+LONGEST_NAME = 200  # bytes; file systems take 255, and a run's name gets prefixes and numbers
 
 
 class RunFolder:
@@ -21,20 +28,24 @@ class RunFolder:
     """
 
     def __init__(self, recipe: str, name: str, root: str | None):
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise InputError(f"--name {name!r} must be a plain folder name")
+        if Path(name).name != name or name in ("", ".", "..") or name.startswith("."):
+            raise InputError(f"--name {name!r} must be a plain folder name, without a dot in front")
+        if len(name.encode()) > LONGEST_NAME:
+            raise InputError(f"--name {name[:20]!r}… has {len(name.encode())} bytes; take at most {LONGEST_NAME}")
         self.path = Path(root or ".").resolve() / "runs" / recipe / name
-        # What fit has done to an earlier run of this name: where it, or its metrics, lay and lies, and its record.
-        self._aside: tuple[Path, Path] | None = None
-        self._record: dict[Path, bytes] = {}
+        self.starting = self.path
+        self._goes_on, self._first_step = False, 0
+        self._lock: IO[str] | None = None
 
     def holds(self, checkpoint: str | Path | None) -> bool:
-        """Whether a checkpoint is of this run."""
-        return checkpoint is not None and self.path in Path(checkpoint).parents
+        """Whether a checkpoint is of this run, whatever links lead there."""
+        parents = Path(checkpoint).absolute().parents if checkpoint is not None and self.path.exists() else []
+        return any(parent.exists() and parent.samefile(self.path) for parent in parents)
 
     def _named_like(self, pattern: str) -> list[str]:
         """Names of the recipe's runs that have such a checkpoint."""
-        return sorted({path.parent.parent.name for path in self.path.parent.glob(f"*/checkpoints/{pattern}")})
+        found = {path.parent.parent.name for path in self.path.parent.glob(f"*/checkpoints/{pattern}")}
+        return sorted(name for name in found if name[0] != ".")
 
     def best(self) -> str | None:
         """``best`` if the run has a checkpoint, None if the recipe has no run that has one.
@@ -59,7 +70,7 @@ class RunFolder:
         if name not in ("last", "best"):
             if not Path(name).exists():
                 raise InputError(f"--ckpt_path {name}: no such file; give last, best or the path of a checkpoint")
-            return Path(name).resolve()
+            return Path(name).absolute()
         path = self.path / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
             others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stem not in ("last", "best"))
@@ -72,38 +83,125 @@ class RunFolder:
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
-    def begin(self, checkpoint: str | None, first_step: int) -> None:
-        """Move an earlier run of this name aside, or keep its metrics when it goes on, as the logger starts anew.
+    def start_from(self, checkpoint: str | None) -> None:
+        """Choose the folder :attr:`starting`, where a fit writes until its first step is made.
+
+        It is on the disk of the run's folder, as it or its files are renamed.
 
         Args:
             checkpoint: the checkpoint to resume from; None for a new run.
-            first_step: its optimizer step.
         """
-        if self.holds(checkpoint):
-            kept = (self.path / name for name in RECORD)
-            self._record = {path: path.read_bytes() for path in kept if path.exists()}
-            metrics = self.path / "metrics.csv"
-            segment, number = metrics.with_name(f"metrics.until-step-{first_step}.csv"), 1
-            while segment.exists():
-                segment, number = metrics.with_name(f"metrics.until-step-{first_step}.{number}.csv"), number + 1
-            if metrics.exists():
-                self._aside = metrics, metrics.rename(segment)
-        elif self.path.exists():
-            earlier = self.path.parent.glob(f"{self.path.name}.*")
-            numbers = [int(p.suffix[1:]) for p in earlier if p.suffix[1:].isdigit()]
-            moved = self.path.with_name(f"{self.path.name}.{max(numbers, default=0) + 1}")
-            self._aside = self.path, self.path.rename(moved)
-        make(self.path)
+        self._goes_on = self.holds(checkpoint)
+        beside = self.path.resolve() if self._goes_on else self.path
+        inside = self._goes_on and os.path.ismount(self.path)
+        self.starting = self.path / ".starting" if inside else beside.with_name(f".{beside.name}.starting")
 
-    def put_back(self) -> None:
-        """Undo :meth:`begin`."""
-        for path, content in self._record.items():
-            path.write_bytes(content)
-        if self._aside is not None:
-            before, now = self._aside
-            shutil.rmtree(before, ignore_errors=True)  # it may not even have been made
-            now.replace(before)
-        self._aside, self._record = None, {}
+    def begin(self, first_step: int) -> None:
+        """Take the name, and make the folder :attr:`starting`; :meth:`settle` alone touches the run's.
+
+        Args:
+            first_step: optimizer step of the checkpoint to resume from.
+
+        Raises:
+            InputError: another fit holds the name, or the folder cannot be made or moved.
+        """
+        self._first_step = first_step
+        make(self.path.parent)
+        self._lock = _lock(self.path.with_name(f".{self.path.name}.lock"), self.path.name)
+        if self.path.exists() and not self._goes_on and os.path.ismount(self.path):
+            raise InputError(f"--name {self.path.name}: {self.path} is a mount and cannot be moved; give another name")
+        self._leave()  # what a killed process has left
+        make(self.starting)
+
+    def settle(self) -> None:
+        """Make the folder that :meth:`begin` has made the run's: there is a first step to keep.
+
+        An earlier run of the name is moved aside, or goes on: then rows of metrics from the first step on give way.
+        What still writes to the starting folder finds the run's through a link.
+        """
+        starting = self.starting
+        if self._lock is None or starting.is_symlink():
+            return
+        if self._goes_on:
+            merge_metrics(self.path / "metrics.csv", starting / "metrics.csv", self._first_step)
+            for source in sorted(path for path in starting.rglob("*") if not path.is_dir()):
+                target = self.path / source.relative_to(starting)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+            shutil.rmtree(starting)
+        else:
+            if self.path.exists() or self.path.is_symlink():
+                earlier = self.path.parent.glob(f"{glob.escape(self.path.name)}.*")
+                numbers = [int(p.suffix[1:]) for p in earlier if p.suffix[1:].isdigit()]
+                moved = self.path.with_name(f"{self.path.name}.{max(numbers, default=0) + 1}")
+                self.path.rename(moved)
+                print(f"fit: the earlier run of this name is {moved} now", flush=True)
+            starting.rename(self.path)
+        starting.symlink_to(self.path, target_is_directory=True)
+
+    def end(self) -> None:
+        """Let go of the name; what a fit has written without a first step goes."""
+        if self._lock is not None:
+            self._leave()
+            self._lock.close()
+            self._lock = None
+
+    def _leave(self) -> None:
+        if self.starting.is_symlink():
+            self.starting.unlink()
+        elif self.starting.exists():
+            shutil.rmtree(self.starting, ignore_errors=True)
+
+
+def _lock(path: Path, name: str) -> IO[str]:
+    """Hold a file's lock, which ends with this process, on network file systems (NFS 4) too, and say in it who does.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--name {name}: cannot write {path} ({error.strerror}); give another name or root") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no forked process inherits it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"fit: {path.parent} knows no locks ({error.strerror}); start no second fit of one name", flush=True)
+            return file
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"--name {name}: {holder} is training it; wait for it, or give another name") from error
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}," if job else ""))
+    file.flush()
+    return file
+
+
+def merge_metrics(earlier: Path, new: Path, first_step: int) -> None:
+    """Put the rows of an earlier ``metrics.csv`` before those of a new one.
+
+    Rows of steps that are trained again give way, as does half a line that a killed process has left.
+
+    Args:
+        earlier: the file of the run so far.
+        new: that of the run that goes on; it becomes both.
+        first_step: the optimizer step that it goes on from; rows count steps from 0.
+    """
+    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (earlier, new)]
+    before, now = (list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines())) for text in texts)
+    again = {(row["step"], *sorted(key for key, value in row.items() if value)) for row in now}
+    kept = [
+        row for row in before
+        if int(row["step"]) < first_step and (row["step"], *sorted(k for k, v in row.items() if v)) not in again
+    ]  # fmt: skip
+    if rows := [*kept, *now]:
+        with new.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, sorted({key for row in rows for key in row}), restval="")
+            table.writeheader()
+            table.writerows(rows)
 
 
 def make(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Wandb(WandbLogger):
         notes: str | None = None,
         log_model: Literal["all"] | bool = False,
     ):
-        self.folder = Path(dirpath)
+        self.folder = self.starting = Path(dirpath)  # a fit begins to write elsewhere
         super().__init__(
             name=name or os.environ.get("WANDB_NAME", self.folder.name),
             project=project or os.environ.get("WANDB_PROJECT", self.folder.parent.name),
@@ -66,6 +66,7 @@ class Wandb(WandbLogger):
             self._wandb_init["id"] = earlier.stem.removeprefix("run-")
         # W&B writes its news to stderr. It would also keep the remote's URL, which can hold a token.
         commit = describe_environment()["commit"]
+        self._wandb_init["dir"] = str(self.starting)
         self._wandb_init["settings"] = {"silent": True, "disable_git": True, "git_commit": commit}
         wandb.setup(wandb.Settings(silent=True))
         try:
@@ -74,7 +75,8 @@ class Wandb(WandbLogger):
             problem = str(error).partition("\n")[0].rstrip(".")[:90]
             hint = "set WANDB_API_KEY, or WANDB_MODE=offline"
             raise InputError(f"trainer.logger: W&B: {problem}; {hint}") from error
-        where = f"wandb sync {Path(run.dir).parent}" if run.offline else run.url
+        sync = str(Path(run.dir).parent).replace(str(self.starting), str(self.folder))
+        where = f"wandb sync {sync}" if run.offline else run.url
         print(f"W&B: {where or 'disabled'}", flush=True)
         return run
 

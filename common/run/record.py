@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     ModelCheckpoint,
+    Timer,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
@@ -32,6 +33,7 @@ from common.errors import InputError, nearest
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run.callbacks import BestCheckpoint
+from common.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,11 +125,13 @@ class RunRecord(Callback):
 
     Args:
         config: the resolved config.
-        folder: where this command writes; the run's folder for ``fit``, a folder in it otherwise.
+        folder: where this command writes; for ``fit`` the folder in which it starts.
+        run: the run's folder. ``fit`` touches it as soon as there is something to keep.
     """
 
-    def __init__(self, config: dict[str, Any], folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: dict[str, Any], folder: Path, run: RunFolder):
+        self.config, self.folder, self.run = config, folder, run
+        self._settled = False
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -137,12 +141,35 @@ class RunRecord(Callback):
         written = self.folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
         written.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         os.replace(written, self.folder / "config.yaml")
-        (self.folder / "hparams.yaml").unlink(missing_ok=True)  # TensorBoard's logger keeps an earlier one
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
                 logger.log_hyperparams({**self.config, "environment": environment})
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Begin to keep what the run makes."""
+        if self._settled or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._settled = True
+        self.run.settle()
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and trainer.is_global_zero:
+                path = Path(logger.experiment.metrics_file_path)  # type: ignore[attr-defined]
+                header = path.open(encoding="utf-8").readline().strip() if path.exists() else ""
+                logger.experiment.metrics_keys = header.split(",") if header else []
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._settle(trainer)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(trainer)  # a resumed run may begin with it
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -150,6 +177,8 @@ class RunRecord(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and callback.state_key in states:
                 states[callback.state_key]["patience"] = callback.patience  # the one given now wins
+            elif isinstance(callback, Timer):  # trainer.max_time is that of this start
+                states.pop(callback.state_key, None)
 
     @override
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

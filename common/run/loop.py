@@ -1,0 +1,99 @@
+"""The loops of training. A resumed run goes on exactly where its checkpoint was made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.loops import _Loop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from typing_extensions import override
+
+from common.data import geometry
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """The steps of an epoch. A resumed one begins with the validation that its checkpoint was made before."""
+
+    # Of the checkpoint: whether its validation was still to come, and the metrics that had been logged.
+    validation_to_come = False
+    metrics: Mapping[str, float] = {}
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether a validation is due before the next step, in the first iteration of a resumed run."""
+        return self.restarting and self.validation_to_come and self._should_check_val_fx(None)  # type: ignore[arg-type]
+
+    @property
+    @override
+    def done(self) -> bool:
+        return not self.owes_validation and (self._is_training_done if self.restarting else super().done)
+
+    @override
+    def run(self, data_fetcher: Any) -> None:
+        super().run(data_fetcher)
+        self.restarting = False  # where nothing of the epoch was left to do
+
+    @override
+    def advance(self, data_fetcher: Any) -> None:
+        if self.owes_validation:
+            self._batches_that_stepped -= 1  # which loggers count after the validation
+            return  # on_advance_end validates
+        self.restarting = False  # Lightning's own guesses about what has been done stay out
+        super().advance(data_fetcher)
+
+    @override
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        return {"metrics": metrics}
+
+    @override
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = state_dict["metrics"]
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Lightning's makes every micro-batch wait for the device."""
+
+
+class FitLoop(_FitLoop):
+    """The epochs of a run.
+
+    Where a resumed run goes on follows from one number, the micro-batches that have been trained. Lightning guesses it
+    from several counters: with ``max_epochs`` and ``max_steps`` given, a run that went on from an epoch's end trained
+    an epoch fewer.
+    """
+
+    @property
+    @override
+    def done(self) -> bool:
+        ends = self.epoch_loop.restarting and self.epoch_loop.batch_progress.is_last_batch
+        # What comes after the last step of an epoch, or of the run, is still to be done.
+        return not (ends or self.epoch_loop.owes_validation) and super().done
+
+    @override
+    def on_run_start(self) -> None:
+        # What stops a run at the end of an epoch reads them. The sanity check has cleared them.
+        metrics = {name: torch.tensor(value) for name, value in self.epoch_loop.metrics.items()}
+        self.trainer.callback_metrics.update(metrics)
+        super().on_run_start()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        super().load_state_dict(state_dict, prefix)
+        steps, epochs = self.epoch_loop, self.epoch_progress
+        batches, per_epoch = steps.batch_progress, geometry(self.trainer)["per_epoch"]
+        steps.validation_to_come = batches.total.completed < batches.total.processed
+        trained = batches.total.processed
+        epoch, inside = divmod(trained, per_epoch)
+        if trained and not inside and epochs.total.processed < epoch:
+            epoch, inside = epoch - 1, per_epoch  # made before the epoch's end was told to callbacks
+        batches.is_last_batch = inside == per_epoch
+        begun = epoch + (inside > 0)
+        for counts in (epochs.total, epochs.current):
+            counts.ready, counts.started, counts.processed, counts.completed = begun, begun, epoch, epoch
+        for counts, number in ((batches.total, trained), (batches.current, inside)):
+            counts.ready = counts.started = counts.processed = counts.completed = number
+        steps._batches_that_stepped = steps.global_step
+        _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
+        self._restarting = steps._restarting = inside > 0
