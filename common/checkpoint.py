@@ -30,19 +30,33 @@ def read_checkpoint(
     if not Path(path).exists():
         raise InputError(f"{path}: no such checkpoint; {hint}")
     try:
-        if not zipfile.is_zipfile(path):
-            raise EOFError("no archive, hence cut short, or of an older format than any that is written here")
-        if not mmap and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not look at checksums
-            raise EOFError(f"{damaged} is not what was written")
+        if not mmap and not is_whole(path):
+            raise EOFError("not what was written")
         checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
     except Exception as error:  # damaged bytes make the reader raise nearly anything
+        if other := newest_whole(Path(path).parent):
+            hint = f"the newest whole one is {other}"
         raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
     for key in ("state_dict", "global_step"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise InputError(f"{path}: no checkpoint of a run, it lacks {key!r}; {hint}")
     return checkpoint
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether every byte of a checkpoint is what was written, by the checksums in it, at which torch does not look."""
+    try:
+        return zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is None
+    except Exception:  # damaged bytes make the reader raise nearly anything
+        return False
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in a folder."""
+    newest = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(filter(is_whole, newest), None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

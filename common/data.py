@@ -206,9 +206,11 @@ class _Batches(Dataset[Any]):
         return batch._replace(mask=torch.arange(len(positions.indices)) < positions.num_real)
 
 
-def _ignore_sigterm(worker: int) -> None:
-    # Launchers send SIGTERM to a whole process group; the training process ends its workers after it has saved.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    # Terminals and launchers signal a whole process group; the training process ends its workers after it has saved.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class BaseDataModule(L.LightningDataModule):
@@ -255,7 +257,7 @@ class BaseDataModule(L.LightningDataModule):
             num_workers=2 * on_gpu if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
             persistent_workers=False,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_ignore_signals,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

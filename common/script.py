@@ -8,11 +8,26 @@ the ranks that DDP launches again, from any working directory and in a copied re
 
 import gc
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 
 _main = sys.modules["__main__"]
 _file = getattr(_main, "__file__", None)
+
+
+def _end(number: int, _: object) -> None:
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+# Until the command line listens. As a container's first process this one hears no signal that has no handler.
+if _file and (Path(_file).resolve().parent / "module.py").is_file():
+    for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        _number = getattr(signal, _name, None)
+        if _number and signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(_number, _end)
 
 if _file and not getattr(_main, "__package__", None) and (Path(_file).resolve().parent / "__init__.py").is_file():
     _folder = Path(_file).resolve().parent

@@ -33,7 +33,11 @@ VALIDATES = {
     "every_2_epochs": ["--trainer.check_val_every_n_epoch", "2"],
     "never": ["--trainer.limit_val_batches", "0"],
 }
-ACCUMULATES = {"1": [], "2": ["--trainer.accumulate_grad_batches", "2"], "4": ["--trainer.accumulate_grad_batches", "4"]}
+ACCUMULATES = {
+    "1": [],
+    "2": ["--trainer.accumulate_grad_batches", "2"],
+    "4": ["--trainer.accumulate_grad_batches", "4"],
+}
 LIMITS = {"all": [], "4_batches": ["--trainer.limit_train_batches", "4"]}
 STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 WATCHES = {
@@ -85,7 +89,9 @@ def differs(value: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(value, list | tuple):
         if len(value) != len(other):
             return [where]
-        return [line for i, pair in enumerate(zip(value, other, strict=True)) for line in differs(*pair, f"{where}/{i}")]
+        return [
+            line for i, pair in enumerate(zip(value, other, strict=True)) for line in differs(*pair, f"{where}/{i}")
+        ]
     same = value.equal(other) if hasattr(value, "equal") else value == other or (value != value and other != other)
     return [] if same else [f"{where}: {value} {other}" if not hasattr(value, "equal") else where]
 

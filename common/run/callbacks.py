@@ -1,6 +1,7 @@
 """Callbacks of every recipe: throughput, the progress bar, the best and the last checkpoint."""
 
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -187,6 +188,8 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt``: after every epoch and validation, or every N steps, and when training ends.
 
+    The one before it stays as ``previous.ckpt``, for the case that ``last.ckpt`` is damaged.
+
     Args:
         every_n_train_steps: optimizer steps between two checkpoints; None for one per epoch and validation.
     """
@@ -199,9 +202,19 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(checkpoints_of(trainer) / "last.ckpt", weights_only=False)
-            self._is_saved = True
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        last = checkpoints_of(trainer) / "last.ckpt"
+        if trainer.is_global_zero and last.exists():
+            linked = last.with_name(".previous.tmp")
+            linked.unlink(missing_ok=True)
+            try:
+                os.link(last, linked)  # last.ckpt stays there until it is replaced
+                os.replace(linked, last.with_name("previous.ckpt"))
+            except OSError:  # a disk without links
+                os.replace(last, last.with_name("previous.ckpt"))
+        trainer.save_checkpoint(last, weights_only=False)
+        self._is_saved = True
 
     @override
     def on_train_batch_end(  # type: ignore[override]

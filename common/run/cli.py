@@ -24,7 +24,18 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -38,12 +49,13 @@ from common.module import BaseModule
 from common.parts import facts_of
 from common.run import layers
 from common.run.callbacks import BestCheckpoint, LastCheckpoint
-from common.run.faults import StopOnSigterm, lost_rank
+from common.run.faults import Endings, lost_rank
 from common.run.folder import RunFolder, make
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
 from common.run.messages import explain
 from common.run.record import Media, PredictionWriter, RunRecord
+from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
 
 # A class path in a config runs that class: only these packages, the recipes, and those in RECIPES_ALLOW may be named.
@@ -68,6 +80,19 @@ SWITCHES = {
     "enable_progress_bar": ProgressBar,
     "enable_checkpointing": Checkpoint,
     "enable_model_summary": ModelSummary,
+}
+
+# Lightning's callbacks that would do something else than they say.
+_MAKES_NET = "looks for the net before it is made"
+_MISFITS = {
+    StochasticWeightAveraging: f"{_MAKES_NET} and averages nothing; remove it",
+    WeightAveraging: f"{_MAKES_NET} and averages nothing; remove it",
+    ModelPruning: f"{_MAKES_NET} and prunes nothing; remove it",
+    GradientAccumulationScheduler: "changes how many steps a run has, which schedules and a resume count ahead; "
+    "remove it and set trainer.accumulate_grad_batches",
+    LearningRateFinder: "trains before the first step and leaves random numbers changed; remove it and set "
+    "model.optimizer.lr",
+    BatchSizeFinder: "changes the batch size after the samples are shared out; remove it and set data.batch_size",
 }
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
@@ -161,9 +186,8 @@ class RecipeCLI(LightningCLI):
         self.package = module_class.__module__.rpartition(".")[0]
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
-        self.first_step = 0
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
-        with one_line_errors(self, debug):
+        with one_line_errors(self, debug), listening() as self.signals:
             if not all(part.isidentifier() for part in self.package.split(".")):
                 problem = "cannot be the name of a Python package; take letters, digits and underscores"
                 raise InputError(f"{self.recipe_dir}: {self.recipe_dir.name!r} {problem}")
@@ -225,6 +249,8 @@ class RecipeCLI(LightningCLI):
             self._parse_after(checkpoint, head, flags)
         elif finds_run:
             self.config = parser.parse_args(self.argv)
+        if checkpoint is None and "ckpt_path" in self.config[self.subcommand]:
+            self.config[self.subcommand].ckpt_path = None  # auto, of a first start
         self._check(self.config[self.subcommand])
 
     @override
@@ -241,6 +267,11 @@ class RecipeCLI(LightningCLI):
             name = name or (None if given else self.run.best())
             if not rank_zero_only.rank:
                 print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run.path}", flush=True)
+        if name == "auto" and self.subcommand == "fit":
+            found = self.run.newest()
+            if not rank_zero_only.rank:
+                print(f"fit: {f'goes on from {found}' if found else f'{self.run.path} is new'}", flush=True)
+            return found
         return self.run.find(str(name)) if name else None
 
     def _parse_after(self, checkpoint: Path, head: list[str], flags: list[str]) -> None:
@@ -268,6 +299,11 @@ class RecipeCLI(LightningCLI):
             raise  # the mistake is in what is given now
         self.config[self.subcommand].ckpt_path = str(checkpoint)
         self._set_folder()
+        for key in ("optimizer", "lr_scheduler") if self.subcommand == "fit" else ():
+            was, now = (_name(model.get(key)) for model in (before.get("model", {}), self.config.fit.model.as_dict()))
+            if was != now:
+                problem = f"{was or 'none'} has a state in the checkpoint, which {now or 'none'} cannot go on from"
+                raise InputError(f"model.{key}: {problem}; take {was or 'null'}, or fit without --ckpt_path")
         if self.subcommand != "fit" and not self.run.holds(checkpoint) and self.run.path.exists():
             problem = f"is not of the run {self.run.path}; give --name another name"
             raise InputError(f"--ckpt_path {checkpoint}: {problem}")
@@ -316,6 +352,10 @@ class RecipeCLI(LightningCLI):
         self.run.start_from(config.get("ckpt_path"))
         self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / self.subcommand
         config.trainer.default_root_dir = str(self.run.path)
+        for item in _as_list(config.trainer.callbacks):
+            if _name(item.as_dict() if hasattr(item, "as_dict") else item) == "EarlyStopping":
+                # After each validation: at an epoch's end a resumed run might not have validated yet.
+                item.init_args.setdefault("check_on_train_epoch_end", False)
         if self.subcommand == "test":
             config.verbose = False  # RunRecord prints a shorter table
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
@@ -326,11 +366,12 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Take the run's name, when everything is built."""
         checkpoint, steps = self.config.fit.ckpt_path, self.trainer.max_steps
-        self.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"] if checkpoint else 0
-        if -1 < steps < self.first_step:
-            raise InputError(f"trainer.max_steps: {steps} is below the {self.first_step} of --ckpt_path; raise it")
+        if checkpoint:
+            self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
+        if -1 < steps < self.run.first_step:
+            raise InputError(f"trainer.max_steps: {steps} is below the {self.run.first_step} of --ckpt_path; raise it")
         if not (self.config.fit.trainer.fast_dev_run or self.trainer.global_rank):
-            self.run.begin(self.first_step)
+            self.run.begin()
 
     def before_validate(self) -> None:
         """Make the command's folder."""
@@ -354,6 +395,10 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # as which Lightning ends
+                raise KeyboardInterrupt from error
+            raise
         except Exception as error:
             if mistake := self._mistake(error):
                 raise mistake from error
@@ -372,7 +417,7 @@ class RecipeCLI(LightningCLI):
             return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")
         if isinstance(error, RuntimeError | ValueError) and (cause := lost_rank(error)):
             problem = f"rank {self.trainer.global_rank}: another rank has ended ({cause})"
-            trained = self.trainer.global_step > self.first_step
+            trained = self.trainer.global_step > self.run.first_step
             goes_on = "; --ckpt_path last goes on from the last checkpoint" if trained else ""
             return Stopped(problem + goes_on, LOST_RANK_EXIT)
         return None
@@ -382,7 +427,7 @@ class RecipeCLI(LightningCLI):
         built = self.config_init[self.subcommand]
         settings = built["trainer"]
         best, last, media = (built[key] for key in CALLBACKS)
-        own = [media, StopOnSigterm()]
+        own = [media, Endings(self.signals)]
         if self.subcommand == "predict":
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
@@ -397,9 +442,10 @@ class RecipeCLI(LightningCLI):
         steps = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
         trainer.fit_loop = FitLoop(trainer, trainer.min_epochs, trainer.max_epochs)
         trainer.fit_loop.epoch_loop = steps
-        # Lightning's handlers lock ranks up. `StopOnSigterm` listens in fit; elsewhere SIGTERM may end all at once.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         _check_trainer(trainer, settings)
+        for each in given:
+            if reason := next((why for kind, why in _MISFITS.items() if isinstance(each, kind)), None):
+                raise InputError(f"trainer.callbacks: {type(each).__name__} {reason}")
         return trainer
 
     def _loggers(self, given: Any) -> list[Any]:
@@ -434,8 +480,8 @@ def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
 
 
 def _name(item: Any) -> str:
-    """The name of a class that a config lists, without its package."""
-    return str(item.get("class_path", "") if isinstance(item, dict) else item).rpartition(".")[2]
+    """The name of a class that a config lists, without its package; nothing for none."""
+    return str(item.get("class_path", "") if isinstance(item, dict) else item or "").rpartition(".")[2]
 
 
 def _at_home(config: Any, package: str) -> Any:
@@ -510,6 +556,9 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
             traceback.print_exc()
         print(error, file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _quiet_stderr() -> None:

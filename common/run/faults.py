@@ -1,18 +1,28 @@
-"""Runs that are ended from outside: SIGTERM, and ranks that are lost. How ranks leave one another at the end."""
+"""How ranks end together: at the same step when one is sent a signal, and soon when one of them is lost."""
 
 import atexit
+import os
 import re
 import signal
+import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from common.errors import SIGTERM_EXIT, Stopped
+from common.errors import LOST_RANK_EXIT, InputError, Stopped
 from common.run.callbacks import LastCheckpoint
+from common.run.loop import EpochLoop
+from common.run.signals import Signals, name_of
 
 # What gloo, NCCL and Horovod say when the other end is gone.
 _LOST = re.compile(
@@ -40,48 +50,223 @@ def lost_rank(error: Exception) -> str | None:
     return found[0] if found and about_ranks else None
 
 
-class StopOnSigterm(Callback):
-    """Ends training on all ranks at the same step, with a new ``last.ckpt``, when any of them is sent SIGTERM.
+def compare_ranks(trainer: L.Trainer, facts: dict[str, Any]) -> None:
+    """Refuse ranks that were started otherwise than rank 0.
 
-    Lightning's own handler talks to other ranks from wherever the signal finds it, which can lock them up, hears rank 0
-    only, and ends with exit code 0; it also makes every micro-batch wait for the device. Here the ranks ask one another
-    after the first step and about every five seconds from then on.
+    Args:
+        trainer: the trainer; its strategy is set up.
+        facts: what must be equal, at any depth.
+
+    Raises:
+        InputError: a fact differs on some rank.
+    """
+    mine = dict(_flat(facts))
+    theirs = trainer.strategy.broadcast(mine)
+    wrong = next((key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)), None)
+    if not trainer.strategy.reduce_boolean_decision(wrong is None):
+        problem = f"{wrong} is {mine.get(wrong)} here and {theirs.get(wrong)} on rank 0" if wrong else "one differs"
+        fix = "start all ranks with the same command and code"
+        raise InputError(f"rank {trainer.global_rank}: the ranks were started differently: {problem}; {fix}")
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield key, value
+    for name, item in items:
+        yield from _flat(item, f"{key}.{name}" if key else str(name))
+
+
+class Ranks:
+    """A line between all ranks beside their collectives: signs of life, and where to stop.
+
+    A thread writes this rank's sign of life to a store of rank 0 and reads the others'. A second one ends the process
+    when one of them is missing for too long, or when the store is: then the first one hangs. Collectives keep their own
+    limits, so one that waits for a slow rank kills nobody.
+
+    Ranks count ticks: optimizer steps and batches of validation, the same on all ranks. A rank that is asked to stop
+    tells which tick it is in and begins no other. The latest of all is where all stop. No rank waits for one that
+    waits for it, as collectives of that tick have been entered.
+
+    Args:
+        trainer: the trainer; its strategy is set up.
     """
 
-    seconds = 5.0
+    limit = 45.0  # seconds without a sign of life, after which a rank is given up
 
-    def __init__(self) -> None:
-        self._received = False
+    def __init__(self, trainer: L.Trainer):
+        self.rank, self.size = trainer.global_rank, trainer.world_size
+        self.asked = 0  # the signal for which all ranks stop
+        self._signal = 0  # that this rank has received
+        self._tick, self._last_tick, self._stop_at = 0, -1, threading.Event()
+        self._lock, self._ended = threading.Lock(), False
+        self._heard = time.monotonic()  # from the store
+        self._lives = [(b"", self._heard)] * self.size  # sign of life of each rank, and since when it is the same
+        self._places: list[str] = []
+        self.every = max(0.5, self.size / 500)  # seconds between signs of life
+        if self.size > 1:
+            self._store = self._connect(trainer)
+            for work in (self._talk, self._judge):
+                threading.Thread(target=work, daemon=True).start()
+
+    def _connect(self, trainer: L.Trainer) -> TCPStore:
+        limit = timedelta(seconds=300)
+        server = (
+            TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=limit) if not self.rank else None
+        )
+        host = os.environ.get("MASTER_ADDR", socket.gethostname()) if trainer.num_nodes > 1 else "127.0.0.1"
+        host, port = trainer.strategy.broadcast((host, server.port if server else 0))
+        store = server or TCPStore(host, port, is_master=False, timeout=limit)
+        store.set(f"life/{self.rank}", "0")
+        store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._places = [place.decode() for place in store.multi_get([f"place/{rank}" for rank in range(self.size)])]
+        return store
+
+    def ask(self, number: int) -> None:
+        """Ask all ranks to stop, as this one has received a signal."""
+        self._signal = number
+        if self.size == 1:
+            self.asked, self._last_tick = number, self._tick
+            self._stop_at.set()
+
+    def tick(self) -> bool:
+        """Count a tick; whether all ranks stop after it."""
+        with self._lock:
+            if not self.asked:
+                self._tick += 1
+                return False
+        self._stop_at.wait()
+        stops = self._tick >= self._last_tick
+        self._tick += 1
+        return stops
+
+    def end(self) -> None:
+        """Leave: this rank has done its work."""
+        self._ended = True
+
+    def _talk(self) -> None:
+        number, keys = 0, [f"life/{rank}" for rank in range(self.size)]
+        with suppress(Exception):  # the store's rank has ended; _judge gives this one time to find out why
+            while not self._ended:
+                number += 1
+                self._store.set(keys[self.rank], str(number))
+                if self._signal and not self.asked:
+                    self._store.compare_set("signal", "", str(self._signal))
+                now = time.monotonic()
+                for rank, life in enumerate(self._store.multi_get(keys)):
+                    if self._lives[rank][0] != life:
+                        self._lives[rank] = life, now
+                if not self._stop_at.is_set() and self._store.check(["signal"]):
+                    self._agree()
+                self._heard = time.monotonic()
+                time.sleep(self.every)
+
+    def _agree(self) -> None:
+        keys = [f"tick/{rank}" for rank in range(self.size)]
+        with self._lock:
+            if not self.asked:
+                self.asked = int(self._store.get("signal"))
+                self._store.set(keys[self.rank], str(self._tick))
+        if self._store.check(keys):
+            self._last_tick = max(map(int, self._store.multi_get(keys)))
+            self._stop_at.set()
+
+    def _judge(self) -> None:
+        before = time.monotonic()
+        while not self._ended:
+            time.sleep(self.every)
+            now = time.monotonic()
+            if now - before > 10 * self.every:  # this process has slept, and with it perhaps all others
+                self._heard, self._lives = now, [(life, now) for life, _ in self._lives]
+            before = now
+            since = [self._heard, *(since for _, since in self._lives[1:])]  # rank 0 has the store
+            if lost := [rank for rank, last in enumerate(since) if now - last > self.limit and rank != self.rank]:
+                self._give_up(lost[0])
+
+    def _give_up(self, lost: int) -> None:
+        host, pid = self._places[lost].split()
+        if host == socket.gethostname():  # it may have been stopped, and would stay
+            with suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+        problem = f"no sign of life of rank {lost} for {self.limit:.0f} s"
+        goes_on = "--ckpt_path last goes on from the last checkpoint"
+        sys.stderr.write(f"rank {self.rank}: another rank has ended ({problem}); {goes_on}\n")
+        sys.stderr.flush()
+        os._exit(LOST_RANK_EXIT)  # the main thread waits for the lost one
+
+
+class Endings(Callback):
+    """Ends training on all ranks at the same step, with a new ``last.ckpt``, when any of them is sent a signal.
+
+    Lightning's own handler talks to other ranks from wherever the signal finds it, which can lock them up, hears rank 0
+    only, and ends with exit code 0; it also makes every micro-batch wait for the device.
+
+    Args:
+        signals: what this process has received.
+    """
+
+    def __init__(self, signals: Signals):
+        self.signals = signals
+        self.ranks: Ranks | None = None
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        connector: Any = trainer._signal_connector
-        connector._original_handlers = connector._get_current_signal_handlers()  # which Lightning puts back at the end
-        connector._register_signal(signal.SIGTERM, self._note)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.ranks = Ranks(trainer)
+        self.signals.tell = self.ranks.ask
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._leave()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self.signals.waits = False
+        if self.ranks is not None:
+            self.ranks.end()
+
+    # Lightning has registered handlers of its own before these.
+    @override
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.listen()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.listen()
+
+    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step, self._since, self._due = trainer.global_step, time.perf_counter(), trainer.global_step + 1
-
-    def _note(self, *_: Any) -> None:
-        self._received = True
+        self.signals.listen()
+        self.signals.waits = True
+        assert isinstance(trainer.fit_loop.epoch_loop, EpochLoop)
+        trainer.fit_loop.epoch_loop.after_step = lambda: self._tick(trainer)
 
     @override
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step < self._due:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._tick(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.waits = False
+
+    def _tick(self, trainer: L.Trainer) -> None:
+        """Stop here if all ranks do."""
+        ranks, loop = self.ranks, trainer.fit_loop.epoch_loop
+        assert ranks is not None
+        assert isinstance(loop, EpochLoop)
+        if not ranks.tick():
             return
-        elapsed = time.perf_counter() - self._since
-        mine = torch.tensor([float(self._received), elapsed], device=trainer.strategy.root_device)
-        received, elapsed = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-        if received:
-            saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
-            for callback in saved:
-                callback.save(trainer)
-            where = "this rank" if self._received else "another rank"
-            hint = "; --ckpt_path last goes on from here" if saved else ""
-            raise Stopped(f"rank {trainer.global_rank}: SIGTERM to {where} after step {step}{hint}", SIGTERM_EXIT)
-        self._due = step + max(int(self.seconds * (step - self._step) / elapsed), 1)
-        self._step, self._since = step, time.perf_counter()
+        loop.validation_to_come = True
+        saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
+        for callback in saved:
+            callback.save(trainer)
+        number = self.signals.received or ranks.asked
+        who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+        to = "" if ranks.size == 1 else " to this rank" if self.signals.received else " to another rank"
+        hint = "; --ckpt_path last goes on from here" if saved else ""
+        raise Stopped(f"{who}{name_of(number)}{to} after step {trainer.global_step}{hint}", 128 + number)

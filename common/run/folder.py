@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from common.checkpoint import is_whole, newest_whole
 from common.errors import InputError, closest, nearest
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and a run's name gets prefixes and numbers
@@ -34,7 +35,8 @@ class RunFolder:
             raise InputError(f"--name {name[:20]!r}… has {len(name.encode())} bytes; take at most {LONGEST_NAME}")
         self.path = Path(root or ".").resolve() / "runs" / recipe / name
         self.starting = self.path
-        self._goes_on, self._first_step = False, 0
+        self._goes_on = False
+        self.first_step = 0  # that of the checkpoint to go on from
         self._lock: IO[str] | None = None
 
     def holds(self, checkpoint: str | Path | None) -> bool:
@@ -61,6 +63,21 @@ class RunFolder:
             raise InputError(f"--name {self.path.name}: {problem}{hint}")
         return None
 
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from: ``last``, or if that is damaged the newest whole one; None for a first start.
+
+        Raises:
+            InputError: all checkpoints are damaged.
+        """
+        folder = self.path / "checkpoints"
+        last = folder / "last.ckpt"
+        if last.exists() and is_whole(last):
+            return last
+        found = newest_whole(folder)
+        if found is None and any(folder.glob("*.ckpt")):
+            raise InputError(f"--ckpt_path auto: every checkpoint in {folder} is damaged; give --name another name")
+        return found
+
     def find(self, name: str) -> Path:
         """The checkpoint that ``last``, ``best`` or a path names.
 
@@ -69,7 +86,7 @@ class RunFolder:
         """
         if name not in ("last", "best"):
             if not Path(name).exists():
-                raise InputError(f"--ckpt_path {name}: no such file; give last, best or the path of a checkpoint")
+                raise InputError(f"--ckpt_path {name}: no such file; give last, best, auto or the path of one")
             return Path(name).absolute()
         path = self.path / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
@@ -96,16 +113,12 @@ class RunFolder:
         inside = self._goes_on and os.path.ismount(self.path)
         self.starting = self.path / ".starting" if inside else beside.with_name(f".{beside.name}.starting")
 
-    def begin(self, first_step: int) -> None:
+    def begin(self) -> None:
         """Take the name, and make the folder :attr:`starting`; :meth:`settle` alone touches the run's.
-
-        Args:
-            first_step: optimizer step of the checkpoint to resume from.
 
         Raises:
             InputError: another fit holds the name, or the folder cannot be made or moved.
         """
-        self._first_step = first_step
         make(self.path.parent)
         self._lock = _lock(self.path.with_name(f".{self.path.name}.lock"), self.path.name)
         if self.path.exists() and not self._goes_on and os.path.ismount(self.path):
@@ -123,7 +136,7 @@ class RunFolder:
         if self._lock is None or starting.is_symlink():
             return
         if self._goes_on:
-            merge_metrics(self.path / "metrics.csv", starting / "metrics.csv", self._first_step)
+            merge_metrics(self.path / "metrics.csv", starting / "metrics.csv", self.first_step)
             for source in sorted(path for path in starting.rglob("*") if not path.is_dir()):
                 target = self.path / source.relative_to(starting)
                 target.parent.mkdir(parents=True, exist_ok=True)

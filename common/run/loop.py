@@ -1,11 +1,11 @@
 """The loops of training. A resumed run goes on exactly where its checkpoint was made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.loops import _Loop
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
 
@@ -15,13 +15,13 @@ from common.data import geometry
 class EpochLoop(_TrainingEpochLoop):
     """The steps of an epoch. A resumed one begins with the validation that its checkpoint was made before."""
 
-    # Of the checkpoint: whether its validation was still to come, and the metrics that had been logged.
-    validation_to_come = False
-    metrics: Mapping[str, float] = {}
+    after_step: Callable[[], None] = staticmethod(lambda: None)  # is called after each optimizer step
+    validation_to_come = False  # whether the validation after the last step, if there is one, is not done
+    metrics: Mapping[str, float] = {}  # that the checkpoint's run had logged
 
     @property
     def owes_validation(self) -> bool:
-        """Whether a validation is due before the next step, in the first iteration of a resumed run."""
+        """Whether a resumed run begins with a validation."""
         return self.restarting and self.validation_to_come and self._should_check_val_fx(None)  # type: ignore[arg-type]
 
     @property
@@ -40,16 +40,24 @@ class EpochLoop(_TrainingEpochLoop):
             self._batches_that_stepped -= 1  # which loggers count after the validation
             return  # on_advance_end validates
         self.restarting = False  # Lightning's own guesses about what has been done stay out
+        self.validation_to_come = True
         super().advance(data_fetcher)
+        if self.trainer.lightning_module.ends_step:
+            self.after_step()
+
+    @override
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        self.validation_to_come = False
+        super().on_advance_end(data_fetcher)
 
     @override
     def on_save_checkpoint(self) -> dict[str, Any]:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        return {"metrics": metrics}
+        return {"metrics": metrics, "validation_to_come": self.validation_to_come}
 
     @override
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        self.metrics = state_dict["metrics"]
+        self.metrics, self.validation_to_come = state_dict["metrics"], state_dict["validation_to_come"]
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
@@ -63,6 +71,8 @@ class FitLoop(_FitLoop):
     from several counters: with ``max_epochs`` and ``max_steps`` given, a run that went on from an epoch's end trained
     an epoch fewer.
     """
+
+    epoch_loop: EpochLoop  # type: ignore[assignment]
 
     @property
     @override
@@ -81,9 +91,9 @@ class FitLoop(_FitLoop):
     @override
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         super().load_state_dict(state_dict, prefix)
-        steps, epochs = self.epoch_loop, self.epoch_progress
-        batches, per_epoch = steps.batch_progress, geometry(self.trainer)["per_epoch"]
-        steps.validation_to_come = batches.total.completed < batches.total.processed
+        steps, per_epoch = self.epoch_loop, geometry(self.trainer)["per_epoch"]
+        epochs: Any = self.epoch_progress
+        batches: Any = steps.batch_progress
         trained = batches.total.processed
         epoch, inside = divmod(trained, per_epoch)
         if trained and not inside and epochs.total.processed < epoch:

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import hashlib
 import html
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -33,6 +35,7 @@ from common.errors import InputError, nearest
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run.callbacks import BestCheckpoint
+from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -135,6 +138,9 @@ class RunRecord(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            step = {"the step of --ckpt_path": self.run.first_step}
+            compare_ranks(trainer, {**self.config, **step, "the code": _code(type(pl_module))})
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +230,15 @@ class RunRecord(Callback):
             console.print(f"\n{text.stem}", style="bold")
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         console.print(f"report: {report}", soft_wrap=True)
+
+
+def _code(recipe: type) -> str:
+    """A hash of the code of a module's recipe and of ``common``."""
+    sha = hashlib.sha256()
+    common, own = Path(__file__).resolve().parents[1], Path(inspect.getfile(recipe)).resolve().parent
+    for path in sorted([*common.rglob("*.py"), *own.glob("*.py")]):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def describe_environment() -> dict[str, str]:
