@@ -77,6 +77,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, path)
+        except (OSError, RuntimeError) as error:  # torch raises its own for a full disk
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            problem = f"cannot be written ({cause.strerror})"
+            raise InputError(f"{path}: {problem}; make room, the checkpoint before it is intact") from error
         finally:
             staged.unlink(missing_ok=True)
 

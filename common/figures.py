@@ -48,8 +48,10 @@ def short_number(value: float) -> str:
 
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure; width and height are in inches."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be named $$
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 

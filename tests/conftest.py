@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common.run.record
+import common.run.output
 import common.run.report
 from tests.support import RECIPES, ROOT, code_hash, small_args
 
@@ -65,6 +65,16 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_failure_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture, report or logger that fails, which costs a user's run nothing, fails its test, here and in forks."""
+
+    def fail(what: str, error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(common.run.output, "tell", fail)
 
 
 @pytest.fixture

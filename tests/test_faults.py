@@ -1,4 +1,4 @@
-"""A rank is killed, raises or is sent SIGTERM: every rank ends, with a code and a line, and the run goes on later."""
+"""Whatever happens to a rank, every rank ends, with a code and a line, and the run goes on later."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import torch
 
 from common.checkpoint import read_checkpoint
 from common.data import BaseDataModule
-from common.run.faults import StopOnSigterm, lost_rank
+from common.run.faults import Ranks, lost_rank
 from tests.support import INEXACT, MEASURED, ROOT, STRATEGIES, TINY, logs, main_of, run_ranks, strategies_of, turn
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -22,9 +22,15 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
     "kill_1": ({1: "kill"}, [3, -9]),
     "raise_0": ({0: "raise"}, [1, 3]),
     "raise_1": ({1: "raise"}, [3, 1]),
+    "segfault_1": ({1: "segfault"}, [3, -11]),
+    "stop_0": ({0: "stop"}, [-9, 3]),
+    "stop_1": ({1: "stop"}, [3, -9]),
     "sigterm_1": ({1: "sigterm"}, [143, 143]),
     "sigterm_both": ({0: "sigterm", 1: "sigterm"}, [143, 143]),
+    "sigint_both": ({0: "sigint", 1: "sigint"}, [130, 130]),
+    "sighup_0": ({0: "sighup"}, [129, 129]),
 }
+SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sighup": signal.SIGHUP}
 CELLS = [(recipe, strategy, fault) for recipe in MEASURED for strategy in strategies_of(recipe) for fault in FAULTS]
 # Every strategy with a fault; every fault is there.
 FAST = {(turn(name, i), name, list(FAULTS)[i % len(FAULTS)]) for i, name in enumerate(STRATEGIES)}
@@ -39,18 +45,19 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
     def start_or_fail(self: BaseModule, batch: Any, batch_idx: int) -> None:
         if self.trainer.fit_loop.epoch_loop.total_batch_idx == 8:
             fault = faults.get(self.global_rank)
-            if fault == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if fault in ("kill", "segfault", "stop"):
+                number = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP}[fault]
+                os.kill(os.getpid(), number)
             elif fault == "raise":
                 raise ArithmeticError("a bug in one rank")
-            elif fault == "sigterm":
-                os.killpg(os.getpgrp(), signal.SIGTERM)  # as launchers do: the workers that read data get it too
+            elif fault:
+                os.killpg(os.getpgrp(), SIGNALS[fault])  # as launchers do: the workers that read data get it too
         if self.trainer.fit_loop.epoch_loop.total_batch_idx > 8:
             time.sleep(0.1)  # so that the run does not end before the ranks ask one another
         start(self, batch, batch_idx)
 
     os.setpgrp()
-    StopOnSigterm.seconds = 1.0  # no test has to wait five
+    Ranks.limit = 5.0  # no test has to wait 45
     BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
     main_of(recipe)(args)
 
@@ -67,7 +74,7 @@ def test_what_tells_of_a_lost_rank(text: str, found: str | None) -> None:
     assert lost_rank(torch.distributed.DistBackendError(text)) == found
 
 
-def test_sigterm_while_training_starts(
+def test_a_signal_while_training_starts(
     work: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes while data are set up for the sanity check, after Lightning has registered its handlers."""
@@ -82,8 +89,8 @@ def test_sigterm_while_training_starts(
     with pytest.raises(SystemExit) as stop:
         main_of("lm")(["fit", *lm_args, *TINY, "--trainer.max_steps", "3"])
     assert stop.value.code == 143
-    assert "SIGTERM to this rank after step 1" in capfd.readouterr().err
-    assert read_checkpoint(work / "runs/lm/default/checkpoints/last.ckpt")["global_step"] == 1
+    assert capfd.readouterr().err == "stopped by SIGTERM\n"
+    assert not (work / "runs/lm/default").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -97,7 +104,7 @@ def validate_until_sigterm(args: list[str]) -> None:
 
 def test_sigterm_ends_a_validation_at_once(work: Path, plain_args: dict[str, list[str]]) -> None:
     args = ["validate", *plain_args["lm"], "--trainer.enable_progress_bar", "false"]
-    assert run_ranks(validate_until_sigterm, args, world=1, folder=work) == [-signal.SIGTERM]
+    assert run_ranks(validate_until_sigterm, args, world=1, folder=work) == [143]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +133,13 @@ def test_every_rank_ends(
         text = (work / f"faulty/rank{rank}.log").read_text()
         if code == 3:
             assert f"rank {rank}: another rank has ended (" in text.splitlines()[-1]
-        elif code == 143:
+        elif code > 128:
             which = "this rank" if rank in faults else "another rank"
-            assert f"rank {rank}: SIGTERM to {which} after step" in text.splitlines()[-1]
+            name = {143: "SIGTERM", 130: "Ctrl-C", 129: "SIGHUP"}[code]
+            assert f"rank {rank}: {name} to {which} after step" in text.splitlines()[-1]
         elif code == 1:
             assert "ArithmeticError: a bug in one rank" in text.splitlines()[-1]
     last = read_checkpoint(work / "runs" / recipe / "default/checkpoints/last.ckpt")
-    assert last["global_step"] > 8 if "sigterm" in fault else last["global_step"] == 5
+    assert last["global_step"] > 8 if "sig" in fault[:3] else last["global_step"] == 5
     resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(last["global_step"] + 2)]
     assert run_ranks(main_of(recipe), resumed, folder=work / "resumed") == [0, 0], logs(work / "resumed")

@@ -1,6 +1,7 @@
 """One command line for every recipe: LightningCLI with a run folder, layered configs and errors in one line."""
 
 import copy
+import errno
 import inspect
 import logging
 import os
@@ -54,6 +55,7 @@ from common.run.folder import RunFolder, make
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
 from common.run.messages import explain
+from common.run.output import lasting_output, spare
 from common.run.record import Media, PredictionWriter, RunRecord
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
@@ -69,8 +71,14 @@ DEFAULTS = Path(__file__).resolve().parents[2] / "configs/defaults.yaml"
 # The callbacks that every run has, whatever a layer lists, by the key of their settings.
 CALLBACKS: dict[str, type[Callback]] = {"best": BestCheckpoint, "last": LastCheckpoint, "media": Media}
 
+# What loggers are asked to do.
+LOGGING = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "finalize", "after_save_checkpoint")
+
 # The commands that are about a run.
 OF_RUN = ("validate", "test", "predict", "export")
+
+# Errors of a disk.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 # The flags that say where a run is.
 WHERE = ("config", "name", "ckpt_path", "trainer.default_root_dir")
@@ -187,7 +195,7 @@ class RecipeCLI(LightningCLI):
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
-        with one_line_errors(self, debug), listening() as self.signals:
+        with lasting_output(), one_line_errors(self, debug), listening() as self.signals:
             if not all(part.isidentifier() for part in self.package.split(".")):
                 problem = "cannot be the name of a Python package; take letters, digits and underscores"
                 raise InputError(f"{self.recipe_dir}: {self.recipe_dir.name!r} {problem}")
@@ -350,7 +358,9 @@ class RecipeCLI(LightningCLI):
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))
-        self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / self.subcommand
+        checkpoint = Path(config.get("ckpt_path") or "best").stem
+        command = self.subcommand if checkpoint == "best" else f"{self.subcommand}-{checkpoint}"
+        self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / command
         config.trainer.default_root_dir = str(self.run.path)
         for item in _as_list(config.trainer.callbacks):
             if _name(item.as_dict() if hasattr(item, "as_dict") else item) == "EarlyStopping":
@@ -408,6 +418,9 @@ class RecipeCLI(LightningCLI):
 
     def _mistake(self, error: Exception) -> Exception | None:
         """What a library's exception says about the config, the checkpoint or the other ranks; None if nothing."""
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            where = error.filename or self.run.path
+            return InputError(f"{where}: cannot be written ({error.strerror}); what was written before is intact")
         message, net = str(error), type(getattr(self.model, "net", None)).__name__
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:
@@ -431,7 +444,9 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "predict":
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
-        record, given = RunRecord(self.resolved, self.folder, self.run), _as_list(settings.get("callbacks"))
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        record = RunRecord(self.resolved, self.folder, self.run, checkpoint)
+        given = _as_list(settings.get("callbacks"))
         callbacks = [each for each in (record, best, *given, last, *own) if not isinstance(each, off)]
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
         loggers = self._loggers(settings["logger"])
@@ -454,6 +469,8 @@ class RecipeCLI(LightningCLI):
         for each in loggers:
             if isinstance(each, Wandb) and self.subcommand == "fit":
                 each.starting = self.folder
+            if not isinstance(each, CSVLogger):  # whose metrics.csv is work
+                spare(each, LOGGING, type(each).__name__)
         if given is False or any(isinstance(each, CSVLogger) and Path(each.log_dir) == self.folder for each in loggers):
             return loggers
         return [CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1), *loggers]

@@ -35,7 +35,7 @@ class RunFolder:
             raise InputError(f"--name {name[:20]!r}… has {len(name.encode())} bytes; take at most {LONGEST_NAME}")
         self.path = Path(root or ".").resolve() / "runs" / recipe / name
         self.starting = self.path
-        self._goes_on = False
+        self.goes_on = False  # whether fit goes on from a checkpoint of this run
         self.first_step = 0  # that of the checkpoint to go on from
         self._lock: IO[str] | None = None
 
@@ -108,9 +108,9 @@ class RunFolder:
         Args:
             checkpoint: the checkpoint to resume from; None for a new run.
         """
-        self._goes_on = self.holds(checkpoint)
-        beside = self.path.resolve() if self._goes_on else self.path
-        inside = self._goes_on and os.path.ismount(self.path)
+        self.goes_on = self.holds(checkpoint)
+        beside = self.path.resolve() if self.goes_on else self.path
+        inside = self.goes_on and os.path.ismount(self.path)
         self.starting = self.path / ".starting" if inside else beside.with_name(f".{beside.name}.starting")
 
     def begin(self) -> None:
@@ -121,7 +121,7 @@ class RunFolder:
         """
         make(self.path.parent)
         self._lock = _lock(self.path.with_name(f".{self.path.name}.lock"), self.path.name)
-        if self.path.exists() and not self._goes_on and os.path.ismount(self.path):
+        if self.path.exists() and not self.goes_on and os.path.ismount(self.path):
             raise InputError(f"--name {self.path.name}: {self.path} is a mount and cannot be moved; give another name")
         self._leave()  # what a killed process has left
         make(self.starting)
@@ -135,7 +135,7 @@ class RunFolder:
         starting = self.starting
         if self._lock is None or starting.is_symlink():
             return
-        if self._goes_on:
+        if self.goes_on:
             merge_metrics(self.path / "metrics.csv", starting / "metrics.csv", self.first_step)
             for source in sorted(path for path in starting.rglob("*") if not path.is_dir()):
                 target = self.path / source.relative_to(starting)

@@ -9,9 +9,12 @@ import inspect
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +30,18 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
 from common.data import data_ranks, global_seed, step_seed
-from common.errors import InputError, nearest
+from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run.callbacks import BestCheckpoint
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
+from common.run.output import spared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,13 +89,13 @@ class Media(Callback):
             return
         # A net that is sharded answers only when all ranks ask, and ask the same.
         torch.manual_seed(step_seed(global_seed(), self._step))
-        with trainer.precision_plugin.forward_context():  # as in validation
-            media = module.media(stage) | facts_of(trainer.strategy).media()
-        for name, item in media.items() if trainer.is_global_zero else ():
-            if isinstance(item, str):
-                _write_text(trainer, f"{stage}-{name}", item, self._step)
-            else:
-                _write_figure(trainer, f"{stage}-{name}", item, self._step)
+        with spared("a picture of the recipe"):
+            with trainer.precision_plugin.forward_context():  # as in validation
+                media = module.media(stage) | facts_of(trainer.strategy).media()
+            for name, item in media.items() if trainer.is_global_zero else ():
+                with spared(f"the picture {name}"):
+                    write = _write_text if isinstance(item, str) else _write_figure
+                    write(trainer, f"{stage}-{name}", item, self._step)  # type: ignore[arg-type]
 
 
 def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
@@ -130,10 +135,12 @@ class RunRecord(Callback):
         config: the resolved config.
         folder: where this command writes; for ``fit`` the folder in which it starts.
         run: the run's folder. ``fit`` touches it as soon as there is something to keep.
+        checkpoint: that of this command, if there is one.
     """
 
-    def __init__(self, config: dict[str, Any], folder: Path, run: RunFolder):
-        self.config, self.folder, self.run = config, folder, run
+    def __init__(self, config: dict[str, Any], folder: Path, run: RunFolder, checkpoint: str | None):
+        self.config, self.folder, self.run, self.checkpoint = config, folder, run, checkpoint
+        self._began = datetime.now(UTC)
         self._settled = False
 
     @override
@@ -149,6 +156,13 @@ class RunRecord(Callback):
         os.replace(written, self.folder / "config.yaml")
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+        start = {
+            "time": self._began.isoformat(timespec="seconds"), "command": _command(), "host": platform.node(),
+            "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,
+        }  # fmt: skip
+        earlier = self.run.path / "starts.jsonl"
+        starts = earlier.read_text(encoding="utf-8") if stage == "fit" and self.run.goes_on and earlier.exists() else ""
+        (self.folder / "starts.jsonl").write_text(f"{starts}{json.dumps(start)}\n", encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
                 logger.log_hyperparams({**self.config, "environment": environment})
@@ -159,11 +173,12 @@ class RunRecord(Callback):
             return
         self._settled = True
         self.run.settle()
+        self._summarize(trainer, "running")
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
                 path = Path(logger.experiment.metrics_file_path)  # type: ignore[attr-defined]
-                header = path.open(encoding="utf-8").readline().strip() if path.exists() else ""
-                logger.experiment.metrics_keys = header.split(",") if header else []
+                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                logger.experiment.metrics_keys = next(csv.reader(lines), [])
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -201,11 +216,50 @@ class RunRecord(Callback):
                 raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{hint}")
 
     @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+        self._summarize(trainer, "out of time" if out_of_time else "complete")
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._settled:
+            self._summarize(trainer, "stopped" if isinstance(exception, Stopped | KeyboardInterrupt) else "failed")
+
+    def _summarize(self, trainer: L.Trainer, state: str, **more: Any) -> None:
+        """Write what other programs ask of a run to ``summary.json``."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+        score = best.best_model_score if best else None
+        summary = {
+            "state": state,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+            "best": {best.monitor: score.item()} if best and score is not None else None,
+            "checkpoints": sorted(path.name for path in (self.run.path / "checkpoints").glob("*.ckpt")),
+            "seconds": round((datetime.now(UTC) - self._began).total_seconds(), 1),
+            **more,
+        }
+        folder = self.run.path if trainer.state.fn == "fit" else self.folder
+        with spared("summary.json"):
+            written = folder / ".summary.json.tmp"
+            written.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+            os.replace(written, folder / "summary.json")
+
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish(trainer, "val")
 
     @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._summarize(trainer, "complete", checkpoint=self.checkpoint)
+
+    @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._summarize(trainer, "complete", checkpoint=self.checkpoint)
         self._finish(trainer, "test")
 
     def _finish(self, trainer: L.Trainer, stage: str) -> None:
@@ -220,16 +274,25 @@ class RunRecord(Callback):
         monitored = [each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)]
         monitored = [each for each in monitored if str(each.monitor).startswith("val/")]
         best = Best(str(monitored[0].monitor), monitored[0].mode) if monitored else LOWEST_LOSS
-        report = write_report(folder, f"{folder.parent.name} / {folder.name}", best)
+        report = None
+        with spared("the report"):
+            report = write_report(folder, f"{folder.parent.name} / {folder.name}", best)
         console, table = Console(), Table(show_header=False, box=None)
         for name, value in trainer.callback_metrics.items():
             if name.startswith(("val/", "test/")):
-                table.add_row(name, f"{value.item():.4f}")
+                table.add_row(escape(name), f"{value.item():.4f}")
         console.print(table)
         for text in sorted((folder / "texts").glob(f"{stage}-*.txt")):
-            console.print(f"\n{text.stem}", style="bold")
+            console.print(f"\n{text.stem}", style="bold", markup=False)
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
-        console.print(f"report: {report}", soft_wrap=True)
+        if report:
+            console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _command() -> list[str]:
+    """The command line, without the values of secrets."""
+    secret = re.compile(r"(--\S*(?:key|token|secret|password)\S*?)=.*", re.IGNORECASE)
+    return [secret.sub(r"\1=…", word) for word in sys.argv]
 
 
 def _code(recipe: type) -> str:
@@ -311,4 +374,4 @@ class PredictionWriter(BasePredictionWriter):
                 rows = [list(zip(*map(_readable, batch.values()), strict=True)) for batch in batches]
                 for position in range(len(rows[0])):
                     table.writerows(rank[position] for rank in rows if position < len(rank))
-        Console().print(f"predictions: {path}", soft_wrap=True)
+        Console().print(f"predictions: {path}", soft_wrap=True, markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """Training of the teacher: the recipe trains it first, and keeps it for all later runs."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -8,23 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 from filelock import FileLock
 from typing_extensions import override
 
 from common.data import TrainSampler
-from common.errors import SIGTERM_EXIT, InputError, Stopped, nearest, speaking_of
+from common.errors import InputError, Stopped, nearest, speaking_of
 from common.run.cli import DEFAULTS, RecipeCLI
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE
 
-FORMAT = 2  # bump when equal settings would train a different teacher, or keep it elsewhere
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+FORMAT = 3  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
 LOADING = ("batch_size", "eval_batch_size", "num_workers")  # the teacher has its own
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
@@ -60,61 +60,58 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"  # holds the folder of the finished run
+    done = folder / "done"
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # left by a killed process: the lock is ours
-            # A new name: children of a killed process may still write to the folder of its attempt.
-            attempt = folder / uuid4().hex[:8]
-            attempt.mkdir(parents=True)
+            folder.mkdir(exist_ok=True)
             try:
-                _train(recipe, base, layer, config["trainer"], attempt)
-                written = attempt / "done"
-                written.write_text(f"{attempt.name}/runs/{recipe.name}/teacher", encoding="utf-8")
-                written.rename(done)
-            except BaseException:
+                _train(recipe, base, layer, config["trainer"], folder)
+            except (InputError, subprocess.CalledProcessError):  # one that was stopped goes on next time
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-    return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
+            done.touch()
+    return folder / "runs" / recipe.name / "teacher/checkpoints/best.ckpt"
 
 
 def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:
     config = folder / "base.yaml"
     config.write_text(yaml.safe_dump(dict(base)), encoding="utf-8")
-    print(f"teacher: trained first, and kept in {folder.parent}", flush=True)
+    print(f"teacher: trained first, and kept in {folder}", flush=True)
     command = [
         sys.executable, str(recipe / "train.py"), "fit", "--config", str(config), "--config", str(layer),
-        "--name", "teacher", "--trainer.default_root_dir", str(folder), "--trainer.devices", "1",
+        "--name", "teacher", "--ckpt_path", "auto", "--trainer.default_root_dir", str(folder), "--trainer.devices", "1",
         "--trainer.accelerator", str(trainer["accelerator"]),
     ]  # fmt: skip
     if trainer["enable_progress_bar"] is False:
         command += ["--trainer.enable_progress_bar", "false"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
-    with _ending_at_sigterm():
-        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode == 2 and done.stderr.strip():
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent)
+    try:
+        _, stderr = process.communicate()
+    except Stopped:
+        process.terminate()  # it saves its step
+        process.communicate()
+        raise
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode == 2 and stderr.strip():
         # The message names the process's own config; its net is the teacher here.
-        line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", done.stderr.strip().splitlines()[-1])
+        line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", stderr.strip().splitlines()[-1])
         line = line.replace(".init_args", "").replace("model.net", "model.teacher")
         raise InputError(f"model.teacher_training {layer.name}: {line}")
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        done.check_returncode()
+    if process.returncode > 128:
+        raise Stopped(stderr.strip(), process.returncode)
+    if process.returncode:
+        sys.stderr.write(stderr)
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-@contextmanager
-def _ending_at_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception; at any exception ``subprocess.run`` ends its process."""
-
-    def stop(*_: Any) -> None:
-        raise Stopped("stopped by SIGTERM while the teacher was trained", SIGTERM_EXIT)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end_with_parent() -> None:
+    """Let the kernel end this process when its parent is killed, where the kernel is Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class TeacherCLI(RecipeCLI):
