@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.figures import STAGES, read_metrics
+from common.run.folder import merge_metrics
 from common.run.report import Best, learning_curves, learning_rate, write_report
 from recipes.classification.pictures import confusion_matrix
 from recipes.multitask.pictures import task_weights
@@ -99,52 +101,21 @@ def test_sparse_rows_become_series_without_gaps_and_non_finite_values(tmp_path: 
     assert read_metrics(tmp_path / "nothing") == {}
 
 
-# Each list of (file, first step, last step) is in the order of writing; every row holds the writer's number.
+# Each list of (first step, last step) is in the order of writing; every row holds the writer's number.
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("starts", "expected"),
     [
-        (
-            [
-                ("metrics.until-step-10.csv", 0, 14),
-                ("metrics.until-step-20.csv", 10, 23),
-                ("metrics.csv", 20, 25),
-            ],
-            [0] * 10 + [1] * 10 + [2] * 6,
-        ),
-        (  # the second resume went back behind the first
-            [
-                ("metrics.until-step-10.csv", 0, 14),
-                ("metrics.until-step-5.csv", 10, 16),
-                ("metrics.csv", 5, 7),
-            ],
-            [0] * 5 + [2] * 3,
-        ),
-        ([("metrics.until-step-10.csv", 0, 14)], [0] * 10),
-        (  # twice from the same step
-            [
-                ("metrics.until-step-10.csv", 0, 14),
-                ("metrics.until-step-10.1.csv", 10, 12),
-                ("metrics.until-step-10.2.csv", 10, 11),
-                ("metrics.csv", 10, 12),
-            ],
-            [0] * 10 + [3] * 3,
-        ),
-        (  # compared as numbers, not as text
-            [
-                ("metrics.until-step-9.csv", 0, 9),
-                ("metrics.until-step-10.csv", 9, 11),
-                ("metrics.csv", 10, 11),
-            ],
-            [0] * 9 + [1] + [2] * 2,
-        ),
+        ([(0, 14), (10, 23), (20, 25)], [0] * 10 + [1] * 10 + [2] * 6),
+        ([(0, 14), (10, 16), (5, 7)], [0] * 5 + [2] * 3),  # the second resume went back behind the first
+        ([(0, 14), (10, 12), (10, 11)], [0] * 10 + [2] * 2),  # twice from the same step
+        ([(0, 14), (10, 9)], [0] * 10),  # it has logged nothing
     ],
 )
-def test_segments_of_resumed_runs_merge(
-    tmp_path: Path, written: list[tuple[str, int, int]], expected: list[int]
-) -> None:
-    for number, (name, first, last) in enumerate(written):
-        log(tmp_path / "one", {step: {"train/loss": float(number)} for step in range(first, last + 1)})
-        (tmp_path / "one" / "metrics.csv").rename(tmp_path / name)
+def test_rows_of_resumed_runs_merge(tmp_path: Path, starts: list[tuple[int, int]], expected: list[int]) -> None:
+    for number, (first, last) in enumerate(starts):
+        log(tmp_path / "new", {step: {"train/loss": float(number)} for step in range(first, last + 1)})
+        merge_metrics(tmp_path / "metrics.csv", tmp_path / "new/metrics.csv", first)
+        shutil.move(tmp_path / "new/metrics.csv", tmp_path / "metrics.csv")
     steps, values = read_metrics(tmp_path)["train/loss"]
     assert steps == list(range(len(expected)))
     assert values == expected

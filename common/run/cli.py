@@ -358,14 +358,15 @@ class RecipeCLI(LightningCLI):
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))
-        checkpoint = Path(config.get("ckpt_path") or "best").stem
-        command = self.subcommand if checkpoint == "best" else f"{self.subcommand}-{checkpoint}"
+        checkpoint, measures = Path(config.get("ckpt_path") or "best").stem, self.subcommand in ("validate", "test")
+        command = f"{self.subcommand}-{checkpoint}" if measures and checkpoint != "best" else self.subcommand
         self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / command
         config.trainer.default_root_dir = str(self.run.path)
         for item in _as_list(config.trainer.callbacks):
             if _name(item.as_dict() if hasattr(item, "as_dict") else item) == "EarlyStopping":
                 # After each validation: at an epoch's end a resumed run might not have validated yet.
-                item.init_args.setdefault("check_on_train_epoch_end", False)
+                if item.init_args.get("check_on_train_epoch_end") is None:
+                    item.init_args["check_on_train_epoch_end"] = False
         if self.subcommand == "test":
             config.verbose = False  # RunRecord prints a shorter table
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:

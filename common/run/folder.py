@@ -156,6 +156,7 @@ class RunFolder:
         """Let go of the name; what a fit has written without a first step goes."""
         if self._lock is not None:
             self._leave()
+            Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
@@ -186,6 +187,9 @@ def _lock(path: Path, name: str) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise InputError(f"--name {name}: {holder} is training it; wait for it, or give another name") from error
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()  # its holder has just ended and removed it
+        return _lock(path, name)
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}," if job else ""))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
 
@@ -105,5 +104,5 @@ class FitLoop(_FitLoop):
         for counts, number in ((batches.total, trained), (batches.current, inside)):
             counts.ready = counts.started = counts.processed = counts.completed = number
         steps._batches_that_stepped = steps.global_step
-        _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]
+        EpochLoop.restarting.fset(self, False)  # type: ignore[attr-defined]  # of all loops
         self._restarting = steps._restarting = inside > 0

@@ -164,9 +164,10 @@ def _metrics(run_dir: Path, series: Series, best: Best) -> str:
         "train, last": values(series, "train/"),
         "val, last": values(series, "val/"),
         f"val, {best.words.replace('val/', '')}": values(series, "val/", found[0]) if found is not None else {},
-        "validate": values(read_metrics(run_dir / "validate"), "val/"),
-        "test": values(read_metrics(run_dir / "test"), "test/"),
     }
+    for stage, command in (("val/", "validate"), ("test/", "test")):
+        for folder in sorted(run_dir.glob(f"{command}*")):  # test-last is of another checkpoint than the best
+            columns[folder.name.replace("-", ", ")] = values(read_metrics(folder), stage)
     columns = {head: column for head, column in columns.items() if column}
     rows = [
         [name, *(short_number(column[name]) if name in column else "–" for column in columns.values())]
