@@ -25,18 +25,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    Checkpoint,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    ModelSummary,
-    ProgressBar,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -92,21 +81,21 @@ SWITCHES = {
 
 # Lightning's callbacks that would do something else than they say.
 _MAKES_NET = "looks for the net before it is made"
-_MISFITS = {
-    StochasticWeightAveraging: f"{_MAKES_NET} and averages nothing; remove it",
-    WeightAveraging: f"{_MAKES_NET} and averages nothing; remove it",
-    ModelPruning: f"{_MAKES_NET} and prunes nothing; remove it",
-    GradientAccumulationScheduler: "changes how many steps a run has, which schedules and a resume count ahead; "
+MISFITS = {
+    "StochasticWeightAveraging": f"{_MAKES_NET} and averages nothing; remove it",
+    "WeightAveraging": f"{_MAKES_NET} and averages nothing; remove it",
+    "EMAWeightAveraging": f"{_MAKES_NET} and averages nothing; remove it",
+    "ModelPruning": f"{_MAKES_NET} and prunes nothing; remove it",
+    "GradientAccumulationScheduler": "changes how many steps a run has, which schedules and a resume count ahead; "
     "remove it and set trainer.accumulate_grad_batches",
-    LearningRateFinder: "trains before the first step and leaves random numbers changed; remove it and set "
-    "model.optimizer.lr",
-    BatchSizeFinder: "changes the batch size after the samples are shared out; remove it and set data.batch_size",
+    "LearningRateFinder": "trains before the first step; remove it and set model.optimizer.lr",
+    "BatchSizeFinder": "changes the batch size after samples are shared out; remove it and set data.batch_size",
 }
 
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a frozen body
 # stays in eval mode, DeepSpeed clips and goes backward by itself, fp16 on a CPU is refused, FSDP on one rank has
-# nothing to shard and leaves batch norm in fp32.
+# nothing to shard and leaves batch norm in fp32. A picture shows a box for a character that its font does not have.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -123,6 +112,7 @@ NO_WARNINGS = (
     "torch.cuda.amp.GradScaler is enabled, but CUDA is not available",
     "FSDP with `.*-true` enables computation in lower precision",
     "FSDP is switching to use `NO_SHARD`",
+    "Glyph \\d+ .* missing from",
     "Both mixed precision and an auto_wrap_policy were specified to FSDP",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
     "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
@@ -183,9 +173,6 @@ class RecipeCLI(LightningCLI):
         links: Mapping[str, str],
         args: list[str] | None = None,
     ):
-        _quiet_stderr()
-        if args is None:
-            logging.captureWarnings(True)
         argv = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
@@ -196,6 +183,9 @@ class RecipeCLI(LightningCLI):
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
         with lasting_output(), one_line_errors(self, debug), listening() as self.signals:
+            _quiet_stderr()
+            if args is None:
+                logging.captureWarnings(True)
             if not all(part.isidentifier() for part in self.package.split(".")):
                 problem = "cannot be the name of a Python package; take letters, digits and underscores"
                 raise InputError(f"{self.recipe_dir}: {self.recipe_dir.name!r} {problem}")
@@ -353,6 +343,13 @@ class RecipeCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        for item in _as_list(config.trainer.callbacks):
+            name = item.class_path.rpartition(".")[2]
+            if name in MISFITS:
+                raise InputError(f"trainer.callbacks: {name} {MISFITS[name]}")
+            if name == "EarlyStopping" and item.init_args.get("check_on_train_epoch_end") is None:
+                # After each validation: at an epoch's end a resumed run might not have validated yet.
+                item.init_args["check_on_train_epoch_end"] = False
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
@@ -362,11 +359,6 @@ class RecipeCLI(LightningCLI):
         command = f"{self.subcommand}-{checkpoint}" if measures and checkpoint != "best" else self.subcommand
         self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / command
         config.trainer.default_root_dir = str(self.run.path)
-        for item in _as_list(config.trainer.callbacks):
-            if _name(item.as_dict() if hasattr(item, "as_dict") else item) == "EarlyStopping":
-                # After each validation: at an epoch's end a resumed run might not have validated yet.
-                if item.init_args.get("check_on_train_epoch_end") is None:
-                    item.init_args["check_on_train_epoch_end"] = False
         if self.subcommand == "test":
             config.verbose = False  # RunRecord prints a shorter table
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
@@ -459,9 +451,6 @@ class RecipeCLI(LightningCLI):
         trainer.fit_loop = FitLoop(trainer, trainer.min_epochs, trainer.max_epochs)
         trainer.fit_loop.epoch_loop = steps
         _check_trainer(trainer, settings)
-        for each in given:
-            if reason := next((why for kind, why in _MISFITS.items() if isinstance(each, kind)), None):
-                raise InputError(f"trainer.callbacks: {type(each).__name__} {reason}")
         return trainer
 
     def _loggers(self, given: Any) -> list[Any]:

@@ -291,8 +291,11 @@ class RunRecord(Callback):
 
 def _command() -> list[str]:
     """The command line, without the values of secrets."""
-    secret = re.compile(r"(--\S*(?:key|token|secret|password)\S*?)=.*", re.IGNORECASE)
-    return [secret.sub(r"\1=…", word) for word in sys.argv]
+    words, secret = list(sys.argv), re.compile(r"(--\S*(?:key|token|secret|password))(?:=.*)?", re.IGNORECASE)
+    for place, word in enumerate(sys.argv):
+        if found := secret.fullmatch(word):
+            words[place : place + 1 + ("=" not in word)] = [f"{found[1]}=…"] if "=" in word else [word, "…"]
+    return words
 
 
 def _code(recipe: type) -> str:

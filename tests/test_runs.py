@@ -1,0 +1,410 @@
+"""Runs lose nothing: not an earlier one by a start that fails, not their work by what draws, prints or logs it."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from common.checkpoint import read_checkpoint
+from common.run.report import write_report
+from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
+
+QUICK = [
+    *TINY, "--media.every_n_validations", "0", "--trainer.callbacks", "[]", "--trainer.logger", "[]",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+RUN = Path("runs/classification/default")
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(no_report: None) -> None:
+    """None of these tests looks at a report, but for those that ask for one."""
+
+
+def fit(*args: str) -> Any:
+    return main_of("classification")(["fit", *QUICK, *args])
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """A hash of each file of a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def refused(capfd: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of a refused fit."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(*args)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+def before_first_step(end: Callable[[], None]) -> Callable[[list[str]], None]:
+    """A fit that ends when its first step is about to be made."""
+
+    def run(args: list[str]) -> None:
+        from common.module import BaseModule
+
+        BaseModule.on_train_batch_start = lambda *_: end()  # type: ignore[assignment]  # in a forked process
+        fit(*args)
+
+    return run
+
+
+def _raise() -> None:
+    raise ArithmeticError("a bug")
+
+
+def _full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+ENDS: dict[str, tuple[Callable[[], None], int]] = {
+    "error": (_raise, 1),
+    "full_disk": (_full, 2),
+    "sigkill": (lambda: os.kill(os.getpid(), signal.SIGKILL), -9),
+    "segfault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), -11),
+    "exit": (lambda: os._exit(7), 7),
+}
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_earlier_run_stays_as_it_was_until_the_first_step(end: str, resumes: bool, work: Path) -> None:
+    fit()
+    before = bytes_of(work / RUN)
+    call, code = ENDS[end]
+    args = ["--trainer.max_steps", "8", "--model.optimizer.lr", "0.1", *(["--ckpt_path", "last"] if resumes else [])]
+    assert run_ranks(before_first_step(call), args, world=1, folder=work / "log") == [code], logs(work / "log")
+    assert bytes_of(work / RUN) == before
+    fit(*args)
+    assert read_checkpoint(work / RUN / "checkpoints/last.ckpt")["global_step"] == 8
+    assert sorted(path.name for path in (work / "runs/classification").iterdir()) == (
+        ["default"] if resumes else ["default", "default.1"]
+    )
+
+
+def waiting_fit(args: list[str]) -> None:
+    """Make three steps, and wait to be killed."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def wait(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        start(self, batch, batch_idx)
+        if batch_idx == 3:
+            Path("waits").touch()
+            time.sleep(60)
+
+    BaseModule.on_train_batch_start = wait  # type: ignore[method-assign]  # in a forked process
+    fit(*args)
+
+
+def test_a_name_belongs_to_one_fit(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Another is refused and told by whom; other commands run beside; a killed holder blocks nobody."""
+    fit()
+    pid = os.fork()
+    if not pid:
+        waiting_fit(["--trainer.max_steps", "8"])
+        os._exit(0)
+    while not Path("waits").exists():
+        time.sleep(0.05)
+    before = bytes_of(work / RUN)
+    for resumes in ([], ["--ckpt_path", "last"]):
+        line = refused(capfd, *resumes)
+        assert line == (
+            f"--name default: process {pid} on {os.uname().nodename} is training it; wait for it, or give another name"
+        )
+    assert bytes_of(work / RUN) == before
+    main_of("classification")(["test", "--name", "default.1", "--trainer.limit_test_batches", "1"])
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    fit("--trainer.max_steps", "8")
+    assert json.loads((work / RUN / "summary.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("link", ["runs", "runs/classification/default", "runs/classification/default/checkpoints"])
+def test_links_change_nothing(link: str, work: Path) -> None:
+    whole = work / "whole"
+    whole.mkdir()
+    os.chdir(whole)
+    fit()
+    fit("--ckpt_path", "last", "--trainer.max_steps", "8")
+    os.chdir(work)
+    (work / "elsewhere").mkdir()
+    Path(link).parent.mkdir(parents=True, exist_ok=True)
+    fit()
+    Path(link).rename(work / "elsewhere/there")
+    Path(link).symlink_to(work / "elsewhere/there", target_is_directory=True)
+    fit("--ckpt_path", str((work / RUN / "checkpoints/last.ckpt").resolve()), "--trainer.max_steps", "8")
+    last = read_checkpoint(work / RUN / "checkpoints/last.ckpt")
+    expected = read_checkpoint(whole / RUN / "checkpoints/last.ckpt")
+    assert all(torch.equal(value, last["state_dict"][name]) for name, value in expected["state_dict"].items())
+    kept = bytes_of(work / "elsewhere/there")
+    fit()  # a new run of the name
+    moved = {hash_ for path, hash_ in bytes_of(work).items() if "default.1" in path or "elsewhere" in path}
+    assert set(kept.values()) <= moved
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a/b", "must be a plain folder name"),
+        (".hidden", "without a dot in front"),
+        ("x" * 300, "has 300 bytes; take at most 200"),
+        ("[b] ~ $HOME *", None),
+        ("運 ünï", None),
+    ],
+)
+def test_names_work_or_are_one_line(name: str, line: str | None, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if line:
+        assert line in refused(capfd, "--name", name)
+        return
+    for _ in range(2):
+        fit("--name", name)
+    fit("--name", name, "--ckpt_path", "last", "--trainer.max_steps", "8")
+    assert sorted(path.name for path in (work / "runs/classification").iterdir()) == [name, f"{name}.1"]
+    assert len(read_metrics(work / "runs/classification" / name / "metrics.csv", "train/loss")) == 8
+
+
+def test_one_command_starts_and_resumes(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    auto = ["--ckpt_path", "auto", "--last.every_n_train_steps", "2"]
+    fit("--trainer.max_steps", "12", "--name", "whole")
+    fit(*auto, "--trainer.max_steps", "12")
+    assert "is new" in capfd.readouterr().out
+    checkpoints = work / RUN / "checkpoints"
+    kept = {name: (checkpoints / name).read_bytes() for name in ("last.ckpt", "previous.ckpt")}
+    damaged = bytearray(kept["last.ckpt"])
+    damaged[len(damaged) // 2] ^= 16
+    (checkpoints / "last.ckpt").write_bytes(damaged)
+    line = refused(capfd, "--ckpt_path", "last", "--trainer.max_steps", "12")
+    assert line.endswith(f"cut short, damaged or no checkpoint; the newest whole one is {checkpoints}/previous.ckpt")
+    fit(*auto, "--trainer.max_steps", "12")
+    assert f"goes on from {checkpoints}/previous.ckpt" in capfd.readouterr().out
+    last, whole = (
+        read_checkpoint(work / f"runs/classification/{name}/checkpoints/last.ckpt")["state_dict"]
+        for name in ("default", "whole")
+    )
+    assert all(torch.equal(value, whole[name]) for name, value in last.items())
+    values = [
+        read_metrics(work / f"runs/classification/{name}/metrics.csv", "train/loss") for name in ("default", "whole")
+    ]
+    assert values[0] == values[1]
+    starts = [json.loads(text) for text in (work / RUN / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 12]
+    summary = json.loads((work / RUN / "summary.json").read_text())
+    assert (summary["state"], summary["step"]) == ("complete", 12)
+
+
+def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
+    fit()
+    before = bytes_of(work / RUN)
+    fit("--ckpt_path", "last")
+    assert bytes_of(work / RUN) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
+            "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or fit "
+            "without --ckpt_path",
+        ),
+        (
+            ["--ckpt_path", "last", "--model.lr_scheduler", "null"],
+            "model.lr_scheduler: Cosine has a state in the checkpoint, which none cannot go on from; take Cosine, or "
+            "fit without --ckpt_path",
+        ),
+        (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
+        *(
+            (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
+            for name, more in {
+                "StochasticWeightAveraging": ["--trainer.callbacks.swa_lrs", "0.01"],
+                "WeightAveraging": [],
+                "GradientAccumulationScheduler": ["--trainer.callbacks.scheduling", "{0: 2}"],
+                "LearningRateFinder": [],
+                "BatchSizeFinder": [],
+            }.items()
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    flags: list[str], line: str, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit()
+    before = bytes_of(work / RUN)
+    assert line in refused(capfd, *flags)
+    assert bytes_of(work / RUN) == before
+
+
+def failing_picture(args: list[str]) -> None:
+    from recipes.classification.module import ClassificationModule
+
+    def media(self: Any, stage: str) -> dict[str, Any]:
+        raise ArithmeticError("a bug in a picture")
+
+    ClassificationModule.media = media  # type: ignore[method-assign]  # in a forked process
+    main_of("classification")(args)
+
+
+def test_an_error_in_a_picture_ends_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert run_ranks(failing_picture, ["fit", *TINY], world=1, folder=work / "log") == [0], logs(work / "log")
+    text = (work / "log/rank0.log").read_text()
+    assert text.count("ArithmeticError: a bug in a picture") == 1
+    assert text.count("a picture of the recipe failed, and the run goes on:") == 1
+    assert (work / RUN / "report.html").exists()
+
+
+def failing_logger(args: list[str]) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    TensorBoardLogger.log_metrics = lambda *_, **__: 1 / 0  # type: ignore[assignment]  # in a forked process
+    main_of("classification")(args)
+
+
+def test_a_logger_that_breaks_ends_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert run_ranks(failing_logger, ["fit", *TINY], world=1, folder=work / "log") == [0], logs(work / "log")
+    assert (work / "log/rank0.log").read_text().count("ZeroDivisionError") == 1
+    assert len(read_metrics(work / RUN / "metrics.csv", "train/loss")) == 4
+
+
+def write_images(folder: Path, names: list[str]) -> None:
+    """A folder of small images for each class."""
+    from PIL import Image
+
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for index in range(12):
+            Image.new("L", (8, 8), 20 * number + index).save(folder / name / f"{index}.png")
+
+
+def test_names_of_classes_are_drawn_and_printed_as_they_are(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.run.report.write_report", write_report)
+    write_images(work / "prices", ["$", "$$", "[red]x", "運_^{"])
+    main_of("classification")(
+        ["fit", *TINY, "--data.source", "ImageTable", "--data.source.path", "prices", "--data.source.size", "8"]
+    )
+    text = (work / RUN / "report.html").read_text()
+    assert "confusion" in text
+
+
+def test_output_that_nobody_reads_ends_nothing(work: Path) -> None:
+    """A closed pipe, and an encoding without the characters of the bar."""
+    command = [sys.executable, str(ROOT / "recipes/regression/train.py"), "fit", *TINY]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (work / "runs/regression/default/checkpoints/last.ckpt").exists()
+
+
+def limited(args: list[str]) -> None:
+    """A fit that may write no file as large as its checkpoint."""
+    fit("--trainer.max_steps", "2")
+    size = (RUN / "checkpoints/last.ckpt").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    fit(*args)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(work: Path) -> None:
+    args = ["--trainer.max_steps", "8", "--ckpt_path", "last"]
+    assert run_ranks(limited, args, world=1, folder=work / "log") == [2], logs(work / "log")
+    line = (work / "log/rank0.log").read_text().splitlines()[-1]
+    assert "cannot be written (File too large); make room, the checkpoint before it is intact" in line
+    assert read_checkpoint(work / RUN / "checkpoints/last.ckpt")["global_step"] == 2
+    assert json.loads((work / RUN / "summary.json").read_text())["state"] == "failed"
+
+
+def different_main(args: list[str]) -> None:
+    rank = os.environ["RANK"]
+    fit(*args, "--model.optimizer.lr", f"0.0{rank}1")
+
+
+def test_ranks_that_were_started_differently_are_refused(work: Path) -> None:
+    args = [
+        "--config",
+        str(ROOT / "configs/strategy/ddp.yaml"),
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        "2",
+    ]
+    assert run_ranks(different_main, args, folder=work / "log") == [2, 2], logs(work / "log")
+    line = (work / "log/rank1.log").read_text().splitlines()[-1]
+    assert "model.optimizer.init_args.lr is 0.011 here and 0.001 on rank 0" in line
+    assert not (work / RUN).exists()
+
+
+def many_mains(folder: Path) -> None:
+    """Ten commands in one process, three of them interrupted; then the same metrics, handlers and memory."""
+    from common.module import BaseModule
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    start, losses, peaks = BaseModule.on_train_batch_start, [], []
+    for turn in range(10):
+        if turn % 3 == 1:
+            BaseModule.on_train_batch_start = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # type: ignore[assignment]
+            with pytest.raises(SystemExit) as stop:
+                fit("--name", f"cut{turn}")
+            assert stop.value.code == 130
+            BaseModule.on_train_batch_start = start  # type: ignore[method-assign]
+        else:
+            fit("--name", f"whole{turn}")
+            losses.append(read_metrics(Path(f"runs/classification/whole{turn}/metrics.csv"), "train/loss"))
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert all(each == losses[0] for each in losses)
+    (folder / "peaks.json").write_text(json.dumps(peaks))
+
+
+def test_many_commands_in_one_process(work: Path, record_property: Any) -> None:
+    assert run_ranks(many_mains, work, world=1, folder=work / "log") == [0], logs(work / "log")
+    peaks = json.loads((work / "peaks.json").read_text())
+    record_property("summary", f"ten commands in one process: {peaks[1] / 1024:.0f} to {peaks[-1] / 1024:.0f} MB")
+    assert peaks[-1] < peaks[2] * 1.1
+
+
+def test_starts_hold_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.run.record import _command
+
+    words = ["train.py", "fit", "--my.api_key=abc", "--hub_token", "abc", "--data.tokenizer=x"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert _command() == ["train.py", "fit", "--my.api_key=…", "--hub_token", "…", "--data.tokenizer=x"]
+
+
+def test_the_time_given_is_that_of_this_start(work: Path) -> None:
+    fit("--trainer.max_time", "00:00:00:20")
+    state = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    (timer,) = (name for name in state["callbacks"] if "Timer" in name)
+    state["callbacks"][timer]["time_elapsed"]["train"] = 10_000.0  # as after hours
+    torch.save(state, RUN / "checkpoints/last.ckpt")
+    fit("--ckpt_path", "last", "--trainer.max_steps", "8")
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 8
+
+
+def test_the_config_of_each_start_is_kept(work: Path) -> None:
+    fit("--trainer.max_steps", "2")
+    fit("--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert yaml.safe_load((work / RUN / "config.yaml").read_text())["trainer"]["max_steps"] == 4
