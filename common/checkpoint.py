@@ -37,7 +37,7 @@ def read_checkpoint(
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
     except Exception as error:  # damaged bytes make the reader raise nearly anything
         if other := newest_whole(Path(path).parent):
-            hint = f"the newest whole one is {other}"
+            hint = f"--ckpt_path {other.stem} is the newest whole one"
         raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
     for key in ("state_dict", "global_step"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:

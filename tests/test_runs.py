@@ -186,14 +186,13 @@ def test_one_command_starts_and_resumes(work: Path, capfd: pytest.CaptureFixture
     fit(*auto, "--trainer.max_steps", "12")
     assert "is new" in capfd.readouterr().out
     checkpoints = work / RUN / "checkpoints"
-    kept = {name: (checkpoints / name).read_bytes() for name in ("last.ckpt", "previous.ckpt")}
-    damaged = bytearray(kept["last.ckpt"])
+    damaged = bytearray((checkpoints / "last.ckpt").read_bytes())
     damaged[len(damaged) // 2] ^= 16
     (checkpoints / "last.ckpt").write_bytes(damaged)
     line = refused(capfd, "--ckpt_path", "last", "--trainer.max_steps", "12")
-    assert line.endswith(f"cut short, damaged or no checkpoint; the newest whole one is {checkpoints}/previous.ckpt")
+    assert line.endswith("cut short, damaged or no checkpoint; --ckpt_path best is the newest whole one")
     fit(*auto, "--trainer.max_steps", "12")
-    assert f"goes on from {checkpoints}/previous.ckpt" in capfd.readouterr().out
+    assert f"goes on from {checkpoints}/best.ckpt" in capfd.readouterr().out
     last, whole = (
         read_checkpoint(work / f"runs/classification/{name}/checkpoints/last.ckpt")["state_dict"]
         for name in ("default", "whole")

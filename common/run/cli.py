@@ -403,11 +403,22 @@ class RecipeCLI(LightningCLI):
                 raise KeyboardInterrupt from error
             raise
         except Exception as error:
-            if mistake := self._mistake(error):
+            if mistake := self._mistake(error) or self._refusal(error):
                 raise mistake from error
             raise
         finally:
             self.run.end()
+
+    def _refusal(self, error: Exception) -> InputError | None:
+        """A library's own exception before the first step, that no code of ours or of a recipe has caused."""
+        if isinstance(error, InputError | Stopped) or self.trainer.global_step > self.run.first_step:
+            return None
+        libraries = Path(L.__file__).parents[1]
+        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        inside = frames[next((i for i, path in enumerate(frames) if libraries in path.parents), len(frames)) :]
+        if not inside or not all(libraries in path.parents for path in inside):
+            return None
+        return InputError(f"{self.subcommand}: {' '.join(str(error).split())}")
 
     def _mistake(self, error: Exception) -> Exception | None:
         """What a library's exception says about the config, the checkpoint or the other ranks; None if nothing."""

@@ -84,6 +84,8 @@ class RunFolder:
         Raises:
             InputError: there is no such file.
         """
+        if "/" not in name and (kept := self.path / "checkpoints" / f"{name}.ckpt").exists():
+            return kept
         if name not in ("last", "best"):
             if not Path(name).exists():
                 raise InputError(f"--ckpt_path {name}: no such file; give last, best, auto or the path of one")
