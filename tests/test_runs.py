@@ -180,18 +180,37 @@ def test_names_work_or_are_one_line(name: str, line: str | None, work: Path, cap
     assert len(read_metrics(work / "runs/classification" / name / "metrics.csv", "train/loss")) == 8
 
 
+def preempted_fit(args: list[str]) -> None:
+    """It gets SIGTERM in its seventh step."""
+    from common.module import BaseModule
+
+    start = BaseModule.on_train_batch_start
+
+    def preempt(self: BaseModule, batch: Any, batch_idx: int) -> None:
+        start(self, batch, batch_idx)
+        if batch_idx == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    BaseModule.on_train_batch_start = preempt  # type: ignore[method-assign]  # in a forked process
+    fit(*args)
+
+
 def test_one_command_starts_and_resumes(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    auto = ["--ckpt_path", "auto", "--last.every_n_train_steps", "2"]
+    """Also where the last checkpoint is damaged."""
+    auto = ["--ckpt_path", "auto", "--last.every_n_train_steps", "2", "--trainer.max_steps", "12"]
     fit("--trainer.max_steps", "12", "--name", "whole")
-    fit(*auto, "--trainer.max_steps", "12")
-    assert "is new" in capfd.readouterr().out
+    assert run_ranks(preempted_fit, auto, world=1, folder=work / "log") == [143], logs(work / "log")
+    assert "is new" in (work / "log/rank0.log").read_text()
+    assert json.loads((work / RUN / "summary.json").read_text())["state"] == "stopped"
+    assert read_checkpoint(work / RUN / "checkpoints/last.ckpt")["global_step"] == 7
     checkpoints = work / RUN / "checkpoints"
     damaged = bytearray((checkpoints / "last.ckpt").read_bytes())
     damaged[len(damaged) // 2] ^= 16
     (checkpoints / "last.ckpt").write_bytes(damaged)
     line = refused(capfd, "--ckpt_path", "last", "--trainer.max_steps", "12")
     assert line.endswith("cut short, damaged or no checkpoint; --ckpt_path best is the newest whole one")
-    fit(*auto, "--trainer.max_steps", "12")
+    capfd.readouterr()
+    fit(*auto)
     assert f"goes on from {checkpoints}/best.ckpt" in capfd.readouterr().out
     last, whole = (
         read_checkpoint(work / f"runs/classification/{name}/checkpoints/last.ckpt")["state_dict"]
@@ -203,7 +222,7 @@ def test_one_command_starts_and_resumes(work: Path, capfd: pytest.CaptureFixture
     ]
     assert values[0] == values[1]
     starts = [json.loads(text) for text in (work / RUN / "starts.jsonl").read_text().splitlines()]
-    assert [start["step"] for start in starts] == [0, 12]
+    assert [start["step"] for start in starts] == [0, 6]
     summary = json.loads((work / RUN / "summary.json").read_text())
     assert (summary["state"], summary["step"]) == ("complete", 12)
 
