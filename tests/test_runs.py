@@ -239,8 +239,8 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
     [
         (
             ["--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
-            "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or fit "
-            "without --ckpt_path",
+            "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or "
+            "fit without --ckpt_path",
         ),
         (
             ["--ckpt_path", "last", "--model.lr_scheduler", "null"],

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
@@ -83,7 +85,8 @@ class FitLoop(_FitLoop):
     @override
     def on_run_start(self) -> None:
         # What stops a run at the end of an epoch reads them. The sanity check has cleared them.
-        metrics = {name: torch.tensor(value) for name, value in self.epoch_loop.metrics.items()}
+        known = self.epoch_loop.metrics
+        metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in known.items()}
         self.trainer.callback_metrics.update(metrics)
         super().on_run_start()
 
@@ -106,3 +109,14 @@ class FitLoop(_FitLoop):
         steps._batches_that_stepped = steps.global_step
         EpochLoop.restarting.fset(self, False)  # type: ignore[attr-defined]  # of all loops
         self._restarting = steps._restarting = inside > 0
+        self.trainer.should_stop = any(map(_has_stopped, self.trainer.early_stopping_callbacks))
+
+
+def _has_stopped(callback: EarlyStopping) -> bool:
+    """Whether a callback has ended the checkpoint's run, and the patience that is given now would end it too."""
+    exhausted = callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+    return (
+        callback.wait_count >= callback.patience
+        if exhausted
+        else callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+    )

@@ -7,6 +7,7 @@ optimizer, schedule, counters and states of callbacks, and writes the same rows 
 import csv
 import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from common.checkpoint import read_checkpoint
-from tests.support import logs, main_of, run_ranks
+from tests.support import ROOT, logs, main_of, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -49,20 +50,45 @@ WATCHES = {
                 "--model.lr_scheduler.monitor", "val/loss", "--model.lr_scheduler.patience", "0",
                 "--model.lr_scheduler.threshold", "0.02"],
 }  # fmt: skip
-CELLS = list(itertools.product(ENDS, VALIDATES, ACCUMULATES, LIMITS, WATCHES))
+RUNS = {"one": (1, 0), "workers": (1, 2), "ranks": (2, 0)}
+SETTINGS = [list(each) for each in (ENDS, VALIDATES, ACCUMULATES, LIMITS, WATCHES, RUNS)]
+
+
+def covering() -> list[tuple[str, ...]]:
+    """Cells in which any two values of two settings meet."""
+
+    def pairs(cell: tuple[str, ...]) -> set[tuple[Any, ...]]:
+        return set(itertools.combinations(enumerate(cell), 2))
+
+    cells = list(itertools.product(*SETTINGS))
+    random.Random(1).shuffle(cells)
+    left = set.union(*map(pairs, cells))
+    chosen = []
+    while left:
+        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & left)))
+        left -= pairs(chosen[-1])
+    return chosen
+
+
+CELLS = covering()
+HOLE = ("epochs_first", "each_epoch", "1", "all", "none", "one")  # trained an epoch fewer, under Lightning's own loop
+FAST = [HOLE, *CELLS[:7]]
+
+
+HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
 
 def keep_all_main(args: list[str], folder: Path) -> None:
     """Train, with a checkpoint kept at every hook where one can be made."""
     from common.run.callbacks import LastCheckpoint
 
-    for hook in ("on_train_batch_end", "on_validation_end", "on_train_epoch_end"):
+    for hook in HOOKS:
         made = getattr(LastCheckpoint, hook)
 
         def keep(self: Any, trainer: Any, module: Any, *rest: Any, hook: str = hook, made: Any = made) -> None:
             made(self, trainer, module, *rest)
             if trainer.state.fn == "fit" and not trainer.sanity_checking and module.ends_step:
-                trainer.save_checkpoint(folder / f"{trainer.global_step:03d}-{hook}.ckpt")
+                trainer.save_checkpoint(folder / f"{trainer.global_step:03d}-{hook}.ckpt", weights_only=False)
 
         setattr(LastCheckpoint, hook, keep)  # in this forked process only
     main_of("regression")(args)
@@ -78,8 +104,11 @@ def state(path: Path) -> dict[str, Any]:
     """All that a checkpoint holds but where it lies."""
     kept = read_checkpoint(path)
     callbacks = {name: each for name, each in kept["callbacks"].items() if "BestCheckpoint" not in name}
-    keys = "epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops"
-    return {key: kept[key] for key in keys} | {"callbacks": callbacks}
+    keys = "epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "losses"
+    # How far the last validation has come, and the last metrics, are no part of where a run goes on.
+    hidden = "epoch_loop.val_loop", "epoch_loop.state_dict"
+    loops = {key: value for key, value in kept["loops"]["fit_loop"].items() if not key.startswith(hidden)}
+    return {key: kept[key] for key in keys} | {"callbacks": callbacks, "loops": loops}
 
 
 def differs(value: Any, other: Any, where: str = "") -> list[str]:
@@ -105,22 +134,34 @@ def rows(run: Path) -> list[dict[str, str]]:
     return [row for row in kept if len(row) > 2]  # not only epoch and step
 
 
-@pytest.mark.parametrize("world", [1])
-@pytest.mark.parametrize(("ends", "validates", "accumulates", "limit", "watches"), CELLS)
+@pytest.mark.parametrize(
+    ("ends", "validates", "accumulates", "limit", "watches", "runs"),
+    [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in dict.fromkeys([HOLE, *CELLS])],
+)
 def test_goes_on_from_any_checkpoint(
-    ends: str, validates: str, accumulates: str, limit: str, watches: str, world: int, work: Path
+    ends: str, validates: str, accumulates: str, limit: str, watches: str, runs: str, work: Path, record_property: Any
 ) -> None:
+    world, workers = RUNS[runs]
     net = {"class_path": "common.nets.tables.MLP", "init_args": {"d_block": 8, "n_blocks": 1}}
     args = [
         "fit", "--model.net", json.dumps(net), "--media.every_n_validations", "0", "--trainer.callbacks", "[]",
-        "--trainer.logger", "[]", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",
+        "--trainer.logger", "[]", "--trainer.log_every_n_steps", "3", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", *ENDS[ends], *VALIDATES[validates], *ACCUMULATES[accumulates],
-        *LIMITS[limit], *WATCHES[watches],
+        *LIMITS[limit], *WATCHES[watches], "--data.num_workers", str(workers), "--data.batch_size", str(32 // world),
+        "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
     ]  # fmt: skip
+    if world > 1:
+        args += ["--config", str(ROOT / "configs/strategy/ddp.yaml")]
     kept = work / "kept"
     assert run_ranks(keep_all_main, args, kept, world=world, folder=work / "whole") == [0] * world, logs(work / "whole")
     whole = work / "runs/regression/default"
-    checkpoints = sorted(kept.glob("*.ckpt"))
+    # One in each third of the run, of each hook; in the last third the last, which a complete run ends with.
+    hooks = [sorted(kept.glob(f"*-{hook}.ckpt")) for hook in HOOKS]
+    places = {path for paths in hooks if paths for path in (*paths[:: -(-len(paths) // 3)], paths[-1])}
+    checkpoints = sorted(places)
+    record_property(
+        "summary", f"{ends}, {validates}, {accumulates}, {limit}, {watches}, {runs}: {len(checkpoints)} equal"
+    )
     codes = run_ranks(resume_main, args, checkpoints, world=world, folder=work / "resumed", timeout=600)
     assert codes == [0] * world, logs(work / "resumed")
     expected, all_rows = state(whole / "checkpoints/last.ckpt"), rows(whole)
