@@ -1,5 +1,6 @@
 """Pretrained nets of transformers with their heads."""
 
+from pathlib import Path
 from typing import Literal
 
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from common.checkpoint import check_files
 from common.errors import InputError
 
 
@@ -32,6 +34,7 @@ class Pretrained(nn.Module):
         disable_progress_bar()  # it would write to stderr
         kinds = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
+        check_files(Path(name))
         try:
             self.model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:

@@ -1,5 +1,7 @@
 """Nets for texts, made from transformers."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from common.checkpoint import check_files
 from common.errors import InputError
 
 
@@ -30,6 +33,7 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, num_classes: int, name: str, freeze: bool = False, dropout: float = 0.1):
         super().__init__()
         disable_progress_bar()  # it would write to stderr
+        check_files(Path(name))
         try:
             self.body = AutoModel.from_pretrained(
                 name, use_safetensors=True, trust_remote_code=False, dtype=torch.get_default_dtype()

@@ -67,7 +67,9 @@ LOGGING = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "
 OF_RUN = ("validate", "test", "predict", "export")
 
 # Errors of a disk.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
+NO_ROOM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+}  # fmt: skip
 
 # The flags that say where a run is.
 WHERE = ("config", "name", "ckpt_path", "trainer.default_root_dir")
@@ -337,6 +339,12 @@ class RecipeCLI(LightningCLI):
             raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         if config.trainer.use_distributed_sampler:
             raise InputError("trainer.use_distributed_sampler must be false: the loaders share the data out themselves")
+        if "://" in str(config.trainer.default_root_dir):
+            problem = "is no folder of this machine; give one, and copy runs/ afterwards"
+            raise InputError(f"trainer.default_root_dir: {config.trainer.default_root_dir} {problem}")
+        if str(config.trainer.strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+            problem = "starts ranks in a way that a command line cannot end"
+            raise InputError(f"trainer.strategy: {config.trainer.strategy} {problem}; take ddp")
         if config.trainer.overfit_batches:
             raise InputError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
 
@@ -361,6 +369,11 @@ class RecipeCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.run.path)
         if self.subcommand == "test":
             config.verbose = False  # RunRecord prints a shorter table
+        for item in _as_list(config.trainer.logger):
+            if item.class_path.endswith("TensorBoardLogger") and self.run.goes_on:
+                # Its page hides the earlier events of steps that are made again.
+                step = read_checkpoint(config.ckpt_path, mmap=True)["global_step"]
+                item.dict_kwargs = {"purge_step": step}
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
             for key, base in (("save_dir", self.folder), ("dirpath", self.run.path)):
                 if (path := item.get("init_args", {}).get(key)) is not None:
@@ -425,6 +438,9 @@ class RecipeCLI(LightningCLI):
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = error.filename or self.run.path
             return InputError(f"{where}: cannot be written ({error.strerror}); what was written before is intact")
+        if isinstance(error, RuntimeError) and re.search("EADDRINUSE|[Aa]ddress already in use", str(error)):
+            port = os.environ.get("MASTER_PORT", "the port")
+            return InputError(f"MASTER_PORT: {port} is in use; set another, or none and a free one is found")
         message, net = str(error), type(getattr(self.model, "net", None)).__name__
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:

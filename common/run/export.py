@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import CHECKSUMS, checksums, read_checkpoint
 from common.data import BaseDataModule
 from common.module import BaseModule
 
 
 def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder: Path) -> None:
-    """Write a checkpoint's net to a folder: safetensors, as ``from_pretrained`` reads it.
+    """Write a checkpoint's net to a folder: safetensors, as ``from_pretrained`` reads it, and checksums of all files.
 
     Args:
         model: the module.
@@ -37,12 +37,25 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     net: nn.Module = model.net
     # A classifier of common.nets holds the net of transformers that others can load.
     inner = [net, *net.children()]
+    classes = checkpoint.get("hyper_parameters", {}).get("class_names")
     if found := next((module for module in inner if isinstance(module, PreTrainedModel)), None):
+        if classes and found.config.num_labels == len(classes):
+            found.config.id2label = dict(enumerate(map(str, classes)))
+            found.config.label2id = {str(name): number for number, name in enumerate(classes)}
         found.save_pretrained(folder)
     else:
         save_model(net, str(folder / "model.safetensors"))
     if columns := checkpoint.get("hyper_parameters", {}).get("columns"):
         (folder / "columns.json").write_text(json.dumps(columns, indent=1), encoding="utf-8")
+    if classes:
+        (folder / "classes.json").write_text(json.dumps(classes, indent=1), encoding="utf-8")
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        eos_id = getattr(getattr(datamodule, "corpus", None), "eos_id", None)
+        ends = tokenizer.id_to_token(eos_id) if eos_id is not None else None
+        special = {"eos_token": ends, "pad_token": ends} if ends else {}
+        if context := getattr(datamodule, "context", None):
+            special["model_max_length"] = context
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    written = sorted(path.name for path in folder.iterdir())
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
     print(f"export: {folder}", flush=True)

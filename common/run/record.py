@@ -207,7 +207,7 @@ class RunRecord(Callback):
             monitor = (
                 getattr(callback, "monitor", None) if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
             )
-            known = [*trainer.callback_metrics, "train/loss"]
+            known = [*trainer.callback_metrics, "train/loss", "step", "epoch"]
             if monitor is not None and monitor not in known:
                 hint = nearest(monitor, known)
                 if isinstance(callback, BestCheckpoint):
@@ -218,6 +218,11 @@ class RunRecord(Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+        if best is not None and best.best_model_score is not None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
+                    logger.log_hyperparams(self.config, {str(best.monitor): best.best_model_score.item()})
         out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in timers)
         self._summarize(trainer, "out of time" if out_of_time else "complete")
 
@@ -329,9 +334,12 @@ def describe_environment() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
     commit = ""
     if git := shutil.which("git"):
-        command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        where = Path(__file__).parent
-        commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where).stdout.strip()
+        # Whoever owns the clone; files that git does not know yet make it dirty as well.
+        command = [git, "-c", "safe.directory=*"]
+        about = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).resolve().parents[2]}
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], **about).stdout.strip()
+        if commit and subprocess.run([*command, "status", "--porcelain"], **about).stdout.strip():
+            commit += "-dirty"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
 

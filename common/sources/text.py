@@ -31,10 +31,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.checkpoint import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import TokenizerSource
 
-FORMAT = 1  # bump when the same source and settings would give other tokens
+FORMAT = 2  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
 PIECE = 1 << 16  # characters of a document to encode at a time
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
@@ -111,6 +112,8 @@ def prepare(
     finally:
         # A worker process forked after the threads were in use would warn, or hang using them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    fix = f"remove the folder {folder}, and it is made anew"
+    check_files(folder, fix=fix)
     meta = json.loads((folder / "meta.json").read_text())
     dtype = meta.pop("dtype")
     train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))
@@ -325,6 +328,8 @@ def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: 
         meta = _encode(pieces, source.name, tokenizer, wanted.eos_token, part)
     tokenizer.save(str(part / "tokenizer.json"))
     (part / "meta.json").write_text(json.dumps({**meta, "documents": plan.documents}))
+    sums = checksums(part, [path.name for path in part.iterdir()])
+    (part / CHECKSUMS).write_text(json.dumps(sums))
     part.rename(folder)
 
 

@@ -12,6 +12,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int64
 from rich.progress import track
 
+from common.checkpoint import check_files
 from common.errors import InputError
 from common.losses import precise
 from common.nets import check_context
@@ -119,6 +120,7 @@ class ReferenceLoss(Difficulty):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        check_files(Path(self.name))
         try:
             net = AutoModelForCausalLM.from_pretrained(self.name, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
