@@ -8,9 +8,6 @@ recipe=$1 name=$2
 shift 2
 nodes=${NODES:-1} devices=${DEVICES:-1} root=${ROOT:-.}
 
-goes_on='resume=(); if [ -e "$2/runs/$0/$1/checkpoints/last.ckpt" ]; then resume=(--ckpt_path last); fi
-exec python "recipes/$0/train.py" fit --name "$1" "${resume[@]}" --trainer.default_root_dir "$2" "${@:3}"'
-
 exec torchrun --nnodes "$nodes" --nproc_per_node "$devices" --rdzv_backend c10d --rdzv_endpoint "${HOST:-localhost:0}" \
-  --max_restarts 3 --no_python bash -c "$goes_on" "$recipe" "$name" "$root" "$@" \
+  --max_restarts 3 "recipes/$recipe/train.py" fit --name "$name" --ckpt_path auto "$@" --trainer.default_root_dir "$root" \
   --trainer.num_nodes "$nodes" --trainer.devices "$devices"
