@@ -119,10 +119,10 @@ def test_diloco_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> Non
     momentum = read_checkpoint(last)["outer_optimizer"]["state"][0]["momentum_buffer"]
     assert momentum.abs().sum() > 0
     again = fit(work, lm_args, "cut", "diloco", *short, "--trainer.max_steps", "40", "--ckpt_path", "last")
-    losses, expected = (read_metrics(path / "metrics.csv", "train/loss") for path in (again, whole))
+    losses, expected = (read_metrics(path / "metrics.csv", "train/loss")[30:] for path in (again, whole))
     assert len(losses) == 10
-    assert difference(losses[:1], expected[30:31]) < 1e-5, "weights and data are those of the whole run"
-    assert difference(losses, expected[30:]) < 0.05
+    assert difference(losses[:1], expected[:1]) < 1e-5, "weights and data are those of the whole run"
+    assert difference(losses, expected) < 0.05
 
 
 def served_main(args: list[str], path: Path, delay: float) -> None:
@@ -197,8 +197,8 @@ def test_server_goes_on_from_the_checkpoint_of_any_and_any_from_its(work: Path, 
     assert steps == {10 + 2 * 10}, "the server has stepped for each rank"
     run = fit(work, lm_args, "hops", "ddp", "--ckpt_path", "last", *short, "30")
     losses = read_metrics(run / "metrics.csv", "train/loss")
-    assert len(losses) == 10
-    assert all(loss < 4 for loss in losses)
+    assert len(losses) == 30
+    assert all(loss < 4 for loss in losses[20:])
 
 
 def test_the_server_saves_the_rate_that_a_schedule_has_set(work: Path, lm_args: list[str]) -> None:

@@ -57,6 +57,8 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
         start(self, batch, batch_idx)
 
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background may ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     Ranks.limit = 5.0  # no test has to wait 45
     BaseModule.on_train_batch_start = start_or_fail  # type: ignore[method-assign]  # in this forked process only
     main_of(recipe)(args)

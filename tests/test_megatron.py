@@ -113,11 +113,11 @@ def test_a_checkpoint_travels(fit: Any, work: Path, record_property: Any) -> Non
     fsdp2 = ["--config", str(ROOT / "configs/strategy/fsdp2.yaml")]
     hops = [(2, 2, []), (1, 1, SINGLE), (4, 2, []), (2, 1, fsdp2), (2, 1, []), (2, 1, ["--trainer.strategy", "ddp"])]
     whole = fit("whole", 1, 1, *SINGLE, *args, str(2 * len(hops)))
-    run, found = work, []
+    run = work
     for number, (world, together, strategy) in enumerate(hops, 1):
         resumed = ["--ckpt_path", "last"] if number > 1 else []
         run = fit("hops", world, together, *strategy, *args, str(2 * number), *resumed)
-        found += read_metrics(run / "metrics.csv", "val/loss")
+    found = read_metrics(run / "metrics.csv", "val/loss")
     expected = read_metrics(whole / "metrics.csv", "val/loss")
     assert len(found) == len(hops)
     record_property("summary", f"val/loss through {len(hops)} ways to train: {difference(found, expected):.1e}")
@@ -142,7 +142,7 @@ def test_what_else_is_done_with_a_run(fit: Any, work: Path) -> None:
             )
         found[world] = (
             (run / "predict/predictions.csv").read_text(),
-            read_metrics(run / "validate/metrics.csv", "val/loss"),
+            read_metrics(run / "validate-last/metrics.csv", "val/loss"),
         )
     assert found[2][0] == found[1][0]
     assert len(found[1][0].splitlines()) > 2

@@ -221,8 +221,8 @@ def test_a_resumed_run_follows_its_new_length_and_rate(work: Path) -> None:
     longer = lr_of_steps(*schedule, "--trainer.max_steps", "8", "--ckpt_path", "last")
     faster = lr_of_steps(*schedule, "--trainer.max_steps", "12", "--ckpt_path", "last", "--model.optimizer.lr", "0.01")
     assert first == pytest.approx(trace(Cosine, 4, 3.0e-3)[:4])
-    assert longer == pytest.approx(trace(Cosine, 8, 3.0e-3)[4:8])
-    assert faster == pytest.approx(trace(Cosine, 12, 0.01)[8:12])
+    assert longer[4:] == pytest.approx(trace(Cosine, 8, 3.0e-3)[4:8])
+    assert faster[8:] == pytest.approx(trace(Cosine, 12, 0.01)[8:12])
 
 
 # Schedulers of torch and Lightning
@@ -296,7 +296,7 @@ def test_reduce_on_plateau_is_resumed(work: Path) -> None:
     best = work / "runs/classification/default/checkpoints/best.ckpt"
     first = lr_of_steps(*args, "--trainer.max_epochs", "3")
     saved = torch.load(best, weights_only=True)["global_step"]
-    rest = lr_of_steps(*args, "--trainer.max_epochs", "5", "--ckpt_path", "best")
+    rest = lr_of_steps(*args, "--trainer.max_epochs", "5", "--ckpt_path", "best")[saved:]
     assert first == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
     assert rest == pytest.approx([*first, 0.2, 0.2, 0.1, 0.1][saved:])
 

@@ -159,8 +159,8 @@ def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
     for hop, (world, batch_size, flags) in enumerate(hops, 1):
         steps = ["--trainer.max_steps", str(4 * hop), "--trainer.val_check_interval", "4"]
         run = fit("hops", world, *schedule, *steps, *flags, batch_size=batch_size)
-        for column, found in values.items():
-            found += read_metrics(run / "metrics.csv", column)
+    for column, found in values.items():
+        found += read_metrics(run / "metrics.csv", column)
     whole = fit("whole", 1, *schedule, "--trainer.max_steps", str(4 * len(hops)), "--trainer.val_check_interval", "4")
     off = max(difference(values[column], read_metrics(whole / "metrics.csv", column)) for column in COLUMNS)
     record_property("summary", f"pipeline, through {len(hops)} strategies: largest relative difference {off:.1e}")

@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
-from common.run.faults import StopOnSigterm
 from common.strategies import ray as ray_strategy
 from common.strategies.ray import RayDDP
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
@@ -40,7 +39,6 @@ class Faults(Callback):
 
     def __init__(self, folder: str, kill: list[int], wait: int):
         self.folder, self.kill, self.wait = Path(folder), kill, wait
-        StopOnSigterm.seconds = 1.0
 
     @override
     def on_train_batch_start(

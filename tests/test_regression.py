@@ -310,8 +310,8 @@ def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, wor
     target = table["rent"].iloc[test].to_numpy()
     assert predictions["target"].to_numpy() == pytest.approx(target, rel=1e-6)
     rmse = math.sqrt(mean_squared_error(target, predictions["prediction"]))
-    assert read_metrics(run / "test/metrics.csv", "test/rmse")[-1] == pytest.approx(rmse, rel=1e-5)
-    assert read_metrics(run / "test/metrics.csv", "test/r2")[-1] == pytest.approx(
+    assert read_metrics(run / "test-last/metrics.csv", "test/rmse")[-1] == pytest.approx(rmse, rel=1e-5)
+    assert read_metrics(run / "test-last/metrics.csv", "test/r2")[-1] == pytest.approx(
         r2_score(target, predictions["prediction"]), rel=1e-4, abs=1e-6
     )
     lines = (run / "texts/test-baselines.txt").read_text().splitlines()

@@ -45,7 +45,7 @@ from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
 from common.run.messages import explain
 from common.run.output import lasting_output, spare
-from common.run.record import Media, PredictionWriter, RunRecord
+from common.run.record import Media, PredictionWriter, RunRecord, RunReport
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
 
@@ -460,7 +460,7 @@ class RecipeCLI(LightningCLI):
         built = self.config_init[self.subcommand]
         settings = built["trainer"]
         best, last, media = (built[key] for key in CALLBACKS)
-        own = [media, Endings(self.signals)]
+        own = [media, Endings(self.signals), RunReport()]
         if self.subcommand == "predict":
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)

@@ -223,9 +223,10 @@ class Endings(Callback):
         self._leave()
 
     def _leave(self) -> None:
-        self.signals.waits = False
+        self.signals.waits, self.signals.tell = False, lambda number: None
         if self.ranks is not None:
             self.ranks.end()
+        self.ranks = None
 
     # Lightning has registered handlers of its own before these.
     @override

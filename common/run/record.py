@@ -129,7 +129,7 @@ def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) ->
 
 
 class RunRecord(Callback):
-    """Writes what the run is (config, versions, commit) when it starts and its report when it ends.
+    """Writes what the run is (config, versions, commit) when it starts, and its summary.
 
     Args:
         config: the resolved config.
@@ -181,8 +181,9 @@ class RunRecord(Callback):
                 logger.experiment.metrics_keys = next(csv.reader(lines), [])
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._settle(trainer)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
+        if pl_module.ends_step:
+            self._settle(trainer)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -254,10 +255,6 @@ class RunRecord(Callback):
             os.replace(written, folder / "summary.json")
 
     @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer, "val")
-
-    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._summarize(trainer, "complete", checkpoint=self.checkpoint)
@@ -265,6 +262,17 @@ class RunRecord(Callback):
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._summarize(trainer, "complete", checkpoint=self.checkpoint)
+
+
+class RunReport(Callback):
+    """Writes a run's report, and prints its metrics and texts, when everything else has been written."""
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, "val")
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish(trainer, "test")
 
     def _finish(self, trainer: L.Trainer, stage: str) -> None:

@@ -60,7 +60,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"
+    done = folder / "done"  # holds the folder of the finished run; a copy of the recipe has another name
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
             folder.mkdir(exist_ok=True)
@@ -69,8 +69,8 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
             except (InputError, subprocess.CalledProcessError):  # one that was stopped goes on next time
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            done.touch()
-    return folder / "runs" / recipe.name / "teacher/checkpoints/best.ckpt"
+            done.write_text(f"runs/{recipe.name}/teacher", encoding="utf-8")
+    return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
 
 
 def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:
