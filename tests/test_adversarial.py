@@ -315,7 +315,9 @@ def test_an_overflow_keeps_its_sign(value: float, moves: float, norm: Any, net: 
     assert math.isnan(value) is bool(objective._delta[:, 0, 1:].any()) or norm == "linf", "l2 goes the overflow's way"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp2", "deepspeed_zero2"))]
+)
 def test_free_training_on_ranks(strategy: str, work: Path, plain_args: dict[str, list[str]]) -> None:
     """Losses equal one process's, each batch is four optimizer steps, and a resumed run ends with the same bits."""
     from common.checkpoint import read_checkpoint

@@ -73,7 +73,15 @@ def run_in(folder: Path, recipe: str, args: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# Their default runs take longest; parts of these commands are in other tests.
+LONG = [ROOT / f"recipes/{name}/README.md" for name in ("adversarial", "distillation")]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.matrix if page in LONG else []) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
     """``python recipes/<task>/train.py`` runs in forks of this process, one per rank; the rest as typed."""
     lines = commands(page)
