@@ -72,11 +72,11 @@ def run_in(folder: Path, recipe: str, args: list[str]) -> None:
     main_of(recipe)(args)
 
 
-@pytest.mark.slow
 # Their default runs take longest; parts of these commands are in other tests.
 LONG = [ROOT / f"recipes/{name}/README.md" for name in ("adversarial", "distillation")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.matrix if page in LONG else []) for page in PAGES],

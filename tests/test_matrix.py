@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("no_report")
 PRECISIONS = sorted(path.stem for path in (ROOT / "configs/precision").glob("*.yaml"))
 LAYERS = sorted([*STRATEGIES, *LAUNCHERS, *MISSING])
 CELLS = [(recipe, strategy, precision) for recipe in MEASURED for strategy in LAYERS for precision in PRECISIONS]
-# Every strategy with a precision, every precision is there, each with one recipe, so that its run on one process is made
-# once. fp32, which tf32 is on a CPU, is in test_strategies.py.
+# Every strategy with a precision; every precision is there, each with one recipe, so that its run on one process is
+# made once. fp32, which tf32 is on a CPU, is in test_strategies.py.
 OTHERS = [precision for precision in PRECISIONS if precision not in ("fp32", "tf32")]
 FAST = {
     (MEASURED[j - 2], strategy, precision)
