@@ -1,6 +1,7 @@
 """Whatever happens to a rank, every rank ends, with a code and a line, and the run goes on later."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
     "kill_1": ({1: "kill"}, [3, -9]),
     "raise_0": ({0: "raise"}, [1, 3]),
     "raise_1": ({1: "raise"}, [3, 1]),
+    "memory_1": ({1: "memory"}, [3, 1]),
+    "full_disk_0": ({0: "full_disk"}, [2, 3]),
     "segfault_1": ({1: "segfault"}, [3, -11]),
     "stop_0": ({0: "stop"}, [-9, 3]),
     "stop_1": ({1: "stop"}, [3, -9]),
@@ -48,8 +51,10 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
             if fault in ("kill", "segfault", "stop"):
                 number = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP}[fault]
                 os.kill(os.getpid(), number)
-            elif fault == "raise":
-                raise ArithmeticError("a bug in one rank")
+            elif fault in ("raise", "memory"):
+                raise (ArithmeticError if fault == "raise" else MemoryError)("a bug in one rank")
+            elif fault == "full_disk":  # of more than this test's log, and less than any checkpoint
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             elif fault:
                 os.killpg(os.getpgrp(), SIGNALS[fault])  # as launchers do: the workers that read data get it too
         if self.trainer.fit_loop.epoch_loop.total_batch_idx > 8:
@@ -140,7 +145,9 @@ def test_every_rank_ends(
             name = {143: "SIGTERM", 130: "Ctrl-C", 129: "SIGHUP"}[code]
             assert f"rank {rank}: {name} to {which} after step" in text.splitlines()[-1]
         elif code == 1:
-            assert "ArithmeticError: a bug in one rank" in text.splitlines()[-1]
+            assert "Error: a bug in one rank" in text.splitlines()[-1]
+        elif code == 2:
+            assert "last.ckpt: cannot be written (File too large); make room" in text.splitlines()[-1]
     last = read_checkpoint(work / "runs" / recipe / "default/checkpoints/last.ckpt")
     assert last["global_step"] > 8 if "sig" in fault[:3] else last["global_step"] == 5
     resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(last["global_step"] + 2)]

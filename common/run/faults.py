@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -77,6 +78,9 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(item, f"{key}.{name}" if key else str(name))
 
 
+ENDED = "ended"  # the last sign of life of a rank that has done its work
+
+
 class Ranks:
     """A line between all ranks beside their collectives: signs of life, and where to stop.
 
@@ -99,15 +103,16 @@ class Ranks:
         self.asked = 0  # the signal for which all ranks stop
         self._signal = 0  # that this rank has received
         self._tick, self._last_tick, self._stop_at = 0, -1, threading.Event()
-        self._lock, self._ended = threading.Lock(), False
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._heard = time.monotonic()  # from the store
         self._lives = [(b"", self._heard)] * self.size  # sign of life of each rank, and since when it is the same
         self._places: list[str] = []
         self.every = max(0.5, self.size / 500)  # seconds between signs of life
         if self.size > 1:
             self._store = self._connect(trainer)
-            for work in (self._talk, self._judge):
-                threading.Thread(target=work, daemon=True).start()
+            self._talks = threading.Thread(target=self._talk, daemon=True)
+            self._talks.start()
+            threading.Thread(target=self._judge, daemon=True).start()
 
     def _connect(self, trainer: L.Trainer) -> TCPStore:
         limit = timedelta(seconds=300)
@@ -118,7 +123,10 @@ class Ranks:
         host, port = trainer.strategy.broadcast((host, server.port if server else 0))
         store = server or TCPStore(host, port, is_master=False, timeout=limit)
         store.set(f"life/{self.rank}", "0")
-        store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+        place = str(os.getpid())
+        with suppress(OSError):
+            place = _place(os.getpid())
+        store.set(f"place/{self.rank}", place)
         self._places = [place.decode() for place in store.multi_get([f"place/{rank}" for rank in range(self.size)])]
         return store
 
@@ -141,13 +149,15 @@ class Ranks:
         return stops
 
     def end(self) -> None:
-        """Leave: this rank has done its work."""
-        self._ended = True
+        """Leave, and tell the others: this rank has done its work, and they may have more."""
+        self._ended.set()
+        if self.size > 1:
+            self._talks.join(timeout=2.0)  # longer, and the store's rank is lost
 
     def _talk(self) -> None:
         number, keys = 0, [f"life/{rank}" for rank in range(self.size)]
         with suppress(Exception):  # the store's rank has ended; _judge gives this one time to find out why
-            while not self._ended:
+            while not self._ended.is_set():
                 number += 1
                 self._store.set(keys[self.rank], str(number))
                 if self._signal and not self.asked:
@@ -159,40 +169,53 @@ class Ranks:
                 if not self._stop_at.is_set() and self._store.check(["signal"]):
                     self._agree()
                 self._heard = time.monotonic()
-                time.sleep(self.every)
+                self._ended.wait(self.every)
+            self._store.set(keys[self.rank], ENDED)
 
     def _agree(self) -> None:
-        keys = [f"tick/{rank}" for rank in range(self.size)]
         with self._lock:
             if not self.asked:
                 self.asked = int(self._store.get("signal"))
-                self._store.set(keys[self.rank], str(self._tick))
+                self._store.set(f"tick/{self.rank}", str(self._tick))
+        keys = [f"tick/{rank}" for rank, (life, _) in enumerate(self._lives) if life != ENDED.encode()]
         if self._store.check(keys):
             self._last_tick = max(map(int, self._store.multi_get(keys)))
             self._stop_at.set()
 
     def _judge(self) -> None:
         before = time.monotonic()
-        while not self._ended:
-            time.sleep(self.every)
+        while not self._ended.wait(self.every):
             now = time.monotonic()
             if now - before > 10 * self.every:  # this process has slept, and with it perhaps all others
                 self._heard, self._lives = now, [(life, now) for life, _ in self._lives]
             before = now
-            since = [self._heard, *(since for _, since in self._lives[1:])]  # rank 0 has the store
+            since = [now if life == ENDED.encode() else since for life, since in self._lives]
+            if self._lives[0][0] != ENDED.encode():
+                since[0] = self._heard  # rank 0 has the store
             if lost := [rank for rank, last in enumerate(since) if now - last > self.limit and rank != self.rank]:
                 self._give_up(lost[0])
 
     def _give_up(self, lost: int) -> None:
-        host, pid = self._places[lost].split()
-        if host == socket.gethostname():  # it may have been stopped, and would stay
-            with suppress(OSError):
-                os.kill(int(pid), signal.SIGKILL)
+        pid = int(self._places[lost].split()[0])
+        with suppress(OSError):
+            if _place(pid) == self._places[lost]:  # it may have been stopped, and would stay
+                os.kill(pid, signal.SIGKILL)
         problem = f"no sign of life of rank {lost} for {self.limit:.0f} s"
         goes_on = "--ckpt_path last goes on from the last checkpoint"
         sys.stderr.write(f"rank {self.rank}: another rank has ended ({problem}); {goes_on}\n")
         sys.stderr.flush()
         os._exit(LOST_RANK_EXIT)  # the main thread waits for the lost one
+
+
+def _place(pid: int) -> str:
+    """What tells a process from all others, on other machines too; where there is no /proc, nothing does.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{pid} {started} {machine} {os.readlink(f'/proc/{pid}/ns/pid')}"
 
 
 class Endings(Callback):
@@ -250,10 +273,6 @@ class Endings(Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._tick(trainer)
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.waits = False
 
     def _tick(self, trainer: L.Trainer) -> None:
         """Stop here if all ranks do."""

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -180,7 +179,11 @@ def _lock(path: Path, name: str) -> IO[str]:
     except OSError as error:
         raise InputError(f"--name {name}: cannot write {path} ({error.strerror}); give another name or root") from error
     try:
+        import fcntl  # not on Windows
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no forked process inherits it
+    except ImportError:
+        return file
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             print(f"fit: {path.parent} knows no locks ({error.strerror}); start no second fit of one name", flush=True)
