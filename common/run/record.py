@@ -7,6 +7,7 @@ import html
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -237,12 +238,13 @@ class RunRecord(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
         score = best.best_model_score if best else None
         summary = {
             "state": state,
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
-            "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+            "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
             "best": {best.monitor: score.item()} if best and score is not None else None,
             "checkpoints": sorted(path.name for path in (self.run.path / "checkpoints").glob("*.ckpt")),
             "seconds": round((datetime.now(UTC) - self._began).total_seconds(), 1),
