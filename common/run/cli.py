@@ -424,7 +424,10 @@ class RecipeCLI(LightningCLI):
 
     def _refusal(self, error: Exception) -> InputError | None:
         """A library's own exception before the first step, that no code of ours or of a recipe has caused."""
-        if isinstance(error, InputError | Stopped) or self.trainer.global_step > self.run.first_step:
+        known = isinstance(error, ValueError | RuntimeError | OSError | ImportError)
+        if not known or self.trainer.global_step > self.run.first_step:
+            return None
+        if not str(error) or "Original Traceback" in str(error):  # of code of ours in a process that reads data
             return None
         libraries = Path(L.__file__).parents[1]
         frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
