@@ -41,7 +41,7 @@ def read_checkpoint(
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds objects, not only weights; {hint}") from error
     except Exception as error:  # damaged bytes make the reader raise nearly anything
-        if other := newest_whole(Path(path).parent):
+        if "--ckpt_path" in hint and (other := newest_whole(Path(path).parent)):
             hint = f"--ckpt_path {other.stem} is the newest whole one"
         raise InputError(f"{path}: cut short, damaged or no checkpoint; {hint}") from error
     for key in ("state_dict", "global_step"):
@@ -59,9 +59,13 @@ def is_whole(path: str | Path) -> bool:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint in a folder."""
-    newest = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next(filter(is_whole, newest), None)
+    """The undamaged checkpoint of the most steps in a folder that a run can go on from."""
+    steps = {}
+    for path in filter(is_whole, folder.glob("*.ckpt")):
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if isinstance(state, dict) and "optimizer_states" in state:
+            steps[path] = state["global_step"], path.stat().st_mtime_ns
+    return max(steps, key=lambda path: steps[path], default=None)
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import InputError
+from common.errors import ENDING, InputError
 from common.parts import facts_of
 
 
@@ -208,9 +208,9 @@ class _Batches(Dataset[Any]):
 
 def _ignore_signals(worker: int) -> None:
     # Terminals and launchers signal a whole process group; the training process ends its workers after it has saved.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if (number := getattr(signal, name, None)) is not None:
-            signal.signal(number, signal.SIG_IGN)
+    for name in ENDING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class BaseDataModule(L.LightningDataModule):

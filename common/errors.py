@@ -1,11 +1,10 @@
 """Exceptions that the command line prints as one line, and helpers for their messages."""
 
 import difflib
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-SIGTERM_EXIT = 128 + signal.SIGTERM  # as shells report a process that ends by it
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # signals that end a process, where they are known
 LOST_RANK_EXIT = 3
 
 
@@ -16,8 +15,11 @@ class InputError(Exception):
     """
 
 
-class Stopped(Exception):
-    """The run was ended from outside; the command line prints it as one line and exits with ``code``."""
+class Stopped(BaseException):
+    """The run was ended from outside; the command line prints it as one line and exits with ``code``.
+
+    Like KeyboardInterrupt it is no ``Exception``: a signal may find code that takes any of those for damage.
+    """
 
     def __init__(self, message: str, code: int):
         super().__init__(message)

@@ -53,13 +53,16 @@ class StepLosses:
         """Keep the loss of a micro-batch of an optimizer step."""
         self._kept.append((step, loss))
 
-    def state(self, strategy: Strategy) -> list[tuple[int, float]]:
-        """What a checkpoint keeps of them: steps, and means over ranks. Raises as :meth:`check` does."""
-        return list(zip([step for step, _ in self._kept], self.check(strategy).tolist(), strict=True))
+    def state(self, strategy: Strategy) -> dict[int, Tensor]:
+        """What a checkpoint keeps of them: the means over ranks of each step. Raises as :meth:`check` does."""
+        losses: dict[int, list[Tensor]] = {}
+        for (step, _), loss in zip(self._kept, self.check(strategy).cpu(), strict=True):
+            losses.setdefault(step, []).append(loss)
+        return {step: torch.stack(values) for step, values in losses.items()}
 
-    def restore(self, state: list[tuple[int, float]], device: torch.device) -> None:
+    def restore(self, state: dict[int, Tensor], device: torch.device) -> None:
         """Go on from a checkpoint's :meth:`state`."""
-        self._kept = [(step, torch.tensor(loss, device=device)) for step, loss in state]
+        self._kept = [(step, loss) for step, losses in state.items() for loss in losses.to(device)]
 
     def take(self, strategy: Strategy) -> Float[Tensor, ""]:
         """The mean over micro-batches and ranks; clears the losses. Raises as :meth:`check` does."""

@@ -277,7 +277,7 @@ class BaseModule(L.LightningModule):
         # Raising here leaves the last good checkpoint in its place.
         losses = self._losses.state(self.trainer.strategy)
         self._check_weights()
-        checkpoint["losses"] = [] if self.writes_row else losses  # a row that is about to be written takes them
+        checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"] = geometry(self.trainer)
 
     @override

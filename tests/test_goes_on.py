@@ -177,7 +177,12 @@ def test_goes_on_from_any_checkpoint(
         if again != all_rows[len(all_rows) - len(again) :]:
             wrong[checkpoint.stem].append(f"rows {again[:2]}")
         first = int(checkpoint.stem[:3])
-        due = [row for row in all_rows if int(row["step"]) >= first]
+        # A validation of the checkpoint's own step comes after what its batch's end has saved.
+        owes = checkpoint.stem.endswith("on_train_batch_end")
+        due = [
+            row for row in all_rows
+            if int(row["step"]) >= first or (owes and int(row["step"]) == first - 1 and "val/loss" in row)
+        ]  # fmt: skip
         if len(again) < len(due):
             wrong[checkpoint.stem].append(f"{len(again)} rows of {len(due)}")
     assert not any(wrong.values()), {name: lines[:4] for name, lines in wrong.items() if lines}

@@ -156,6 +156,7 @@ def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
         (4, 8, [*LAYER, *again]),
     ]
     values: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    run = Path()
     for hop, (world, batch_size, flags) in enumerate(hops, 1):
         steps = ["--trainer.max_steps", str(4 * hop), "--trainer.val_check_interval", "4"]
         run = fit("hops", world, *schedule, *steps, *flags, batch_size=batch_size)

@@ -1,5 +1,6 @@
 """Callbacks of every recipe: throughput, the progress bar, the best and the last checkpoint."""
 
+import errno
 import math
 import os
 import platform
@@ -199,22 +200,19 @@ class LastCheckpoint(Checkpoint):
             raise InputError(f"last.every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
         self._is_saved = False  # whether the checkpoint holds all that has been done
+        self._wrote = False  # whether it is of this process
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         last = checkpoints_of(trainer) / "last.ckpt"
-        if trainer.is_global_zero and last.exists():
-            linked = last.with_name(".previous.tmp")
-            linked.unlink(missing_ok=True)
-            try:
-                os.link(last, linked)  # last.ckpt stays there until it is replaced
-                os.replace(linked, last.with_name("previous.ckpt"))
-            except OSError:  # a disk without links
-                os.replace(last, last.with_name("previous.ckpt"))
+        # One that was damaged must not take the place of a whole one.
+        goes_on = self._wrote or (trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == last.name)
+        if trainer.is_global_zero and last.exists() and goes_on:
+            _keep_previous(last)
         trainer.save_checkpoint(last, weights_only=False)
-        self._is_saved = True
+        self._is_saved = self._wrote = True
 
     @override
     def on_train_batch_end(  # type: ignore[override]
@@ -242,6 +240,19 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_saved:
             self.save(trainer)
+
+
+def _keep_previous(last: Path) -> None:
+    linked, previous = last.with_name(".previous.tmp"), last.with_name("previous.ckpt")
+    linked.unlink(missing_ok=True)
+    try:
+        os.link(last, linked)  # last.ckpt stays there until it is replaced
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        os.replace(last, previous)  # a disk without links
+    else:
+        os.replace(linked, previous)
 
 
 def checkpoints_of(trainer: L.Trainer) -> Path:

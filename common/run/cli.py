@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ LOGGING = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "
 OF_RUN = ("validate", "test", "predict", "export")
 
 # Errors of a disk.
-NO_ROOM = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
-}  # fmt: skip
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 # The flags that say where a run is.
 WHERE = ("config", "name", "ckpt_path", "trainer.default_root_dir")
@@ -342,9 +342,6 @@ class RecipeCLI(LightningCLI):
         if "://" in str(config.trainer.default_root_dir):
             problem = "is no folder of this machine; give one, and copy runs/ afterwards"
             raise InputError(f"trainer.default_root_dir: {config.trainer.default_root_dir} {problem}")
-        if str(config.trainer.strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-            problem = "starts ranks in a way that a command line cannot end"
-            raise InputError(f"trainer.strategy: {config.trainer.strategy} {problem}; take ddp")
         if config.trainer.overfit_batches:
             raise InputError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
 
@@ -373,7 +370,7 @@ class RecipeCLI(LightningCLI):
             if item.class_path.endswith("TensorBoardLogger") and self.run.goes_on:
                 # Its page hides the earlier events of steps that are made again.
                 step = read_checkpoint(config.ckpt_path, mmap=True)["global_step"]
-                item.dict_kwargs = {"purge_step": step}
+                item.dict_kwargs = {"purge_step": step, **dict(item.get("dict_kwargs") or {})}
         for item in [*_as_list(config.trainer.logger), *_as_list(config.trainer.callbacks)]:
             for key, base in (("save_dir", self.folder), ("dirpath", self.run.path)):
                 if (path := item.get("init_args", {}).get(key)) is not None:
@@ -383,7 +380,11 @@ class RecipeCLI(LightningCLI):
         """Take the run's name, when everything is built."""
         checkpoint, steps = self.config.fit.ckpt_path, self.trainer.max_steps
         if checkpoint:
-            self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
+            state = read_checkpoint(checkpoint, mmap=True)
+            self.run.first_step = state["global_step"]
+            if "losses" not in state:
+                problem = "was written by an older version and does not say where to go on"
+                raise InputError(f"--ckpt_path {checkpoint}: {problem}; fit without it")
         if -1 < steps < self.run.first_step:
             raise InputError(f"trainer.max_steps: {steps} is below the {self.run.first_step} of --ckpt_path; raise it")
         if not (self.config.fit.trainer.fast_dev_run or self.trainer.global_rank):
@@ -423,24 +424,26 @@ class RecipeCLI(LightningCLI):
             self.run.end()
 
     def _refusal(self, error: Exception) -> InputError | None:
-        """A library's own exception before the first step, that no code of ours or of a recipe has caused."""
-        known = isinstance(error, ValueError | RuntimeError | OSError | ImportError)
-        if not known or self.trainer.global_step > self.run.first_step:
+        """What Lightning refuses before the first step, and no code of ours or of a recipe has caused."""
+        if not isinstance(error, ValueError | RuntimeError) or self.subcommand != "fit":
             return None
-        if not str(error) or "Original Traceback" in str(error):  # of code of ours in a process that reads data
+        if self.trainer.global_step > self.run.first_step:
             return None
         libraries = Path(L.__file__).parents[1]
         frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
         inside = frames[next((i for i, path in enumerate(frames) if libraries in path.parents), len(frames)) :]
         if not inside or not all(libraries in path.parents for path in inside):
             return None
+        if Path(L.__file__).parent not in inside[-1].parents:  # torch raises again what reading processes raise
+            return None
         return InputError(f"{self.subcommand}: {' '.join(str(error).split())}")
 
-    def _mistake(self, error: Exception) -> Exception | None:
+    def _mistake(self, error: Exception) -> InputError | Stopped | None:
         """What a library's exception says about the config, the checkpoint or the other ranks; None if nothing."""
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            where = error.filename or self.run.path
-            return InputError(f"{where}: cannot be written ({error.strerror}); what was written before is intact")
+        if isinstance(error, OSError):
+            where = Path(os.fsdecode(error.filename or self.run.path))
+            if error.errno in NO_ROOM or (error.errno in NO_RIGHT and self.run.path.parent in where.parents):
+                return InputError(f"{where}: cannot be written ({error.strerror}); what was written before is intact")
         if isinstance(error, RuntimeError) and re.search("EADDRINUSE|[Aa]ddress already in use", str(error)):
             port = os.environ.get("MASTER_PORT", "the port")
             return InputError(f"MASTER_PORT: {port} is in use; set another, or none and a free one is found")
@@ -468,7 +471,7 @@ class RecipeCLI(LightningCLI):
             own.append(PredictionWriter(self.folder))
         off = tuple(kind for flag, kind in SWITCHES.items() if settings[flag] is False)
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        record = RunRecord(self.resolved, self.folder, self.run, checkpoint)
+        record = RunRecord(self.resolved, self.folder, self.run, checkpoint, [sys.argv[0], *self.argv])
         given = _as_list(settings.get("callbacks"))
         callbacks = [each for each in (record, best, *given, last, *own) if not isinstance(each, off)]
         plugins = [*_as_list(settings.get("plugins")), AtomicCheckpointIO()]
@@ -480,6 +483,9 @@ class RecipeCLI(LightningCLI):
         steps = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
         trainer.fit_loop = FitLoop(trainer, trainer.min_epochs, trainer.max_epochs)
         trainer.fit_loop.epoch_loop = steps
+        if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+            problem = f"{type(trainer.strategy).__name__} forks ranks here, which a command line cannot end"
+            raise InputError(f"trainer.strategy: {problem}; take ddp, or one device in a notebook")
         _check_trainer(trainer, settings)
         return trainer
 
@@ -592,6 +598,11 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         print(error, file=sys.stderr, flush=True)
+        launcher = cli.trainer.strategy.launcher if hasattr(cli, "trainer") else None
+        for process in getattr(launcher, "procs", ()):  # ranks that Lightning has started; most end by themselves
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -71,14 +71,14 @@ def compare_ranks(trainer: L.Trainer, facts: dict[str, Any]) -> None:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
     if not items:
         yield key, value
     for name, item in items:
         yield from _flat(item, f"{key}.{name}" if key else str(name))
 
 
-ENDED = "ended"  # the last sign of life of a rank that has done its work
+ENDED = b"ended"  # the last sign of life of a rank that has done its work
 
 
 class Ranks:
@@ -103,7 +103,7 @@ class Ranks:
         self.asked = 0  # the signal for which all ranks stop
         self._signal = 0  # that this rank has received
         self._tick, self._last_tick, self._stop_at = 0, -1, threading.Event()
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock, self._ended, self._done = threading.Lock(), threading.Event(), False
         self._heard = time.monotonic()  # from the store
         self._lives = [(b"", self._heard)] * self.size  # sign of life of each rank, and since when it is the same
         self._places: list[str] = []
@@ -148,18 +148,30 @@ class Ranks:
         self._tick += 1
         return stops
 
-    def end(self) -> None:
-        """Leave, and tell the others: this rank has done its work, and they may have more."""
+    def end(self, done: bool) -> None:
+        """Leave.
+
+        Args:
+            done: whether this rank has done its work; then it tells the others, who may have more. One that has failed
+                is given up by them.
+        """
+        if self.size > 1 and done:
+            self._done = True
+            while not self.rank and not all(map(self._has_left, self._lives[1:])):
+                time.sleep(0.1)  # the store is here
         self._ended.set()
         if self.size > 1:
             self._talks.join(timeout=2.0)  # longer, and the store's rank is lost
+
+    def _has_left(self, life: tuple[bytes, float]) -> bool:
+        return life[0] == ENDED or time.monotonic() - life[1] > 10 * self.every
 
     def _talk(self) -> None:
         number, keys = 0, [f"life/{rank}" for rank in range(self.size)]
         with suppress(Exception):  # the store's rank has ended; _judge gives this one time to find out why
             while not self._ended.is_set():
                 number += 1
-                self._store.set(keys[self.rank], str(number))
+                self._store.set(keys[self.rank], ENDED.decode() if self._done else str(number))
                 if self._signal and not self.asked:
                     self._store.compare_set("signal", "", str(self._signal))
                 now = time.monotonic()
@@ -170,14 +182,15 @@ class Ranks:
                     self._agree()
                 self._heard = time.monotonic()
                 self._ended.wait(self.every)
-            self._store.set(keys[self.rank], ENDED)
+            if self._done:
+                self._store.set(keys[self.rank], ENDED.decode())
 
     def _agree(self) -> None:
         with self._lock:
             if not self.asked:
                 self.asked = int(self._store.get("signal"))
                 self._store.set(f"tick/{self.rank}", str(self._tick))
-        keys = [f"tick/{rank}" for rank, (life, _) in enumerate(self._lives) if life != ENDED.encode()]
+        keys = [f"tick/{rank}" for rank, (life, _) in enumerate(self._lives) if life != ENDED]
         if self._store.check(keys):
             self._last_tick = max(map(int, self._store.multi_get(keys)))
             self._stop_at.set()
@@ -189,8 +202,8 @@ class Ranks:
             if now - before > 10 * self.every:  # this process has slept, and with it perhaps all others
                 self._heard, self._lives = now, [(life, now) for life, _ in self._lives]
             before = now
-            since = [now if life == ENDED.encode() else since for life, since in self._lives]
-            if self._lives[0][0] != ENDED.encode():
+            since = [now if life == ENDED else since for life, since in self._lives]
+            if self._lives[0][0] != ENDED:
                 since[0] = self._heard  # rank 0 has the store
             if lost := [rank for rank, last in enumerate(since) if now - last > self.limit and rank != self.rank]:
                 self._give_up(lost[0])
@@ -234,37 +247,26 @@ class Endings(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self.ranks = Ranks(trainer)
         self.signals.tell = self.ranks.ask
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._leave()
+        self._leave(done=True)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._leave()
+        self._leave(done=isinstance(exception, Stopped))  # all stop
 
-    def _leave(self) -> None:
+    def _leave(self, done: bool) -> None:
         self.signals.waits, self.signals.tell = False, lambda number: None
         if self.ranks is not None:
-            self.ranks.end()
+            self.ranks.end(done)
         self.ranks = None
-
-    # Lightning has registered handlers of its own before these.
-    @override
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.listen()
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.listen()
-
-    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.listen()
         self.signals.waits = True
         assert isinstance(trainer.fit_loop.epoch_loop, EpochLoop)
         trainer.fit_loop.epoch_loop.after_step = lambda: self._tick(trainer)
@@ -288,5 +290,5 @@ class Endings(Callback):
         number = self.signals.received or ranks.asked
         who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
         to = "" if ranks.size == 1 else " to this rank" if self.signals.received else " to another rank"
-        hint = "; --ckpt_path last goes on from here" if saved else ""
+        hint = "; --ckpt_path last goes on from here" if saved and not trainer.fast_dev_run else ""  # type: ignore[attr-defined]
         raise Stopped(f"{who}{name_of(number)}{to} after step {trainer.global_step}{hint}", 128 + number)

@@ -6,6 +6,8 @@ import glob
 import os
 import shutil
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +39,7 @@ class RunFolder:
         self.goes_on = False  # whether fit goes on from a checkpoint of this run
         self.first_step = 0  # that of the checkpoint to go on from
         self._lock: IO[str] | None = None
+        self._settled = False
 
     def holds(self, checkpoint: str | Path | None) -> bool:
         """Whether a checkpoint is of this run, whatever links lead there."""
@@ -126,6 +129,7 @@ class RunFolder:
             raise InputError(f"--name {self.path.name}: {self.path} is a mount and cannot be moved; give another name")
         self._leave()  # what a killed process has left
         make(self.starting)
+        self._settled = False
 
     def settle(self) -> None:
         """Make the folder that :meth:`begin` has made the run's: there is a first step to keep.
@@ -134,8 +138,9 @@ class RunFolder:
         What still writes to the starting folder finds the run's through a link.
         """
         starting = self.starting
-        if self._lock is None or starting.is_symlink():
+        if self._lock is None or self._settled:
             return
+        self._settled = True
         if self.goes_on:
             merge_metrics(self.path / "metrics.csv", starting / "metrics.csv", self.first_step)
             for source in sorted(path for path in starting.rglob("*") if not path.is_dir()):
@@ -151,7 +156,8 @@ class RunFolder:
                 self.path.rename(moved)
                 print(f"fit: the earlier run of this name is {moved} now", flush=True)
             starting.rename(self.path)
-        starting.symlink_to(self.path, target_is_directory=True)
+        with suppress(OSError):  # a disk without links: loggers that open files anew write there
+            starting.symlink_to(self.path, target_is_directory=True)
 
     def end(self) -> None:
         """Let go of the name; what a fit has written without a first step goes."""
@@ -168,7 +174,7 @@ class RunFolder:
             shutil.rmtree(self.starting, ignore_errors=True)
 
 
-def _lock(path: Path, name: str) -> IO[str]:
+def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:
     """Hold a file's lock, which ends with this process, on network file systems (NFS 4) too, and say in it who does.
 
     Raises:
@@ -191,6 +197,11 @@ def _lock(path: Path, name: str) -> IO[str]:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
+        # A file server learns of a dead node late, and a job that starts again may meet its own end.
+        if tries and f"on {socket.gethostname()}" not in holder:
+            print(f"fit: waiting for {holder}", flush=True)
+            time.sleep(5.0)
+            return _lock(path, name, tries - 1)
         raise InputError(f"--name {name}: {holder} is training it; wait for it, or give another name") from error
     if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
         file.close()  # its holder has just ended and removed it

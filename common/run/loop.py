@@ -52,6 +52,15 @@ class EpochLoop(_TrainingEpochLoop):
         super().on_advance_end(data_fetcher)
 
     @override
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        # Lightning validates once more where a run is stopped, as by the time given. One that goes on has not done so.
+        stops, self.trainer.should_stop = self.trainer.should_stop, False
+        try:
+            return super()._should_check_val_fx(data_fetcher)
+        finally:
+            self.trainer.should_stop = stops
+
+    @override
     def on_save_checkpoint(self) -> dict[str, Any]:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         return {"metrics": metrics, "validation_to_come": self.validation_to_come}

@@ -4,12 +4,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from io import TextIOWrapper
 from typing import Any
 
-from common.errors import InputError, Stopped
+from common.errors import InputError
 
 _told: set[str] = set()  # what has failed in this process
 
@@ -27,8 +27,6 @@ def spared(what: str) -> Iterator[None]:
     """Let a failure of this work end nothing but itself."""
     try:
         yield
-    except Stopped:
-        raise
     except Exception as error:
         tell(what, error)
 
@@ -76,13 +74,13 @@ class Output:
     def _try(self, call: Callable[..., Any], *args: Any) -> None:
         try:
             call(*args)
-        except (OSError, ValueError):  # nobody reads it, the disk is full, or it is closed
-            try:
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.stream.fileno())  # else Python would fail once more when it ends
                 os.close(null)
-            except (OSError, ValueError):
-                pass
+        except (OSError, ValueError):  # a full disk, a busy terminal, a closed stream
+            pass
 
 
 @contextmanager

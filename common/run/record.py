@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,10 +136,14 @@ class RunRecord(Callback):
         folder: where this command writes; for ``fit`` the folder in which it starts.
         run: the run's folder. ``fit`` touches it as soon as there is something to keep.
         checkpoint: that of this command, if there is one.
+        command: the command line.
     """
 
-    def __init__(self, config: dict[str, Any], folder: Path, run: RunFolder, checkpoint: str | None):
+    def __init__(
+        self, config: dict[str, Any], folder: Path, run: RunFolder, checkpoint: str | None, command: Sequence[str]
+    ):
         self.config, self.folder, self.run, self.checkpoint = config, folder, run, checkpoint
+        self.command = without_secrets(command)
         self._began = datetime.now(UTC)
         self._settled = False
 
@@ -158,7 +161,7 @@ class RunRecord(Callback):
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         start = {
-            "time": self._began.isoformat(timespec="seconds"), "command": _command(), "host": platform.node(),
+            "time": self._began.isoformat(timespec="seconds"), "command": self.command, "host": platform.node(),
             "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,
         }  # fmt: skip
         earlier = self.run.path / "starts.jsonl"
@@ -177,8 +180,9 @@ class RunRecord(Callback):
         self._summarize(trainer, "running")
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-                path = Path(logger.experiment.metrics_file_path)  # type: ignore[attr-defined]
+                path = self.run.path / "metrics.csv"
                 lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                logger.experiment.metrics_file_path = str(path)  # type: ignore[attr-defined]
                 logger.experiment.metrics_keys = next(csv.reader(lines), [])
 
     @override
@@ -187,8 +191,10 @@ class RunRecord(Callback):
             self._settle(trainer)
 
     @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._settle(trainer)  # a resumed run may begin with it
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(trainer)  # a resumed run may begin with a validation
+        if trainer.state.fn == "validate":
+            self._summarize(trainer, "complete", checkpoint=self.checkpoint)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -257,11 +263,6 @@ class RunRecord(Callback):
             os.replace(written, folder / "summary.json")
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._summarize(trainer, "complete", checkpoint=self.checkpoint)
-
-    @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._summarize(trainer, "complete", checkpoint=self.checkpoint)
 
@@ -304,10 +305,10 @@ class RunReport(Callback):
             console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _command() -> list[str]:
-    """The command line, without the values of secrets."""
-    words, secret = list(sys.argv), re.compile(r"(--\S*(?:key|token|secret|password))(?:=.*)?", re.IGNORECASE)
-    for place, word in enumerate(sys.argv):
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command line without the values of secrets."""
+    words, secret = list(command), re.compile(r"(--\S*(?:key|token|secret|password))(?:=.*)?", re.IGNORECASE)
+    for place, word in enumerate(command):
         if found := secret.fullmatch(word):
             words[place : place + 1 + ("=" not in word)] = [f"{found[1]}=…"] if "=" in word else [word, "…"]
     return words

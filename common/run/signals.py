@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from common.errors import Stopped
+from common.errors import ENDING, Stopped
 
-ENDING = tuple(
-    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if (number := getattr(signal, name, None)) is not None
-)
+NUMBERS = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
 
 
 class Signals:
@@ -28,7 +26,7 @@ class Signals:
     def listen(self) -> None:
         """Register the handler, in the main thread; a signal that is ignored, as by nohup, stays ignored."""
         if threading.current_thread() is threading.main_thread():
-            for number in ENDING:
+            for number in NUMBERS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, self._handle)
 
@@ -51,7 +49,7 @@ def name_of(number: int) -> str:
 def listening() -> Iterator[Signals]:
     """Hear signals; afterwards the earlier handlers are back."""
     signals = Signals()
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in ENDING}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in NUMBERS}
     signals.listen()
     try:
         yield signals

@@ -24,7 +24,7 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from common.errors import LOST_RANK_EXIT, SIGTERM_EXIT, InputError, Stopped
+from common.errors import ENDING, LOST_RANK_EXIT, InputError, Stopped
 
 STARTED = "RECIPES_RAY"  # variable of the ranks that workers of Ray start
 GRACE = 30.0  # seconds that ranks have to end by themselves once another has failed
@@ -43,7 +43,7 @@ class _RayLauncher(_Launcher):
     def __init__(self, strategy: "RayDDP"):
         self.strategy = strategy
         self._workers: list[Any] = []
-        self._terminated = False
+        self._terminated = 0  # by this signal
 
     @property
     @override
@@ -65,14 +65,18 @@ class _RayLauncher(_Launcher):
         last = Path(trainer.default_root_dir) / "checkpoints/last.ckpt"
         saved = _stamp(last)
         self._connect()
-        handler = signal.signal(signal.SIGTERM, self._terminate)
+        numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            if handlers[number] != signal.SIG_IGN:
+                signal.signal(number, self._terminate)
         import ray
 
         try:
             for left in reversed(range(self.strategy.max_restarts + 1)):
                 codes = self._run(command, env)
                 if self._terminated and any(codes):
-                    raise SystemExit(SIGTERM_EXIT)  # the ranks say the rest
+                    raise SystemExit(128 + self._terminated)  # the ranks say the rest
                 if failed := [code for code in codes if code > 0 and code != LOST_RANK_EXIT]:
                     raise SystemExit(failed[0])
                 if not any(codes):
@@ -86,7 +90,8 @@ class _RayLauncher(_Launcher):
                 if fits and _stamp(last) not in (None, saved):  # else it is an earlier run's
                     command = [sys.executable, *sys.orig_argv[1:], "--ckpt_path", "last"]
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             ray.shutdown()
 
     @override
@@ -94,9 +99,9 @@ class _RayLauncher(_Launcher):
         for worker in self._workers:
             worker.send.remote(signum)
 
-    def _terminate(self, *_: Any) -> None:
-        self._terminated = True
-        self.kill(signal.SIGTERM)
+    def _terminate(self, number: int, _: Any) -> None:
+        self._terminated = number
+        self.kill(number)
 
     def _connect(self) -> None:
         """Join the cluster, or start one on this machine."""
@@ -130,7 +135,7 @@ class _RayLauncher(_Launcher):
         try:
             outputs = self._start_ranks(command, env)
             if self._terminated:
-                self.kill(signal.SIGTERM)
+                self.kill(self._terminated)
             self._follow(outputs, codes)
         except RayTaskError:
             raise

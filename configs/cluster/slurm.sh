@@ -20,6 +20,7 @@ run="$root/runs/$recipe/$name" failures="$root/runs/$recipe/.$name.failures"
 
 began=$(mktemp)
 mkdir -p "$root/runs/$recipe"
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$failures"; fi
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   python "recipes/$recipe/train.py" fit --name "$name" --ckpt_path auto "$@" --trainer.default_root_dir "$root" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"

@@ -23,6 +23,7 @@ from common.run.cli import DEFAULTS, RecipeCLI
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 FORMAT = 3  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
@@ -66,8 +67,9 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
             folder.mkdir(exist_ok=True)
             try:
                 _train(recipe, base, layer, config["trainer"], folder)
-            except (InputError, subprocess.CalledProcessError):  # one that was stopped goes on next time
-                shutil.rmtree(folder, ignore_errors=True)
+            except (InputError, subprocess.CalledProcessError):
+                if not any(folder.glob("runs/*/teacher/checkpoints/*.ckpt")):  # else it goes on next time
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             done.write_text(f"runs/{recipe.name}/teacher", encoding="utf-8")
     return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
@@ -86,7 +88,8 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
         command += ["--trainer.enable_progress_bar", "false"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent)
+    die = _end_with_parent if LIBC else None
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=die)
     try:
         _, stderr = process.communicate()
     except Stopped:
@@ -109,9 +112,8 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
 
 
 def _end_with_parent() -> None:
-    """Let the kernel end this process when its parent is killed, where the kernel is Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Let the kernel end this process when its parent is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # type: ignore[union-attr]
 
 
 class TeacherCLI(RecipeCLI):
