@@ -6,6 +6,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def newest_whole(folder: Path) -> Path | None:
     """The undamaged checkpoint of the most steps in a folder that a run can go on from."""
     steps = {}
     for path in filter(is_whole, folder.glob("*.ckpt")):
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if isinstance(state, dict) and "optimizer_states" in state:
-            steps[path] = state["global_step"], path.stat().st_mtime_ns
+        with suppress(Exception):  # another kind of file
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if "optimizer_states" in state:
+                steps[path] = state["global_step"], path.stat().st_mtime_ns
     return max(steps, key=lambda path: steps[path], default=None)
 
 
