@@ -148,17 +148,18 @@ class Ranks:
         self._tick += 1
         return stops
 
-    def end(self, done: bool) -> None:
+    def end(self, done: bool, patience: float = 600.0) -> None:
         """Leave.
 
         Args:
             done: whether this rank has done its work; then it tells the others, who may have more. One that has failed
                 is given up by them.
+            patience: seconds that rank 0, which has the store, waits for the others.
         """
         if self.size > 1 and done:
-            self._done = True
-            while not self.rank and not all(map(self._has_left, self._lives[1:])):
-                time.sleep(0.1)  # the store is here
+            self._done, until = True, time.monotonic() + patience
+            while not self.rank and time.monotonic() < until and not all(map(self._has_left, self._lives[1:])):
+                time.sleep(0.05)
         self._ended.set()
         if self.size > 1:
             self._talks.join(timeout=2.0)  # longer, and the store's rank is lost
@@ -257,12 +258,12 @@ class Endings(Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._leave(done=isinstance(exception, Stopped))  # all stop
+        self._leave(done=isinstance(exception, Stopped), patience=10.0)  # all stop
 
-    def _leave(self, done: bool) -> None:
+    def _leave(self, done: bool, patience: float = 600.0) -> None:
         self.signals.waits, self.signals.tell = False, lambda number: None
         if self.ranks is not None:
-            self.ranks.end(done)
+            self.ranks.end(done, patience)
         self.ranks = None
 
     @override
