@@ -1,5 +1,6 @@
 """Whatever happens to a rank, every rank ends, with a code and a line, and the run goes on later."""
 
+import faulthandler
 import os
 import resource
 import signal
@@ -49,6 +50,7 @@ def faulty_main(recipe: str, args: list[str], faults: dict[int, str]) -> None:
         if self.trainer.fit_loop.epoch_loop.total_batch_idx == 8:
             fault = faults.get(self.global_rank)
             if fault in ("kill", "segfault", "stop"):
+                faulthandler.disable()  # pytest's would print into its own output
                 number = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP}[fault]
                 os.kill(os.getpid(), number)
             elif fault in ("raise", "memory"):
