@@ -1,11 +1,8 @@
 """Checkpoint files: atomic writes, and reads that run no code."""
 
-import json
 import os
 import pickle
 import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from common.errors import InputError
-
-CHECKSUMS = "checksums.json"  # in a folder that others may read, too
 
 
 def read_checkpoint(
@@ -68,39 +63,6 @@ def newest_whole(folder: Path) -> Path | None:
             if "optimizer_states" in state:
                 steps[path] = state["global_step"], path.stat().st_mtime_ns
     return max(steps, key=lambda path: steps[path], default=None)
-
-
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """The CRC-32 of each of these files of a folder."""
-    sums = {}
-    for name in names:
-        value = 0
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 24):
-                value = zlib.crc32(block, value)
-        sums[name] = value
-    return sums
-
-
-def check_files(folder: Path, sums: Mapping[str, int] | None = None, fix: str = "make it anew") -> None:
-    """Compare files with what was written.
-
-    Args:
-        folder: where they are.
-        sums: their :func:`checksums`; None for those in the folder's ``checksums.json``, if it has one.
-        fix: advice at the end of a message.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    kept = folder / CHECKSUMS
-    try:
-        wanted = json.loads(kept.read_text(encoding="utf-8")) if sums is None and kept.is_file() else sums or {}
-        damaged = next((name for name, value in checksums(folder, wanted).items() if value != wanted[name]), None)
-    except (OSError, ValueError, AttributeError):
-        damaged = "a file"
-    if damaged:
-        raise InputError(f"{folder}: {damaged} is missing or damaged; {fix}")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -20,7 +20,7 @@ FLOORS = (
     ("common.errors",),
     ("common.losses", "common.figures"),
     ("common.parts",),
-    ("common.data", "common.optim", "common.checkpoint"),
+    ("common.data", "common.optim", "common.checkpoint", "common.checksums"),
     ("common.module",),
     ("common.sources", "common.nets"),
     ("common.strategies",),

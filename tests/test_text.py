@@ -347,6 +347,7 @@ def test_reuse_and_new_preparation(tmp_path: Path) -> None:
     assert (second.folder, second.documents, second.eos_id) == (first.folder, first.documents, first.eos_id)
     assert np.array_equal(first.train, second.train)
     assert sorted(p.name for p in first.folder.iterdir()) == [
+        "checksums.json",
         "meta.json",
         "tokenizer.json",
         "train.bin",

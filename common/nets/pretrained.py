@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from common.checkpoint import check_files
+from common.checksums import check_files
 from common.errors import InputError
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import CHECKSUMS, checksums, read_checkpoint
+from common.checkpoint import read_checkpoint
+from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
 

@@ -230,7 +230,7 @@ class RunRecord(Callback):
         if best is not None and best.best_model_score is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
-                    logger.log_hyperparams(self.config, {str(best.monitor): best.best_model_score.item()})
+                    logger.log_hyperparams(self.config, {f"best/{best.monitor}": best.best_model_score.item()})
         out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in timers)
         self._summarize(trainer, "out of time" if out_of_time else "complete")
 

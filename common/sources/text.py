@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.checkpoint import CHECKSUMS, check_files, checksums
+from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import TokenizerSource
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int64
 from rich.progress import track
 
-from common.checkpoint import check_files
+from common.checksums import check_files
 from common.errors import InputError
 from common.losses import precise
 from common.nets import check_context
