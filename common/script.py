@@ -13,6 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from common.errors import ENDING
+
 _main = sys.modules["__main__"]
 _file = getattr(_main, "__file__", None)
 
@@ -24,7 +26,7 @@ def _end(number: int, _: object) -> None:
 
 # Until the command line listens. As a container's first process this one hears no signal that has no handler.
 if _file and (Path(_file).resolve().parent / "module.py").is_file():
-    for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+    for _name in ENDING:
         _number = getattr(signal, _name, None)
         if _number and signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(_number, _end)

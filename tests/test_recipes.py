@@ -82,7 +82,8 @@ def test_fit_test_predict(recipe: str, work: Path, small_text: Path) -> None:
     main, args = main_of(recipe), tiny(recipe, small_text)
     main(["fit", *args])
     run = work / "runs" / recipe / "default"
-    assert {path.name for path in (run / "checkpoints").iterdir()} >= {"best.ckpt", "last.ckpt"}
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept - {"previous.ckpt"} == {"best.ckpt", "last.ckpt"}
     assert {"config.yaml", "environment.json", "metrics.csv", "report.html", "checkpoints"} <= set(os.listdir(run))
     assert list((run / "figures").glob("*.png"))
     assert min(read_metrics(run / "metrics.csv", "perf/step_ms")) > 0, "also after the sanity check"

@@ -29,7 +29,7 @@ RUN = Path("runs/classification/default")
 
 @pytest.fixture(autouse=True)
 def quick_reports(no_report: None) -> None:
-    """None of these tests looks at a report, but for those that ask for one."""
+    """No test here looks at a report unless it asks for one."""
 
 
 def fit(*args: str) -> Any:

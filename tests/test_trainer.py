@@ -83,7 +83,7 @@ CELLS = [
 ]
 CELLS.remove(("llama", "fsdp", "bf16-mixed"))  # needs a GPU
 CELLS = [cell for cell in CELLS if cell[0] == "llama" or cell[1] not in TOGETHER]
-FAST = {  # what strategies hold in fp32 comes with the rest, but for those that shard or slice
+FAST = {  # in fp32 those that shard or slice; the others come with the rest
     *(
         (list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32")
         for i, name in enumerate(STRATEGIES)

@@ -123,9 +123,6 @@ class FitLoop(_FitLoop):
 
 def _has_stopped(callback: EarlyStopping) -> bool:
     """Whether a callback has ended the checkpoint's run, and the patience that is given now would end it too."""
-    exhausted = callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
-    return (
-        callback.wait_count >= callback.patience
-        if exhausted
-        else callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
-    )
+    if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+        return callback.wait_count >= callback.patience
+    return callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
