@@ -452,6 +452,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # ART's
+@pytest.mark.matrix
 def test_the_adversarial_robustness_toolbox_finds_the_same(
     robust: Any, record_property: Callable[[str, object], None]
 ) -> None:

@@ -92,6 +92,7 @@ def test_outer_steps_are_those_of_diloco(work: Path) -> None:
     assert run_ranks(outer_steps, LocalSGD(8, 0, 0.7, 0.9, True), work, folder=work) == [0, 0], logs(work)
 
 
+@pytest.mark.matrix
 def test_local_sgd_and_diloco_end_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
     plain = fit(work, lm_args, "plain", "ddp")
     # 60 steps, three validations with an averaging each, two or none before it; a row is written before validation.
@@ -156,6 +157,7 @@ def with_a_slow_rank(args: list[str], path: Path) -> None:
     served_main(args, path, 0.1)
 
 
+@pytest.mark.matrix
 def test_server_counts_staleness_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
     rows = ["--trainer.log_every_n_steps", "20"]  # ranks meet there
     plain = fit(work, lm_args, "plain", "ddp")
@@ -201,6 +203,7 @@ def test_server_goes_on_from_the_checkpoint_of_any_and_any_from_its(work: Path, 
     assert all(loss < 4 for loss in losses[20:])
 
 
+@pytest.mark.matrix
 def test_the_server_saves_the_rate_that_a_schedule_has_set(work: Path, lm_args: list[str]) -> None:
     """One of torch's, which goes on from the rate that it finds."""
     schedule = ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR", "--trainer.max_steps"]

@@ -242,6 +242,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("recipes.distillation.training.CACHE", str(tmp_path / "cache/lightning-recipes"))
 
 
+@pytest.mark.matrix
 def test_teacher_is_trained_once(work: Path, cache: None) -> None:
     """Whatever is changed of the student; another width or other data train another."""
     cli = fit()
@@ -297,6 +298,7 @@ def test_sigterm_ends_the_training_of_a_teacher(work: Path, cache: None, capfd: 
     assert len(kept()) == 1
 
 
+@pytest.mark.matrix
 def test_a_resumed_run_keeps_its_teacher(work: Path, cache: None) -> None:
     """Whatever has been edited since, in the layer that trained it."""
     layer = Path("mine.yaml")

@@ -81,7 +81,11 @@ def same_checkpoints(path: Path, expected: Path, tolerance: float) -> None:
 @needs_megatron
 @pytest.mark.parametrize(
     ("kind", "world", "precision", "tolerance"),
-    [("gpt2", 2, "32-true", 1e-5), ("gpt2", 2, "64-true", 1e-12), ("swiglu", 4, "64-true", 1e-12)],
+    [
+        pytest.param("gpt2", 2, "32-true", 1e-5, marks=pytest.mark.matrix),
+        ("gpt2", 2, "64-true", 1e-12),
+        ("swiglu", 4, "64-true", 1e-12),
+    ],
 )
 def test_slices_compute_what_one_process_does(
     kind: str, world: int, precision: str, tolerance: float, fit: Any, record_property: Any
@@ -106,6 +110,7 @@ def test_slices_compute_what_one_process_does(
 
 
 @needs_megatron
+@pytest.mark.matrix
 def test_a_checkpoint_travels(fit: Any, work: Path, record_property: Any) -> None:
     """From two slices to one process, to two groups, to FSDP2's slices, and to DDP, as if nothing had been sliced."""
     args = [*KINDS["swiglu"], "--trainer.val_check_interval", "4"]
@@ -180,7 +185,7 @@ def test_a_second_command_of_a_trainer(work: Path, lm_args: list[str]) -> None:
 
 
 @needs_megatron
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_killed_run_goes_on_to_the_bit(world: int, work: Path, lm_args: list[str]) -> None:
     args = [
         "fit", *PRESET, "--config", str(write_config(work, {"every_n_train_steps": 5})), *lm_args,

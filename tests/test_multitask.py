@@ -320,13 +320,12 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
     return {key: read_metrics(path, key) for key in ("train/loss", "val/loss", *WEIGHTS)}
 
 
-# Each method once, those that shards carry under them; what else there is runs with the matrix.
-SAME = [("uncertainty", "deepspeed_zero2"), ("dwa", "fsdp2"), ("famo", "fsdp"), ("pcgrad", "ddp")]
-SAME += [("upgrad", "ddp")]
+# Kinds of method once, under what they may; what else there is runs with the matrix.
+SAME = [("uncertainty", "deepspeed_zero2"), ("famo", "fsdp"), ("upgrad", "ddp")]
 REST = [
     (m, s)
-    for m in ("uncertainty", "dwa", "famo")
-    for s in strategies_of("multitask")
+    for m in METHODS
+    for s in (strategies_of("multitask") if m in ("uncertainty", "dwa", "famo") else ["ddp"])
     if s in EXACT and (m, s) not in SAME
 ]
 
@@ -468,7 +467,7 @@ def test_another_list_of_tasks_does_not_fit_the_checkpoint(work: Path, capfd: py
 
 
 @pytest.mark.parametrize(
-    "method", ["dwa", "famo", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("uncertainty", "pcgrad"))]
+    "method", ["famo", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("dwa", "uncertainty", "pcgrad"))]
 )
 def test_a_killed_run_goes_on_to_the_bit(method: str, work: Path) -> None:
     """In the midst of an epoch, of which DynamicWeightAverage has seen two, on two ranks."""

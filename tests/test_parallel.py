@@ -89,6 +89,7 @@ def noted_main(args: list[str], path: Path) -> None:
     path.with_suffix(f".{cli.trainer.global_rank}").write_text(json.dumps(found))
 
 
+@pytest.mark.matrix
 def test_power_sgd_sends_less_and_ends_near_ddp(work: Path, lm_args: list[str], record_property: Any) -> None:
     """On CPUs too, where Lightning leaves hooks of DDP out."""
     plain = fit(work, lm_args, "plain", "ddp")
@@ -286,6 +287,7 @@ def test_plans_that_do_not_fit(make: Callable[[], nn.Module], ranks: int, line: 
         plan_slices(make(), ranks)
 
 
+@pytest.mark.matrix
 def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) -> None:
     """Four ranks, two groups of two, stopped and gone on with: all that one process has computed, uneven shares too."""
     net = "--model.config.init_args"

@@ -88,7 +88,12 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+FAST = "three_stages", "replicas", "accumulation", "checkpointed", "untied"
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=[] if name in FAST else pytest.mark.matrix) for name in SHAPES]
+)
 def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any) -> None:
     world, flags, batch_size, accumulate = SHAPES[shape]
     of_net = flags[2 * sum("strategy" in flag for flag in flags) :]
@@ -117,7 +122,7 @@ def test_both_schedules_drop_the_same_places(fit: Fit) -> None:
     ("recipe", "flags"),
     [
         ("classification", []),
-        ("distillation", []),
+        pytest.param("distillation", [], marks=pytest.mark.matrix),
         ("curriculum", ["--data.batch", "null", "--trainer.strategy.micro_batches", "8"]),
     ],
 )
@@ -358,7 +363,7 @@ def test_a_checkpoint_of_other_parameters(fit: Fit, work: Path, lm_args: list[st
     assert last.startswith("--ckpt_path: does not fit this model or optimizer: contains a parameter group")
 
 
-@pytest.mark.parametrize("temperature", ["0", "0.8"])
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.matrix), "0.8"])
 def test_texts_are_those_of_one_process(temperature: str, work: Path, lm_args: list[str]) -> None:
     """Two pipelines share three prompts; all ranks draw the same tokens."""
     args = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]

@@ -66,7 +66,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     return process.returncode, out, err.splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ranks_on_a_local_cluster(work: Path, lm_args: list[str]) -> None:
     """One story, as each command takes some seconds to start a cluster and ranks."""
     pytest.importorskip("ray")

@@ -542,25 +542,21 @@ def test_refused_before_the_run_starts(
     assert [path.name for path in kept.parent.parent.iterdir()] == ["default"]
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda t: t.drop(columns="size").rename(columns={"district": "distrct"}), "lacks the column 'size'"),
-        (lambda t: t.rename(columns={"district": "distrct"}), "did you mean 'distrct'?"),
-        (lambda t: t.assign(size="large"), "column 'size': 'large' in row 0 is no number; mend it"),
-        (lambda t: t.assign(rent="much"), "column 'rent': 'much' in row 0 is no number; mend it"),
-        (lambda t: t.iloc[:0], "cannot be read"),
-    ],
-)
-def test_rows_that_cannot_be_predicted(
-    change: Any, problem: str, houses: Path, work: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_cannot_be_predicted(houses: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(["fit", *SMALL, *TABLE])
-    change(pd.read_csv(houses)).to_csv("new.csv", index=False)
+    table = pd.read_csv(houses)
     rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "new.csv"]
-    line = refused(["predict", *rows], capfd)
-    assert problem in line
-    assert "data.source" not in line
+    for changed, problem in (
+        (table.drop(columns="size").rename(columns={"district": "distrct"}), "lacks the column 'size'"),
+        (table.rename(columns={"district": "distrct"}), "did you mean 'distrct'?"),
+        (table.assign(size="large"), "column 'size': 'large' in row 0 is no number; mend it"),
+        (table.assign(rent="much"), "column 'rent': 'much' in row 0 is no number; mend it"),
+        (table.iloc[:0], "cannot be read"),
+    ):
+        changed.to_csv("new.csv", index=False)
+        line = refused(["predict", *rows], capfd)
+        assert problem in line
+        assert "data.source" not in line
     missing = refused(["predict", *rows[:-1], "nw.csv"], capfd)
     assert missing.startswith("--data.predict_source.path: nw.csv: no such file; did you mean 'new.csv'?")
 
