@@ -421,6 +421,30 @@ def test_the_time_given_is_that_of_this_start(work: Path) -> None:
     assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 8
 
 
+def test_a_run_in_pieces_of_time_equals_one_in_one(work: Path) -> None:
+    """Step by step, as far as both went, with validations in between."""
+    args = ["--trainer.max_epochs", "1000", "--trainer.max_steps", "-1", "--trainer.log_every_n_steps", "1"]
+    args += [
+        "--trainer.val_check_interval",
+        "3",
+        "--trainer.limit_train_batches",
+        "8",
+        "--trainer.limit_val_batches",
+        "1",
+    ]
+    for checkpoint in ([], ["--ckpt_path", "last"]):
+        fit(*args, "--trainer.max_time", "00:00:00:01", *checkpoint)
+        steps = read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"]
+        rows = read_metrics(RUN / "metrics.csv", "train/loss")
+        assert len(rows) == steps
+    fit(*args, "--trainer.max_time", "00:00:00:03", "--name", "whole")
+    for name in ("train/loss", "val/loss"):
+        pieces, whole = (read_metrics(run / "metrics.csv", name) for run in (RUN, RUN.with_name("whole")))
+        both = min(len(pieces), len(whole))
+        assert both > 8
+        assert pieces[:both] == whole[:both], name
+
+
 def test_the_config_of_each_start_is_kept(work: Path) -> None:
     fit("--trainer.max_steps", "2")
     fit("--ckpt_path", "last", "--trainer.max_steps", "4")
