@@ -48,10 +48,8 @@ def short_number(value: float) -> str:
 
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure; width and height are in inches."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # a class may be named $$
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
@@ -61,11 +59,22 @@ def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width
     Returns:
         The picture's RGB pixels.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
     from PIL import Image
 
+    # Names may hold dollars, so no text is a formula, nor are the numbers of a logarithmic axis.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with matplotlib.rc_context({"text.parse_math": False}):  # for the numbers of axes, which are made now
+        canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     Image.fromarray(pixels).save(path)
     return pixels

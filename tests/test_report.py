@@ -9,14 +9,16 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from common.figures import STAGES, read_metrics
+from common.figures import PALETTE, STAGES, new_figure, plot_lines, read_metrics, save_figure, style_axes
 from common.run.folder import merge_metrics
 from common.run.report import Best, learning_curves, learning_rate, write_report
 from recipes.classification.pictures import confusion_matrix
@@ -274,3 +276,17 @@ def test_drawing_keeps_no_figure_alive() -> None:
 
     learning_curves({"val/loss": ([1, 2], [2.0, 1.0])})
     assert matplotlib.pyplot.get_fignums() == []
+
+
+def test_no_text_of_a_picture_is_a_formula(tmp_path: Path) -> None:
+    """Names with dollars stay as they are, as do the numbers of a logarithmic axis; matplotlib is left as it was."""
+    figure = new_figure(4, 2)
+    axes = figure.subplots()
+    plot_lines(axes, {"a": ([*range(200)], [10 * 0.9**step for step in range(200)])}, PALETTE)
+    style_axes(axes, "$x$ and \\frac")
+    axes.set_xticks([0, 100], ["$\\nonsense$", "$"])
+    save_figure(figure, tmp_path / "a.png")
+    shown = {label.get_text() for label in axes.get_yticklabels()}
+    assert {"0.1", "1", "10"} <= shown
+    assert not any(text.get_parse_math() for text in figure.findobj(Text))
+    assert matplotlib.rcParams["text.parse_math"]
