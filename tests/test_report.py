@@ -280,7 +280,7 @@ def test_drawing_keeps_no_figure_alive() -> None:
 
 def test_no_text_of_a_picture_is_a_formula(tmp_path: Path) -> None:
     """Names with dollars stay as they are, as do the numbers of a logarithmic axis; matplotlib is left as it was."""
-    figure = new_figure(4, 2)
+    figure = new_figure(4.0, 2.0)
     axes = figure.subplots()
     plot_lines(axes, {"a": ([*range(200)], [10 * 0.9**step for step in range(200)])}, PALETTE)
     style_axes(axes, "$x$ and \\frac")
