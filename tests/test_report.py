@@ -282,7 +282,7 @@ def test_no_text_of_a_picture_is_a_formula(tmp_path: Path) -> None:
     """Names with dollars stay as they are, as do the numbers of a logarithmic axis; matplotlib is left as it was."""
     figure = new_figure(4.0, 2.0)
     axes = figure.subplots()
-    plot_lines(axes, {"a": ([*range(200)], [10 * 0.9**step for step in range(200)])}, PALETTE)
+    plot_lines(axes, {"a": ([*range(200)], [10 * 0.97**step for step in range(200)])}, PALETTE)
     style_axes(axes, "$x$ and \\frac")
     axes.set_xticks([0, 100], ["$\\nonsense$", "$"])
     save_figure(figure, tmp_path / "a.png")
