@@ -173,14 +173,16 @@ class BestCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoints_of(trainer))
+        checkpoint = trainer.ckpt_path
+        self._goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == Path(self.dirpath).resolve()
         super().setup(trainer, pl_module, stage)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A run that was moved keeps its best, in another folder than before; one that goes on from another run's
         # checkpoint begins without.
-        here = Path(str(self.dirpath), "best.ckpt")
-        if state_dict["best_model_path"] and here.is_file():
+        here = Path(str(self.dirpath), "best.ckpt")  # or of an earlier run of that name
+        if state_dict["best_model_path"] and here.is_file() and self._goes_on:
             path, score = str(here), state_dict["best_model_score"]
             places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": ""}
             super().load_state_dict(state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}})
