@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.figures import PALETTE, new_figure, style_axes
-from common.parts import Memory, StrategyFacts
+from common.parts import Memory, StrategyFacts, share_buffers
 from common.strategies.sharding import share_weights
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ class ParameterServer(StrategyFacts, DDPStrategy):
     def configure_ddp(self) -> None:
         assert self.model is not None
         share_weights(self.model)  # without DDP's wrapper, as backward concerns this rank alone
+        if self.max_staleness == 0:  # else saving, which shares them, would change what attacks find in a step
+            share_buffers(self.lightning_module.net)  # type: ignore[arg-type, union-attr]
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
