@@ -1,5 +1,6 @@
 """Runs lose nothing: not an earlier one by a start that fails, not their work by what draws, prints or logs it."""
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -72,11 +73,16 @@ def _full() -> None:
     raise OSError(28, "No space left on device")
 
 
+def _segfault() -> None:
+    faulthandler.disable()  # pytest's would print into its own output
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 ENDS: dict[str, tuple[Callable[[], None], int]] = {
     "error": (_raise, 1),
     "full_disk": (_full, 2),
     "sigkill": (lambda: os.kill(os.getpid(), signal.SIGKILL), -9),
-    "segfault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), -11),
+    "segfault": (_segfault, -11),
     "exit": (lambda: os._exit(7), 7),
 }
 
