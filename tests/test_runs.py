@@ -385,6 +385,7 @@ def many_mains(folder: Path) -> None:
     """Ten commands in one process, three of them interrupted; then the same metrics, handlers and memory."""
     from common.module import BaseModule
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background may ignore it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     start, losses, peaks = BaseModule.on_train_batch_start, [], []
     for turn in range(10):

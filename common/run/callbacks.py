@@ -173,8 +173,7 @@ class BestCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoints_of(trainer))
-        checkpoint = trainer.ckpt_path
-        self._goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == Path(self.dirpath).resolve()
+        self._trainer = trainer  # which knows the checkpoint when it is read
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -182,7 +181,8 @@ class BestCheckpoint(ModelCheckpoint):
         # A run that was moved keeps its best, in another folder than before; one that goes on from another run's
         # checkpoint begins without.
         here = Path(str(self.dirpath), "best.ckpt")  # or of an earlier run of that name
-        if state_dict["best_model_path"] and here.is_file() and self._goes_on:
+        goes_on = Path(str(self._trainer.ckpt_path)).resolve().parent == here.resolve().parent
+        if state_dict["best_model_path"] and here.is_file() and goes_on:
             path, score = str(here), state_dict["best_model_score"]
             places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": ""}
             super().load_state_dict(state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}})
