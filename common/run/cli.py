@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,20 @@ def _forget_nested_init_args(parser_or_action: Any, prev_cfg: Any, cfg: Any) -> 
 _typehints.ActionTypeHint.discard_init_args_on_class_path_change = staticmethod(_forget_nested_init_args)
 
 
+_HOME = ContextVar("package of the recipe that runs", default="")
+_all_subclasses = _typehints.get_all_subclass_paths
+
+
+def _subclasses(*args: Any, **settings: Any) -> list[str]:
+    """Paths of a class's subclasses; the recipe's own stand for those of a copy that this process knows as well."""
+    paths, home = _all_subclasses(*args, **settings), f"{_HOME.get()}."
+    own = {path.removeprefix(home) for path in paths if path.startswith(home)}
+    return [path for path in paths if path.startswith(home) or ".".join(path.split(".")[-2:]) not in own]
+
+
+_typehints.get_all_subclass_paths = _subclasses
+
+
 class RecipeParser(LightningArgumentParser):
     """A parser that raises instead of printing its usage."""
 
@@ -181,6 +196,7 @@ class RecipeCLI(LightningCLI):
         self.links = links
         self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
         self.package = module_class.__module__.rpartition(".")[0]
+        _HOME.set(self.package)
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
