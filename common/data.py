@@ -4,6 +4,8 @@ A data set here maps a list of positions to a whole batch, a ``NamedTuple`` whos
 vectorized read gathers arrays and token files, not one read per sample.
 """
 
+import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -204,6 +206,16 @@ class _Batches(Dataset[Any]):
         random.seed(positions.seed)
         batch = self.dataset[positions.indices]
         return batch._replace(mask=torch.arange(len(positions.indices)) < positions.num_real)
+
+
+@atexit.register
+def _end_readers() -> None:
+    """End reading processes that a fit has left in the middle of a loader; they ignore the signal that Python sends."""
+    readers = [process for process in multiprocessing.active_children() if process.daemon]
+    if readers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would say that one has ended
+    for process in readers:
+        process.kill()
 
 
 def _ignore_signals(worker: int) -> None:

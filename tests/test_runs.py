@@ -456,3 +456,21 @@ def test_the_config_of_each_start_is_kept(work: Path) -> None:
     fit("--trainer.max_steps", "2")
     fit("--ckpt_path", "last", "--trainer.max_steps", "4")
     assert yaml.safe_load((work / RUN / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+
+
+def test_a_stop_in_a_validation_leaves_no_reader(work: Path) -> None:
+    """A process whose interpreter ends joins its reading processes, which ignore signals."""
+    script = (
+        "import os, signal\nfrom recipes.classification import module, train\n"
+        "step = module.ClassificationModule.validation_step\n"
+        "def stop(self, batch, index, *rest):\n"
+        "    if index == 1 and not self.trainer.sanity_checking:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(self, batch, index, *rest)\n"
+        "module.ClassificationModule.validation_step = stop\ntrain.main()\n"
+    )
+    args = [*QUICK, "--data.num_workers", "2", "--data.eval_batch_size", "1", "--trainer.limit_val_batches", "20"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, "fit", *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 143, done.stderr
+    assert len(done.stderr.splitlines()) == 1
