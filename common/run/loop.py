@@ -28,7 +28,11 @@ class EpochLoop(_TrainingEpochLoop):
     @property
     @override
     def done(self) -> bool:
-        return not self.owes_validation and (self._is_training_done if self.restarting else super().done)
+        if self.owes_validation:
+            return False
+        # What stops a run, as the time given, waits for the end of an optimizer step.
+        inside = self.batch_progress.current.processed > 0 and not self.trainer.lightning_module.ends_step
+        return self._is_training_done if self.restarting or inside else super().done
 
     @override
     def run(self, data_fetcher: Any) -> None:
