@@ -31,7 +31,7 @@ class EpochLoop(_TrainingEpochLoop):
         if self.owes_validation:
             return False
         # What stops a run, as the time given, waits for the end of an optimizer step.
-        inside = self.batch_progress.current.processed > 0 and not self.trainer.lightning_module.ends_step
+        inside = self.batch_progress.current.ready > 0 and not self.trainer.lightning_module.ends_step
         return self._is_training_done if self.restarting or inside else super().done
 
     @override
