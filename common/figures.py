@@ -65,7 +65,7 @@ def save_figure(figure: "Figure", path: Path) -> UInt8[np.ndarray, "height width
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext
     from PIL import Image
 
-    # Names may hold dollars, so no text is a formula, nor are the numbers of a logarithmic axis.
+    # Names may hold dollars, so no text is a formula. A logarithmic axis writes its numbers as formulas.
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # type: ignore[attr-defined]
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):

@@ -83,7 +83,7 @@ CELLS = [
 ]
 CELLS.remove(("llama", "fsdp", "bf16-mixed"))  # needs a GPU
 CELLS = [cell for cell in CELLS if cell[0] == "llama" or cell[1] not in TOGETHER]
-FAST = {  # in fp32 those that shard or slice; the others come with the rest
+FAST = {  # in fp32 those that shard or slice
     *(
         (list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32")
         for i, name in enumerate(STRATEGIES)

@@ -178,9 +178,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A run that was moved keeps its best, in another folder than before; one that goes on from another run's
-        # checkpoint begins without.
-        here = Path(str(self.dirpath), "best.ckpt")  # or of an earlier run of that name
+        # A run that was moved keeps its best, in another folder than before. One that goes on from another run's
+        # checkpoint begins without, also where an earlier run of its name has a best.
+        here = Path(str(self.dirpath), "best.ckpt")
         goes_on = Path(str(self._trainer.ckpt_path)).resolve().parent == here.resolve().parent
         if state_dict["best_model_path"] and here.is_file() and goes_on:
             path, score = str(here), state_dict["best_model_score"]
