@@ -87,8 +87,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            problem = f"cannot be written ({cause.strerror})"
-            raise InputError(f"{path}: {problem}; make room, the checkpoint before it is intact") from error
+            before = ", earlier ones are intact" if any(path.parent.glob("*.ckpt")) else ""
+            raise InputError(f"{path}: cannot be written ({cause.strerror}); make room{before}") from error
         finally:
             staged.unlink(missing_ok=True)
 

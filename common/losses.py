@@ -86,7 +86,7 @@ class StepLosses:
         if bad:
             raise InputError(
                 f"train/loss is {losses[bad[0]].item()} at step {self._kept[bad[0]][0]}: lower model.optimizer.lr, "
-                "warm up longer or set trainer.gradient_clip_val; the last checkpoint is intact"
+                "warm up longer or set trainer.gradient_clip_val; earlier checkpoints are intact"
             )
         return losses
 

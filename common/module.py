@@ -229,12 +229,8 @@ class BaseModule(L.LightningModule):
         # The checkpoint holds the optimizer's arguments of its own run; this run's win.
         self._given.restore([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
 
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.seed_micro_batch()
-
     def seed_micro_batch(self) -> None:
-        """Make dropout and augmentation a function of (seed, rank, micro-step), the same in a resumed run."""
+        """Make dropout and augmentation a function of (seed, rank, micro-step); called before each micro-batch."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         _, rank = data_ranks(self.trainer)
         seed_draws(step_seed(global_seed(), rank, step), self.device)
@@ -299,7 +295,7 @@ class BaseModule(L.LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # each rank may hold a part
             raise InputError(
                 f"weights are not finite after step {self.trainer.global_step - 1}: lower model.optimizer.lr or set "
-                "trainer.gradient_clip_val; the last checkpoint is intact"
+                "trainer.gradient_clip_val; earlier checkpoints are intact"
             )
 
     @override

@@ -114,13 +114,13 @@ def refuse_input_gradients(net: nn.Module) -> None:
         raise InputError(f"trainer.strategy: {problem}; take configs/strategy/fsdp2.yaml")
 
 
-def saved_buffers(net: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules and names of a net's persistent buffers, such as running statistics; empty buffers are left out."""
+def saved_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Parts and names of a module's persistent buffers, such as running statistics; empty buffers are left out."""
     return [
-        (module, name)
-        for module in net.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set and buffer.numel()
+        (part, name)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set and buffer.numel()
     ]
 
 
@@ -131,12 +131,13 @@ def broadcast_buffers(places: Sequence[tuple[nn.Module, str]]) -> None:
         dist._broadcast_coalesced(group, [getattr(*place) for place in places], 2**28, 0)  # type: ignore
 
 
-def share_buffers(net: nn.Module) -> None:
-    """Copy the saved buffers from rank 0 to all ranks before each forward, as DDP does.
+def share_buffers(module: nn.Module) -> None:
+    """Copy a recipe's saved buffers from rank 0 to all ranks before each forward of its net, as DDP does.
 
     Otherwise each rank would keep its own running statistics, and a checkpoint holds only one set.
     """
-    if places := saved_buffers(net):
+    if places := saved_buffers(module):
+        net: Any = module.net
         net.register_forward_pre_hook(lambda *_: broadcast_buffers(places))
 
 
@@ -148,12 +149,11 @@ def has_whole_gradients(strategy: Strategy) -> bool:
     return whole and not any(isinstance(p, DTensor) for p in strategy.model.parameters())  # type: ignore[union-attr]
 
 
-def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
+def take_over_gradients(strategy: Strategy, key: str) -> None:
     """Make the strategy leave gradients to the module, which averages them over ranks in ``backward``.
 
     Args:
         strategy: the strategy, after its set-up.
-        net: the net that is trained.
         key: the setting that needs it, for messages.
 
     Raises:
@@ -167,7 +167,7 @@ def take_over_gradients(strategy: Strategy, net: nn.Module, key: str) -> None:
         raise InputError(f"{key}: {problem}; take configs/strategy/ddp.yaml, or null and a model.weighting")
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model.require_backward_grad_sync = False
-        share_buffers(net)  # without gradient sync DDP skips buffers too
+        share_buffers(strategy.model.module)  # without gradient sync DDP skips buffers too
 
 
 def to_float8(net: nn.Module) -> None:

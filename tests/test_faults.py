@@ -243,29 +243,43 @@ def test_a_long_wait_ends_nothing(why: str, work: Path) -> None:
 
 
 def signalled_main(args: list[str], rank: int) -> None:
-    """Rank 1 gets SIGTERM in the second batch of the validation after step 10."""
+    """A rank gets SIGTERM in the second batch of the validation after step 10, and hears of it in that batch."""
     from common.module import BaseModule
+    from common.run.faults import Endings
 
     def signalled(self: BaseModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if (self.trainer.global_step, self.global_rank, batch_idx) == (10, rank, 1):
+        if (self.trainer.global_step, batch_idx) != (10, 1):
+            return
+        if self.global_rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        (endings,) = (each for each in self.trainer.callbacks if isinstance(each, Endings))  # type: ignore[attr-defined]
+        until = time.monotonic() + 30
+        while endings.ranks is not None and not endings.ranks.asked and time.monotonic() < until:
+            time.sleep(0.01)
 
     BaseModule.on_validation_batch_start = signalled  # type: ignore[method-assign]
     main_of("regression")(args)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.matrix), 1])
-def test_a_validation_that_was_interrupted_is_made_again(rank: int, work: Path) -> None:
+def test_a_validation_that_was_interrupted_is_made_again(
+    rank: int, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback that counts its batches has counted each once."""
+    monkeypatch.setenv("RECIPES_ALLOW", "tests")
     args = [
         "fit", "--config", str(ROOT / "configs/strategy/ddp.yaml"), *TINY, "--trainer.accelerator", "cpu",
         "--trainer.devices", "2", "--trainer.max_steps", "20", "--trainer.max_epochs", "-1",
         "--trainer.val_check_interval", "5", "--trainer.check_val_every_n_epoch", "null",
         "--trainer.limit_val_batches", "4", "--data.batch_size", "4",
+        "--trainer.callbacks+", "tests.test_goes_on.Draws",
     ]  # fmt: skip
     assert run_ranks(signalled_main, args, rank, folder=work / "cut") == [143, 143], logs(work / "cut")
     assert run_ranks(main_of("regression"), [*args, "--ckpt_path", "auto"], folder=work / "resumed") == [0, 0]
     assert run_ranks(main_of("regression"), [*args, "--name", "whole"], folder=work / "whole") == [0, 0]
     cut, whole = (work / "runs/regression" / name for name in ("default", "whole"))
     assert digest(cut / "checkpoints/last.ckpt") == digest(whole / "checkpoints/last.ckpt")
+    draws = [read_checkpoint(run / "checkpoints/last.ckpt")["callbacks"]["Draws"] for run in (cut, whole)]
+    assert draws[0] == draws[1]
     for name in ("train/loss", "val/loss"):
         assert read_metrics(cut / "metrics.csv", name) == read_metrics(whole / "metrics.csv", name)

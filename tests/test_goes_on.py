@@ -11,8 +11,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from common.checkpoint import read_checkpoint
 from tests.support import ROOT, logs, main_of, run_ranks
@@ -78,6 +80,40 @@ FAST = [HOLE, *CELLS[:4]]
 HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
 
+class Draws(Callback):
+    """Draws a number at each hook, with each kind of generator, and keeps what they add up to."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def draw(self) -> None:
+        self.total = self.total / 2 + random.random() + np.random.rand() + torch.rand(()).item()
+        self.count += 1
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.draw()
+
+    def on_train_batch_start(self, *_: Any) -> None:  # type: ignore[override]
+        self.draw()
+
+    def on_train_batch_end(self, *_: Any) -> None:  # type: ignore[override]
+        self.draw()
+
+    def on_validation_start(self, trainer: Any, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.draw()
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:  # type: ignore[override]
+        if not trainer.sanity_checking:
+            self.draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total, self.count = state_dict["total"], state_dict["count"]
+
+
 def keep_all_main(args: list[str], folder: Path) -> None:
     """Train, with a checkpoint kept at every hook where one can be made."""
     from common.run.callbacks import LastCheckpoint
@@ -139,13 +175,16 @@ def rows(run: Path) -> list[dict[str, str]]:
     [pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.matrix) for cell in dict.fromkeys([HOLE, *CELLS])],
 )
 def test_goes_on_from_any_checkpoint(
-    ends: str, validates: str, accumulates: str, limit: str, watches: str, runs: str, work: Path, record_property: Any
-) -> None:
+    ends: str, validates: str, accumulates: str, limit: str, watches: str, runs: str,
+    work: Path, record_property: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     world, workers = RUNS[runs]
+    monkeypatch.setenv("RECIPES_ALLOW", "tests")
     net = {"class_path": "common.nets.tables.MLP", "init_args": {"d_block": 8, "n_blocks": 1}}
     args = [
-        "fit", "--model.net", json.dumps(net), "--media.every_n_validations", "0", "--trainer.callbacks", "[]",
-        "--trainer.logger", "[]", "--trainer.log_every_n_steps", "3", "--trainer.enable_progress_bar", "false",
+        "fit", "--model.net", json.dumps(net), "--media.every_n_validations", "0",
+        "--trainer.callbacks", "[]", "--trainer.callbacks+", "tests.test_goes_on.Draws", "--trainer.logger", "[]",
+        "--trainer.log_every_n_steps", "3", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", *ENDS[ends], *VALIDATES[validates], *ACCUMULATES[accumulates],
         *LIMITS[limit], *WATCHES[watches], "--data.num_workers", str(workers), "--data.batch_size", str(32 // world),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(world),

@@ -367,7 +367,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "diverges.yaml:3: model.optimizer.init_args.lr: train/loss is nan at step 5: lower model.optimizer.lr, warm up "
-        "longer or set trainer.gradient_clip_val; the last checkpoint is intact"
+        "longer or set trainer.gradient_clip_val; earlier checkpoints are intact"
     )
 
 

@@ -1,5 +1,6 @@
 """Runs lose nothing: not an earlier one by a start that fails, not their work by what draws, prints or logs it."""
 
+import csv
 import faulthandler
 import hashlib
 import json
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
+from common.module import BaseModule
 from common.run.report import write_report
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
@@ -172,6 +174,7 @@ def test_links_change_nothing(link: str, work: Path) -> None:
         (".hidden", "without a dot in front"),
         ("x" * 300, "has 300 bytes; take at most 200"),
         ("[b] ~ $HOME *", None),
+        ("1e3", None),  # jsonargparse reads it as a number, YAML as a text
         ("運 ünï", None),
     ],
 )
@@ -214,7 +217,7 @@ def test_one_command_starts_and_resumes(work: Path, capfd: pytest.CaptureFixture
     damaged[len(damaged) // 2] ^= 16
     (checkpoints / "last.ckpt").write_bytes(damaged)
     line = refused(capfd, "--ckpt_path", "last", "--trainer.max_steps", "12")
-    assert "cut short, damaged or no checkpoint; --ckpt_path best is the" in line
+    assert line.endswith("; --ckpt_path best is the newest whole one")
     capfd.readouterr()
     fit(*auto)
     assert f"goes on from {checkpoints}/best.ckpt" in capfd.readouterr().out
@@ -254,6 +257,7 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
             "fit without --ckpt_path",
         ),
         (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
+        (["--trainer.val_check_interval", "00:00:00:10"], "a time comes after another step in each run"),
         *(
             (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
             for name, more in {
@@ -356,7 +360,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(work: Path) -> None:
     args = ["--trainer.max_steps", "8", "--ckpt_path", "last"]
     assert run_ranks(limited, args, world=1, folder=work / "log") == [2], logs(work / "log")
     line = (work / "log/rank0.log").read_text().splitlines()[-1]
-    assert "cannot be written (File too large); make room, the checkpoint" in line
+    assert "cannot be written (File too large); make room, earlier ones are intact" in line
     assert read_checkpoint(work / RUN / "checkpoints/last.ckpt")["global_step"] == 2
     assert json.loads((work / RUN / "summary.json").read_text())["state"] == "failed"
 
@@ -446,6 +450,65 @@ def test_a_run_in_pieces_of_time_equals_one_in_one(work: Path) -> None:
         both = min(len(pieces), len(whole))
         assert both > 8
         assert pieces[:both] == whole[:both], name
+
+
+STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+
+
+@pytest.mark.parametrize(
+    ("flags", "state"),
+    [
+        (["--trainer.callbacks", STOPPING, "--trainer.callbacks.monitor", "val/loss",
+          "--trainer.callbacks.stopping_threshold", "100", "--trainer.min_steps", "20"], "complete"),
+        (["--trainer.max_time", "00:00:00:01"], "out of time"),
+        (["--trainer.max_time", "00:00:00:03", "--trainer.max_steps", "20"], "complete"),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_to_stop_logs_as_any_other(
+    flags: list[str], state: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every third step, in each of two starts; its summary tells why it ended."""
+    end = BaseModule.on_validation_epoch_end
+
+    def slow_end(self: BaseModule) -> None:
+        end(self)
+        if self.trainer.max_steps == self.trainer.global_step:  # the time is over when the last validation is
+            time.sleep(3.0)
+
+    monkeypatch.setattr(BaseModule, "on_validation_epoch_end", slow_end)
+    args = [
+        "--trainer.max_epochs", "1000", "--trainer.max_steps", "-1", "--trainer.log_every_n_steps", "3",
+        "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "5", *flags,
+    ]  # fmt: skip
+    for checkpoint in ([], ["--ckpt_path", "last"]):
+        fit(*args, *checkpoint)
+        with (RUN / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        logged = [int(row["step"]) for row in rows if row["train/loss"]]
+        assert logged == [step for step in range(logged[-1] + 1) if step % 3 == 2]
+        assert len(rows) == len({(row["step"], bool(row["train/loss"])) for row in rows})
+        assert json.loads((RUN / "summary.json").read_text())["state"] == state
+
+
+def test_damaged_metrics_are_told_and_lose_no_more(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.log_every_n_steps", "1", "--trainer.max_steps", "4")
+    table = RUN / "metrics.csv"
+    header, first, second, *rest = table.read_bytes().splitlines(keepends=True)
+    table.write_bytes(b"".join([header, b"\xff\x00\xfe" + first, second, *rest]))
+    capfd.readouterr()
+    fit("--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1")
+    assert "fit: 1 rows of" in capfd.readouterr().out
+    with table.open(newline="", encoding="utf-8") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps[-3:] == [3, 4, 5]
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit()
+    (RUN / "checkpoints/best.ckpt").unlink()
+    fit("--ckpt_path", "auto", "--trainer.max_steps", "8")
+    assert "checkpoints/best.ckpt is gone; the best of the validations from here on" in capfd.readouterr().out
+    assert (RUN / "checkpoints/best.ckpt").is_file()
 
 
 def test_the_config_of_each_start_is_kept(work: Path) -> None:

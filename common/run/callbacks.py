@@ -186,6 +186,8 @@ class BestCheckpoint(ModelCheckpoint):
             path, score = str(here), state_dict["best_model_score"]
             places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": ""}
             super().load_state_dict(state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}})
+        elif state_dict["best_model_path"] and goes_on and self._trainer.is_global_zero:
+            print(f"fit: {here} is gone; the best of the validations from here on takes its place", flush=True)
 
 
 class LastCheckpoint(Checkpoint):

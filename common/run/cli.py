@@ -302,7 +302,7 @@ class RecipeCLI(LightningCLI):
                     gone = ", ".join(sorted({_name(item) for item in items} & again))
                     print(f"{self.command}: {gone} of the run gives way to what is given now", flush=True)
                 before["trainer"][key] = kept
-        layered = [*head, "--config", yaml.safe_dump(before)]
+        layered = [*head, "--config", layers.to_yaml(before)]
         try:
             self.config = self.parser.parse_args([*layered, *flags])
         except jsonargparse.ArgumentError:
@@ -351,6 +351,9 @@ class RecipeCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch", "val_check_interval"):
             if isinstance(value := config.trainer[key], int | float) and value <= 0:
                 raise InputError(f"trainer.{key} must be above 0, got {value}")
+        if not isinstance(config.trainer.val_check_interval, int | float | None):
+            problem = "a time comes after another step in each run; give micro-batches, or a share of an epoch"
+            raise InputError(f"trainer.val_check_interval: {problem}")
         if not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")
         if config.trainer.use_distributed_sampler:

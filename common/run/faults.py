@@ -257,6 +257,12 @@ class Endings(Callback):
         self._leave(done=True)
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.validating and isinstance(loop, EpochLoop) and loop.validation_to_come:
+            checkpoint["callbacks"] = loop.states  # the resumed run repeats the whole validation
+
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._leave(done=isinstance(exception, Stopped), patience=10.0)  # all stop
 

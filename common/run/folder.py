@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from common.checkpoint import is_whole, newest_whole
 from common.errors import InputError, closest, nearest
@@ -216,15 +216,14 @@ def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:
 def merge_metrics(earlier: Path, new: Path, first_step: int) -> None:
     """Put the rows of an earlier ``metrics.csv`` before those of a new one.
 
-    Rows of steps that are trained again give way, as does half a line that a killed process has left.
+    Rows of steps that are trained again give way, as do damaged ones, and half a line that a killed process has left.
 
     Args:
         earlier: the file of the run so far.
         new: that of the run that goes on; it becomes both.
         first_step: the optimizer step that it goes on from; rows count steps from 0.
     """
-    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (earlier, new)]
-    before, now = (list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines())) for text in texts)
+    before, now = (_rows(path) if path.exists() else [] for path in (earlier, new))
     again = {(row["step"], *sorted(key for key, value in row.items() if value)) for row in now}
     kept = [
         row for row in before
@@ -235,6 +234,27 @@ def merge_metrics(earlier: Path, new: Path, first_step: int) -> None:
             table = csv.DictWriter(file, sorted({key for row in rows for key in row}), restval="")
             table.writeheader()
             table.writerows(rows)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a ``metrics.csv``; of damaged ones their number is told."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows: list[Any] = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    whole = [row for row in rows if _is_whole(row)]
+    if len(whole) < len(rows):
+        print(f"fit: {len(rows) - len(whole)} rows of {path} are damaged and left out", flush=True)
+    return whole
+
+
+def _is_whole(row: dict[str | None, Any]) -> bool:
+    if None in (*row, *row.values()) or not row.get("step", "").isdecimal():
+        return False
+    try:
+        for value in filter(None, row.values()):
+            float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def make(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What the command line and the YAML files on it say, key by key, and where: the ground for error messages."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,20 @@ GROUPS = ("best", "last", "media", "trainer", "model", "data")
 SECRET = re.compile(
     r"((api|access|private|secret)_?key|passw(or)?d|secret|authorization|(^|\.)((auth|access|hf)_)?token)$", re.I
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that jsonargparse takes for a number and YAML 1.1 does not, such as 1e3."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9._]+([eE][-+]?[0-9]+)?$"), list("-+.0123456789")
+)
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A config as the text of a YAML file, which reads back as it was."""
+    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 class Entry(NamedTuple):

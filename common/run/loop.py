@@ -1,5 +1,6 @@
 """The loops of training. A resumed run goes on exactly where its checkpoint was made."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
 
 from common.data import geometry
+from common.run.trainer import RecipeTrainer
 
 
 class EpochLoop(_TrainingEpochLoop):
@@ -18,7 +20,9 @@ class EpochLoop(_TrainingEpochLoop):
 
     after_step: Callable[[], None] = staticmethod(lambda: None)  # is called after each optimizer step
     validation_to_come = False  # whether the validation after the last step, if there is one, is not done
+    trainer: RecipeTrainer
     metrics: Mapping[str, float] = {}  # that the checkpoint's run had logged
+    states: Mapping[str, Any] = {}  # of callbacks, before the last validation
 
     @property
     def owes_validation(self) -> bool:
@@ -30,17 +34,19 @@ class EpochLoop(_TrainingEpochLoop):
     def done(self) -> bool:
         if self.owes_validation:
             return False
-        # What stops a run, as the time given, waits for the end of an optimizer step.
-        inside = self.batch_progress.current.ready > 0 and not self.trainer.lightning_module.ends_step
-        return self._is_training_done if self.restarting or inside else super().done
+        return self._is_training_done if self.restarting else super().done
 
     @override
     def run(self, data_fetcher: Any) -> None:
-        super().run(data_fetcher)
+        try:
+            super().run(data_fetcher)
+        finally:
+            self.trainer.in_step = False
         self.restarting = False  # where nothing of the epoch was left to do
 
     @override
     def advance(self, data_fetcher: Any) -> None:
+        self.trainer.in_step = True
         if self.owes_validation:
             self._batches_that_stepped -= 1  # which loggers count after the validation
             return  # on_advance_end validates
@@ -53,16 +59,12 @@ class EpochLoop(_TrainingEpochLoop):
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:
         self.validation_to_come = False
+        if self._should_check_val_fx(data_fetcher):
+            # A run that is stopped inside a validation repeats it.
+            states = {each.state_key: each.state_dict() for each in self.trainer.callbacks}  # type: ignore[attr-defined]
+            self.states = copy.deepcopy({key: state for key, state in states.items() if state})
         super().on_advance_end(data_fetcher)
-
-    @override
-    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
-        # Lightning validates once more where a run is stopped, as by the time given. One that goes on has not done so.
-        stops, self.trainer.should_stop = self.trainer.should_stop, False
-        try:
-            return super()._should_check_val_fx(data_fetcher)
-        finally:
-            self.trainer.should_stop = stops
+        self.trainer.in_step = not self.trainer.lightning_module.ends_step
 
     @override
     def on_save_checkpoint(self) -> dict[str, Any]:
@@ -122,10 +124,10 @@ class FitLoop(_FitLoop):
         steps._batches_that_stepped = steps.global_step
         EpochLoop.restarting.fset(self, False)  # type: ignore[attr-defined]  # of all loops
         self._restarting = steps._restarting = inside > 0
-        self.trainer.should_stop = any(map(_has_stopped, self.trainer.early_stopping_callbacks))
+        self.trainer.should_stop = any(map(has_stopped, self.trainer.early_stopping_callbacks))
 
 
-def _has_stopped(callback: EarlyStopping) -> bool:
+def has_stopped(callback: EarlyStopping) -> bool:
     """Whether a callback has ended the checkpoint's run, and the patience that is given now would end it too."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
         return callback.wait_count >= callback.patience

@@ -40,9 +40,11 @@ def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: 
         where, key = locate(argv, defaults, key, names, values)
         problem = problem.removeprefix(f"{key}: ")
         problem = ": ".join(part for part in (where, key if f"--{key}" != where else "", problem) if part)
-    line, *hint = re.split(r"(?=; did you mean)", " ".join(problem.split()))
-    room = LIMIT - len("".join(hint))
-    return "".join([line if len(line) <= room else f"{line[: room - 1]}…", *hint])
+    text = " ".join(problem.split())
+    remedy = re.search(r"; (?:(?!; ).)*$", text)
+    kept = remedy[0] if remedy and len(remedy[0]) <= LIMIT // 2 else ""
+    line, room = text.removesuffix(kept), LIMIT - len(kept)
+    return (line if len(line) <= room else f"{line[: room - 1]}…") + kept
 
 
 def _read_other(error: Exception) -> tuple[str, str, list[str]]:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     Callback,
@@ -34,13 +33,15 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
-from common.data import data_ranks, global_seed, step_seed
+from common.data import data_ranks, global_seed, seed_draws, step_seed, total_steps
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run.callbacks import BestCheckpoint
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
+from common.run.layers import to_yaml
+from common.run.loop import has_stopped
 from common.run.output import spared
 
 if TYPE_CHECKING:
@@ -131,6 +132,9 @@ def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) ->
 class RunRecord(Callback):
     """Writes what the run is (config, versions, commit) when it starts, and its summary.
 
+    As the first callback it also makes what hooks draw, with torch, NumPy or ``random``, a function of the run's
+    position, so that a resumed run draws the same.
+
     Args:
         config: the resolved config.
         folder: where this command writes; for ``fit`` the folder in which it starts.
@@ -156,7 +160,7 @@ class RunRecord(Callback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         written = self.folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
-        written.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        written.write_text(to_yaml(self.config), encoding="utf-8")
         os.replace(written, self.folder / "config.yaml")
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
@@ -165,8 +169,8 @@ class RunRecord(Callback):
             "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,
         }  # fmt: skip
         earlier = self.run.path / "starts.jsonl"
-        starts = earlier.read_text(encoding="utf-8") if stage == "fit" and self.run.goes_on and earlier.exists() else ""
-        (self.folder / "starts.jsonl").write_text(f"{starts}{json.dumps(start)}\n", encoding="utf-8")
+        starts = earlier.read_bytes() if stage == "fit" and self.run.goes_on and earlier.exists() else b""
+        (self.folder / "starts.jsonl").write_bytes(starts + f"{json.dumps(start)}\n".encode())
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
                 logger.log_hyperparams({**self.config, "environment": environment})
@@ -184,6 +188,18 @@ class RunRecord(Callback):
                 lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
                 logger.experiment.metrics_file_path = str(path)  # type: ignore[attr-defined]
                 logger.experiment.metrics_keys = next(csv.reader(lines), [])
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _seed(trainer, 0)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
+        pl_module.seed_micro_batch()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _seed(trainer, 1)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
@@ -231,8 +247,11 @@ class RunRecord(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
                     logger.log_hyperparams(self.config, {f"best/{best.monitor}": best.best_model_score.item()})
+        # The last validation may take longer than the time that was left.
+        at_end = 0 <= total_steps(trainer) <= trainer.global_step
+        at_end |= any(map(has_stopped, trainer.early_stopping_callbacks))
         out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in timers)
-        self._summarize(trainer, "out of time" if out_of_time else "complete")
+        self._summarize(trainer, "out of time" if out_of_time and not at_end else "complete")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -303,6 +322,12 @@ class RunReport(Callback):
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         if report:
             console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _seed(trainer: L.Trainer, place: int) -> None:
+    # All ranks draw the same, as hooks decide what an epoch is about.
+    step = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # 0 before the first
+    seed_draws(step_seed(global_seed(), step, place), trainer.strategy.root_device)
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:

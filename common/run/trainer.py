@@ -16,6 +16,20 @@ class RecipeTrainer(L.Trainer):
     """The trainer of every recipe."""
 
     found: Preflight  # by the command ``preflight``
+    in_step = False  # whether an optimizer step is begun, with the validation after it
+    _stops = False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run is to stop. What stops it, as the time given, waits for the end of an optimizer step.
+
+        Before that Lightning would log values of an earlier step, and validate once more; a run that goes on does not.
+        """
+        return self._stops and not self.in_step
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self._stops = value or (self.in_step and self._stops)
 
     def preflight(self, model: BaseModule, datamodule: BaseDataModule) -> None:
         """Print parameters, memory per rank, items per step and steps of a run, and keep them as ``found``."""

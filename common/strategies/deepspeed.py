@@ -118,7 +118,7 @@ class DeepSpeed(WholeCheckpoints, DeepSpeedStrategy):
         if "mixed" in self.precision_plugin.precision and batch_norms(model.net):
             problem = "DeepSpeed would run batch norm in 16 bits beside statistics in 32"
             raise InputError(f"trainer.precision: {problem}; take fp32, bf16-true or configs/strategy/fsdp2.yaml")
-        share_buffers(model.net)
+        share_buffers(model)
         if "mixed" in self.precision_plugin.precision:
             # Lightning would round a whole batch to 16 bits, targets too. Autocast lets buffers in fp32 meet weights in
             # 16 bits. It is around the net, as DeepSpeed turns off any from outside.

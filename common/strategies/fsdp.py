@@ -114,7 +114,7 @@ class FSDP(WholeCheckpoints, FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.lightning_module is not None
         net: Any = self.lightning_module.net
-        share_buffers(net)
+        share_buffers(self.lightning_module)
         self._units |= {id(module) for module in [*blocks(net), net]}
         wrapped = FullyShardedDataParallel(
             model,
@@ -248,7 +248,7 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         net: Any = self.lightning_module.net
-        share_buffers(net)
+        share_buffers(self.lightning_module)
         if self.ranks_per_batch > 1:
             slice_layers(net, plan_slices(net, self.ranks_per_batch), self.device_mesh["tensor_parallel"])
         for module in batch_norms(net) if bf16 else ():  # their statistics and weights stay in fp32

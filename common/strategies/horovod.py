@@ -73,7 +73,7 @@ class Horovod(StrategyFacts, DDPStrategy):
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         share_weights(self.lightning_module)  # hooks of the parameters take the place of DDP's wrapper
-        share_buffers(self.lightning_module.net)  # type: ignore[arg-type]
+        share_buffers(self.lightning_module)
         self._start()
         self._names = {p: name for name, p in self.lightning_module.named_parameters() if p.requires_grad}
         self._hooks = [p.register_post_accumulate_grad_hook(self._send) for p in self._names]

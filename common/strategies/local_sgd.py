@@ -133,7 +133,7 @@ class LocalSGD(StrategyFacts, DDPStrategy):
         self._outer.zero_grad()
         for last, p in zip(self._agreed, self._params, strict=True):
             p.copy_(last)
-        broadcast_buffers(saved_buffers(self.lightning_module.net))  # type: ignore
+        broadcast_buffers(saved_buffers(self.lightning_module))  # type: ignore[arg-type]
 
     @override
     def on_validation_start(self) -> None:

@@ -191,7 +191,7 @@ class ParameterServer(StrategyFacts, DDPStrategy):
         assert self.model is not None
         share_weights(self.model)  # without DDP's wrapper, as backward concerns this rank alone
         if self.max_staleness == 0:  # else saving, which shares them, would change what attacks find in a step
-            share_buffers(self.lightning_module.net)  # type: ignore[arg-type, union-attr]
+            share_buffers(self.model)
 
     @override
     def setup(self, trainer: L.Trainer) -> None:

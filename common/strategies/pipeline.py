@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from common.data import rank_groups, seed_draws, step_seed
 from common.errors import InputError
-from common.parts import Memory, StrategyFacts
+from common.parts import Memory, StrategyFacts, saved_buffers
 from common.strategies.sharding import limit_waiting, refuse_joint_optimizer
 from common.strategies.stages import INSTEAD, KEY, Left, Plan, Stage, plan_stages
 
@@ -190,6 +190,7 @@ class Pipeline(StrategyFacts, DDPStrategy):
         context = self.precision_plugin.train_step_context
         self._part = Stage(module.net, plan, self.stage, self._pipeline, self.root_device, context)
         self._params = [p for p in module.net.parameters() if p.requires_grad]
+        self._buffers = saved_buffers(module)
         for part in module.modules():
             if isinstance(part, Metric):  # all ranks of a pipeline have seen the same samples; they count once
                 part.process_group = self._replicas
@@ -236,10 +237,12 @@ class Pipeline(StrategyFacts, DDPStrategy):
         if stage != "train" or not torch.is_grad_enabled():
             return self._shared_step(batch, stage)
         parts = self._split(batch)
+        buffers = [getattr(*place).clone() for place in self._buffers]
         before = [p.grad for p in self._params]
         for p in self._params:
             p.grad = None
         results = self._run_schedule(parts)
+        self._refuse_changes(buffers)
         gradients = [p.grad for p in self._params]
         for p, gradient in zip(self._params, before, strict=True):
             p.grad = gradient
@@ -250,6 +253,13 @@ class Pipeline(StrategyFacts, DDPStrategy):
         dist.broadcast(result, group=self._pipeline, group_src=self.stages - 1)
         self._loss = _Computed.apply(result[0], gradients, *self._params)
         return self._loss, result[1]
+
+    def _refuse_changes(self, before: list[Tensor]) -> None:
+        """See that a step has left the saved buffers, which each stage would change in its own way."""
+        for (part, name), value in zip(self._buffers, before, strict=True):
+            if not getattr(part, name).equal(value):
+                problem = f"a step changes the buffer {name} of {type(part).__name__}, on one stage alone"
+                raise InputError(f"{KEY}: {problem}; {INSTEAD}")
 
     def _run_schedule(self, parts: list[Any]) -> list[Tensor]:
         """Compute the gradients of micro-batches; on the last stage, return the loss and the count of each."""

@@ -20,6 +20,7 @@ from typing_extensions import override
 from common.data import TrainSampler
 from common.errors import InputError, Stopped, nearest, speaking_of
 from common.run.cli import DEFAULTS, RecipeCLI
+from common.run.layers import to_yaml
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE
 
@@ -77,7 +78,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
 
 def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:
     config = folder / "base.yaml"
-    config.write_text(yaml.safe_dump(dict(base)), encoding="utf-8")
+    config.write_text(to_yaml(base), encoding="utf-8")
     print(f"teacher: trained first, and kept in {folder}", flush=True)
     command = [
         sys.executable, str(recipe / "train.py"), "fit", "--config", str(config), "--config", str(layer),

@@ -174,7 +174,7 @@ class Balance:
         self.weighting: Weighting = self.net.weighting
         self.gradients = None
         if aggregator is not None:
-            take_over_gradients(self.trainer.strategy, self.net, "model.aggregator")
+            take_over_gradients(self.trainer.strategy, "model.aggregator")
             self.gradients = TaskGradients(aggregator, self.net)
 
     def _everywhere(self, values: Tensor) -> Tensor:
