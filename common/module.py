@@ -194,6 +194,10 @@ class BaseModule(L.LightningModule):
             to_float8(self.net)
         # By name: a strategy may replace these parameters by flat or sharded ones.
         names = {p: name for name, p in self.named_parameters()}
+        own = set(self.net.parameters())
+        if others := [name for p, name in names.items() if p.requires_grad and p not in own]:
+            problem = f"{others[0]} is no part of the net, which alone is trained"
+            raise InputError(f"model: {problem}; make it in build_net, or freeze it with requires_grad_(False)")
         groups = param_groups(self.net, self.lr_scales)
         self._groups = [{**group, "params": [names[p] for p in group["params"]]} for group in groups]
         self.num_params = sum(p.numel() for p in self.net.parameters())

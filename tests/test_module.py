@@ -291,6 +291,16 @@ def test_weight_init_changes_matrices_only(name: str) -> None:
         assert torch.equal(p, own) == (p.ndim < 2), key
 
 
+def test_parameters_that_nothing_would_train_are_refused() -> None:
+    module = Watched()
+    module.temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(InputError, match="temperature is no part of the net, which alone is trained; make it in build"):
+        module.configure_model()
+    frozen = Watched()
+    frozen.temperature = nn.Parameter(torch.ones(()), requires_grad=False)
+    frozen.configure_model()
+
+
 def test_initial_weights_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = []
     for seed, draws in ((1, 0), (1, 5), (2, 0)):

@@ -252,6 +252,34 @@ def test_mistakes(recipe: str, flags: list[str], line: str, work: Path, lm_args:
     assert not (work / f"runs/{recipe}/default/checkpoints").exists()
 
 
+def counting_main(args: list[str]) -> None:
+    """The loss counts its calls in a buffer."""
+    from recipes.lm.module import LMModule
+
+    make, step = LMModule.configure_model, LMModule.shared_step
+
+    def make_with_count(self: Any) -> None:
+        make(self)
+        self.register_buffer("count", torch.zeros(()))
+
+    def counted(self: Any, batch: Any, stage: Any) -> Any:
+        result = step(self, batch, stage)
+        if stage == "train":
+            self.count += 1
+        return result
+
+    LMModule.configure_model, LMModule.shared_step = make_with_count, counted  # type: ignore[method-assign]
+    main_of("lm")(args)
+
+
+def test_a_state_that_steps_change_is_refused(work: Path, lm_args: list[str]) -> None:
+    """Only the last stage comes to the loss, and the first one saves it."""
+    args = ["fit", *LAYER, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    assert run_ranks(counting_main, args, folder=work) == [3, 2], logs(work)
+    line = (work / "rank1.log").read_text().splitlines()[-1]
+    assert "stages: a step changes the buffer count of LMModule, on one stage alone; take" in line
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "line"),
     [

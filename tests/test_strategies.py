@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import common.optim
 from common.checkpoint import read_checkpoint
+from common.losses import precise
 from common.parts import Memory
 from common.strategies.fsdp import FSDP, FSDP2
 from common.strategies.sharding import ELEMENTWISE, JOINING, SEPARABLE, is_elementwise, is_separable
+from recipes.regression.heads import Head
 from tests.support import (
     EXACT,
     PLAIN,
@@ -39,6 +41,7 @@ from tests.support import (
     strategies_of,
     turn,
 )
+from tests.test_resume import digest
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -190,6 +193,47 @@ def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_proper
         for key, value in state.items():
             assert torch.allclose(states["state"][number][key], value, atol=1e-5), (number, key)
     assert last["lr_schedulers"] == wanted["lr_schedulers"]
+
+
+class Running(nn.Module, Head):
+    """A loss that follows the scale of the residuals: its state is a buffer outside of the net."""
+
+    num_outputs = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.scale: Tensor
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        off = precise(outputs)[..., 0] - target[:, None]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self.scale.mul_(0.9).add_(off.abs().median() * 0.1)
+        return (off / self.scale.detach()).square().mean()
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        return precise(outputs).mean(1)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        name if name == "fsdp2" else pytest.param(name, marks=pytest.mark.matrix)
+        for name in strategies_of("regression")
+        if name in EXACT
+    ],
+)
+def test_ranks_share_the_state_of_a_loss(strategy: str, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a resumed run would go on with that of rank 0 alone."""
+    monkeypatch.setenv("RECIPES_ALLOW", "tests")
+    args = ["--model.head", "tests.test_strategies.Running", "--model.lr_scheduler", "null"]
+    for steps, name in ((4, "whole"), (2, "cut"), (4, "cut")):
+        goes_on = ["--ckpt_path", "last"] if (steps, name) == (4, "cut") else []
+        fit("regression", strategy, 2, *args, *goes_on, "--trainer.max_steps", str(steps), name=name)
+    runs = [Path("runs/regression", name, "checkpoints/last.ckpt") for name in ("whole", "cut")]
+    assert digest(runs[0]) == digest(runs[1])
+    assert read_checkpoint(runs[0])["state_dict"]["head.scale"] != 1
 
 
 @pytest.mark.parametrize(
