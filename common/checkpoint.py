@@ -57,12 +57,12 @@ def is_whole(path: str | Path) -> bool:
 def newest_whole(folder: Path) -> Path | None:
     """The undamaged checkpoint of the most steps in a folder that a run can go on from."""
     steps = {}
-    for path in filter(is_whole, folder.glob("*.ckpt")):
-        with suppress(Exception):  # another kind of file
+    for path in folder.glob("*.ckpt"):
+        with suppress(Exception):  # damaged, or another kind of file
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if "optimizer_states" in state:
                 steps[path] = state["global_step"], path.stat().st_mtime_ns
-    return max(steps, key=lambda path: steps[path], default=None)
+    return next(filter(is_whole, sorted(steps, key=lambda path: steps[path], reverse=True)), None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -71,15 +71,20 @@ def rank_groups(ranks: int, together: int, key: str = "trainer.strategy.tensor_p
 
 
 def seed_draws(seed: int, device: torch.device | None = None) -> None:
-    """Seed torch on the host and, if given, one device, and NumPy and Python's ``random``.
+    """``torch.manual_seed`` for the host and, if given, one device.
 
     ``torch.manual_seed`` itself formats a stack trace for every missing kind of device: half a millisecond per batch.
     """
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """The same, and NumPy and Python's ``random``."""
+    seed_draws(seed, device)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def batches_per_epoch(num_batches: int, trainer: L.Trainer) -> int:
@@ -203,7 +208,7 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, positions: Positions) -> Any:
         # Random transforms in a data set then depend on the batch alone, not on the worker.
-        seed_draws(positions.seed)
+        seed_all(positions.seed)
         batch = self.dataset[positions.indices]
         return batch._replace(mask=torch.arange(len(positions.indices)) < positions.num_real)
 

@@ -1,6 +1,7 @@
 """Exceptions that the command line prints as one line, and helpers for their messages."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,11 @@ class Stopped(BaseException):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, and Ctrl-C for that of the keyboard."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def closest(wrong: str, known: Iterable[str]) -> str | None:

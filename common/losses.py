@@ -48,6 +48,7 @@ class StepLosses:
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, Tensor]] = []
+        self._restored = 0  # how many of the first ones are means over ranks
 
     def add(self, step: int, loss: Float[Tensor, ""]) -> None:
         """Keep the loss of a micro-batch of an optimizer step."""
@@ -63,6 +64,7 @@ class StepLosses:
     def restore(self, state: dict[int, Tensor], device: torch.device) -> None:
         """Go on from a checkpoint's :meth:`state`."""
         self._kept = [(step, loss) for step, losses in state.items() for loss in losses.to(device)]
+        self._restored = len(self._kept)
 
     def take(self, strategy: Strategy) -> Float[Tensor, ""]:
         """The mean over micro-batches and ranks; clears the losses. Raises as :meth:`check` does."""
@@ -70,6 +72,7 @@ class StepLosses:
             raise RuntimeError("no loss was counted since the last row; a training_step of your own calls count_loss")
         losses = self.check(strategy)
         self._kept.clear()
+        self._restored = 0
         return losses.mean()
 
     def check(self, strategy: Strategy) -> Float[Tensor, " losses"]:
@@ -80,8 +83,9 @@ class StepLosses:
         """
         if not self._kept:
             return torch.empty(0)
-        losses = strategy.reduce(torch.stack([loss for _, loss in self._kept]), reduce_op="mean")
-        assert isinstance(losses, Tensor)
+        losses = torch.stack([loss for _, loss in self._kept])
+        means, own = losses[: self._restored], losses[self._restored :]  # the mean of means may differ by a bit
+        losses = torch.cat([means, torch.as_tensor(strategy.reduce(own, reduce_op="mean"))]) if len(own) else means
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise InputError(

@@ -233,8 +233,12 @@ class BaseModule(L.LightningModule):
         # The checkpoint holds the optimizer's arguments of its own run; this run's win.
         self._given.restore([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
 
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seed_micro_batch()
+
     def seed_micro_batch(self) -> None:
-        """Make dropout and augmentation a function of (seed, rank, micro-step); called before each micro-batch."""
+        """Make dropout and augmentation a function of (seed, rank, micro-step), the same in a resumed run."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         _, rank = data_ranks(self.trainer)
         seed_draws(step_seed(global_seed(), rank, step), self.device)
@@ -286,6 +290,8 @@ class BaseModule(L.LightningModule):
             return
         self._losses.restore(checkpoint["losses"], self.device)
         before, now = checkpoint["geometry"], geometry(self.trainer)
+        if checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] % before["per_step"]:
+            raise InputError("--ckpt_path: was made in the middle of an optimizer step; give last, best or auto")
         if before != now:
             move_position(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], before, now)
 

@@ -1,8 +1,9 @@
 """Parts of a net (blocks, buffers, a rank's share of a parameter), and what a strategy says of itself."""
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from common.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class Memory(NamedTuple):
@@ -132,13 +136,22 @@ def broadcast_buffers(places: Sequence[tuple[nn.Module, str]]) -> None:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Copy a recipe's saved buffers from rank 0 to all ranks before each forward of its net, as DDP does.
+    """Copy a recipe's saved buffers from rank 0 to all ranks before each of its steps, as DDP does.
 
     Otherwise each rank would keep its own running statistics, and a checkpoint holds only one set.
     """
     if places := saved_buffers(module):
-        net: Any = module.net
-        net.register_forward_pre_hook(lambda *_: broadcast_buffers(places))
+        for name in STEPS:
+            setattr(module, name, _after_sharing(getattr(module, name), places))
+
+
+def _after_sharing(step: Callable[..., Any], places: Sequence[tuple[nn.Module, str]]) -> Callable[..., Any]:
+    @wraps(step)
+    def shared(*args: Any, **kwargs: Any) -> Any:
+        broadcast_buffers(places)
+        return step(*args, **kwargs)
+
+    return shared
 
 
 def has_whole_gradients(strategy: Strategy) -> bool:

@@ -13,14 +13,14 @@ import signal
 import sys
 from pathlib import Path
 
-from common.errors import ENDING
+from common.errors import ENDING, signal_name
 
 _main = sys.modules["__main__"]
 _file = getattr(_main, "__file__", None)
 
 
 def _end(number: int, _: object) -> None:
-    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os.write(2, f"stopped by {signal_name(number)}\n".encode())
     os._exit(128 + number)
 
 

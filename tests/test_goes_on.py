@@ -84,7 +84,7 @@ class Draws(Callback):
     """Draws a number at each hook, with each kind of generator, and keeps what they add up to."""
 
     def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+        self.total, self.count, self.epochs = 0.0, 0, 0
 
     def draw(self) -> None:
         self.total = self.total / 2 + random.random() + np.random.rand() + torch.rand(()).item()
@@ -92,6 +92,10 @@ class Draws(Callback):
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.draw()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.draw()
+        self.epochs += 1
 
     def on_train_batch_start(self, *_: Any) -> None:  # type: ignore[override]
         self.draw()
@@ -108,10 +112,20 @@ class Draws(Callback):
             self.draw()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "count": self.count}
+        return {"total": self.total, "count": self.count, "epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.total, self.count = state_dict["total"], state_dict["count"]
+        self.total, self.count, self.epochs = state_dict["total"], state_dict["count"], state_dict["epochs"]
+
+
+def add_noise() -> None:
+    """Let the data module change each batch on the device, as augmentations of one's own do."""
+    from common.data import BaseDataModule
+
+    def noisy(self: Any, batch: Any, dataloader_idx: int) -> Any:
+        return batch._replace(numeric=batch.numeric + torch.rand_like(batch.numeric) / 10)
+
+    BaseDataModule.on_after_batch_transfer = noisy  # type: ignore[method-assign]  # in a forked process only
 
 
 def keep_all_main(args: list[str], folder: Path) -> None:
@@ -127,11 +141,13 @@ def keep_all_main(args: list[str], folder: Path) -> None:
                 trainer.save_checkpoint(folder / f"{trainer.global_step:03d}-{hook}.ckpt", weights_only=False)
 
         setattr(LastCheckpoint, hook, keep)  # in this forked process only
+    add_noise()
     main_of("regression")(args)
 
 
 def resume_main(args: list[str], checkpoints: list[Path]) -> None:
     """Go on from each checkpoint, one after another."""
+    add_noise()
     for checkpoint in checkpoints:
         main_of("regression")([*args, "--name", checkpoint.stem, "--ckpt_path", str(checkpoint)])
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import AutoModel
 from typing_extensions import override
@@ -19,7 +20,7 @@ from typing_extensions import override
 from common.checkpoint import read_checkpoint
 from common.data import global_seed, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import StepLosses, cross_entropy
 from common.module import WeightedMean
 from common.nets import ConvNet, PretrainedEncoder
 from common.sources import Digits
@@ -173,6 +174,27 @@ def validate(module: Watched, batch: Batch) -> tuple[float, int]:
     module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     loss, count = module.shared_step(batch, "val")
     return loss.item(), int(count)
+
+
+class Three(SingleDeviceStrategy):
+    """The mean over three ranks that have the same."""
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return (tensor + tensor + tensor) / 3
+
+
+def test_restored_losses_are_not_averaged_again() -> None:
+    """The mean of three equal values may differ from them by a bit."""
+    strategy: Any = Three()
+    losses, again = StepLosses(), StepLosses()
+    for step, loss in enumerate(torch.rand(100, generator=torch.Generator().manual_seed(1))):
+        losses.add(step, loss)
+    state = losses.state(strategy)
+    again.restore(state, torch.device("cpu"))
+    assert {step: values.tolist() for step, values in again.state(strategy).items()} == {
+        step: values.tolist() for step, values in state.items()
+    }
+    assert again.take(strategy) == losses.take(strategy)
 
 
 def test_padding_does_not_count(data: ClassificationData) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from common.checkpoint import read_checkpoint
 from common.module import BaseModule
@@ -126,9 +128,12 @@ def test_a_name_belongs_to_one_fit(work: Path, capfd: pytest.CaptureFixture[str]
     fit()
     pid = os.fork()
     if not pid:
-        waiting_fit(["--trainer.max_steps", "8"])
-        os._exit(0)
-    while not Path("waits").exists():
+        try:
+            waiting_fit(["--trainer.max_steps", "8"])
+        finally:
+            os._exit(1)
+    until = time.monotonic() + 60
+    while not Path("waits").exists() and time.monotonic() < until:
         time.sleep(0.05)
     before = bytes_of(work / RUN)
     for resumes in ([], ["--ckpt_path", "last"]):
@@ -257,7 +262,7 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
             "fit without --ckpt_path",
         ),
         (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
-        (["--trainer.val_check_interval", "00:00:00:10"], "a time comes after another step in each run"),
+        (["--trainer.val_check_interval", "00:00:00:10"], "by time, a resumed run would validate at other steps"),
         *(
             (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
             for name, more in {
@@ -361,7 +366,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(work: Path) -> None:
     assert run_ranks(limited, args, world=1, folder=work / "log") == [2], logs(work / "log")
     line = (work / "log/rank0.log").read_text().splitlines()[-1]
     assert "cannot be written (File too large); make room, earlier ones are intact" in line
-    assert read_checkpoint(work / RUN / "checkpoints/last.ckpt")["global_step"] == 2
+    last, previous = (work / RUN / f"checkpoints/{name}.ckpt" for name in ("last", "previous"))
+    assert read_checkpoint(last)["global_step"] == 2
+    assert not previous.samefile(last)
     assert json.loads((work / RUN / "summary.json").read_text())["state"] == "failed"
 
 
@@ -432,23 +439,29 @@ def test_the_time_given_is_that_of_this_start(work: Path) -> None:
     assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 8
 
 
-def test_a_run_in_pieces_of_time_equals_one_in_one(work: Path) -> None:
-    """Step by step, as far as both went, with validations in between; it stops at the end of an optimizer step."""
+def test_a_run_in_pieces_of_time_equals_one_in_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step by step, as far as both went, with validations in between; it stops at the end of an optimizer step.
+
+    The end of an epoch comes once, also where a piece ends inside of it.
+    """
+    monkeypatch.setenv("RECIPES_ALLOW", "tests")
     args = [
         "--trainer.accumulate_grad_batches", "4", "--trainer.max_epochs", "1000", "--trainer.max_steps", "-1",
         "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "4", "--trainer.limit_train_batches", "8",
-        "--trainer.limit_val_batches", "1",
+        "--trainer.limit_val_batches", "1", "--trainer.callbacks+", "tests.test_goes_on.Draws",
     ]  # fmt: skip
     for checkpoint in ([], ["--ckpt_path", "last"]):
         fit(*args, "--trainer.max_time", "00:00:00:01", *checkpoint)
-        steps = read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"]
+        last = read_checkpoint(RUN / "checkpoints/last.ckpt")
+        steps = last["global_step"]
+        assert last["callbacks"]["Draws"]["epochs"] == steps // 2
         rows = read_metrics(RUN / "metrics.csv", "train/loss")
         assert len(rows) == steps
     fit(*args, "--trainer.max_time", "00:00:00:03", "--name", "whole")
     for name in ("train/loss", "val/loss"):
         pieces, whole = (read_metrics(run / "metrics.csv", name) for run in (RUN, RUN.with_name("whole")))
         both = min(len(pieces), len(whole))
-        assert both > 8
+        assert both > 2
         assert pieces[:both] == whole[:both], name
 
 
@@ -461,19 +474,19 @@ STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
         (["--trainer.callbacks", STOPPING, "--trainer.callbacks.monitor", "val/loss",
           "--trainer.callbacks.stopping_threshold", "100", "--trainer.min_steps", "20"], "complete"),
         (["--trainer.max_time", "00:00:00:01"], "out of time"),
-        (["--trainer.max_time", "00:00:00:03", "--trainer.max_steps", "20"], "complete"),
+        (["--trainer.max_time", "00:00:59:00", "--trainer.max_steps", "20"], "complete"),
     ],
 )  # fmt: skip
 def test_a_run_that_is_to_stop_logs_as_any_other(
     flags: list[str], state: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every third step, in each of two starts; its summary tells why it ended."""
+    """At every third step, also after a second start; its summary tells why it ended."""
     end = BaseModule.on_validation_epoch_end
 
     def slow_end(self: BaseModule) -> None:
         end(self)
-        if self.trainer.max_steps == self.trainer.global_step:  # the time is over when the last validation is
-            time.sleep(3.0)
+        if self.trainer.max_steps == self.trainer.global_step:  # the last validation takes an hour
+            monkeypatch.setattr(Timer, "time_elapsed", lambda *_: 3600.0)
 
     monkeypatch.setattr(BaseModule, "on_validation_epoch_end", slow_end)
     args = [
@@ -484,28 +497,66 @@ def test_a_run_that_is_to_stop_logs_as_any_other(
         fit(*args, *checkpoint)
         with (RUN / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        logged = [int(row["step"]) for row in rows if row["train/loss"]]
-        assert logged == [step for step in range(logged[-1] + 1) if step % 3 == 2]
+        steps = read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"]
+        assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(2, steps, 3))
         assert len(rows) == len({(row["step"], bool(row["train/loss"])) for row in rows})
         assert json.loads((RUN / "summary.json").read_text())["state"] == state
 
 
-def test_damaged_metrics_are_told_and_lose_no_more(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fit("--trainer.log_every_n_steps", "1", "--trainer.max_steps", "4")
+@pytest.mark.parametrize(("line", "kept"), [(0, [4, 5]), (2, [0, 2, 3, 4, 5])], ids=["header", "row"])
+def test_damaged_metrics_are_told_and_lose_no_more(
+    line: int, kept: list[int], work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit("--trainer.log_every_n_steps", "1", "--trainer.max_steps", "4", "--trainer.limit_val_batches", "0")
     table = RUN / "metrics.csv"
-    header, first, second, *rest = table.read_bytes().splitlines(keepends=True)
-    table.write_bytes(b"".join([header, b"\xff\x00\xfe" + first, second, *rest]))
+    lines = table.read_bytes().splitlines(keepends=True)
+    lines[line] = b"\xff\x00\xfe".join([lines[line][:1], lines[line].replace(b"step", b"stgp")[1:]])
+    table.write_bytes(damaged := b"".join(lines))
     capfd.readouterr()
     fit("--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1")
-    assert "fit: 1 rows of" in capfd.readouterr().out
+    assert f"metrics.csv is damaged; whole rows: {len(kept) - 2} of 4, and all are in" in capfd.readouterr().out
+    assert (RUN / "metrics.damaged.csv").read_bytes() == damaged
     with table.open(newline="", encoding="utf-8") as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps[-3:] == [3, 4, 5]
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == kept
+
+
+@pytest.mark.parametrize(("patience", "steps"), [("2", 20), ("3", 24)], ids=["same", "more"])
+def test_a_stop_that_waits_for_more_steps_is_remembered(patience: str, steps: int, work: Path) -> None:
+    """Also where the metric has improved since; more patience that is given now wins."""
+    args = [
+        "--trainer.max_epochs", "1000", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2",
+        "--trainer.limit_train_batches", "4", "--trainer.callbacks", STOPPING,
+        "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.min_delta", "9",
+    ]  # fmt: skip
+    fit(*args, "--trainer.callbacks.patience", "2", "--trainer.min_steps", "20", "--trainer.max_steps", "10")
+    last = RUN / "checkpoints/last.ckpt"
+    state = read_checkpoint(last)
+    (stopping,) = (each for name, each in state["callbacks"].items() if "EarlyStopping" in name)
+    assert stopping["stopping_reason"] == EarlyStoppingReason.PATIENCE_EXHAUSTED.value
+    stopping["wait_count"] = -100
+    torch.save(state, last)
+    goes_on = ["--ckpt_path", "last", "--trainer.min_steps", "20", "--trainer.max_steps", "24"]
+    fit(*args, "--trainer.callbacks.patience", patience, *goes_on)
+    assert read_checkpoint(last)["global_step"] == steps
+
+
+def test_a_checkpoint_from_the_middle_of_a_step_is_refused(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ["--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "4"]
+    fit(*args)
+    last = RUN / "checkpoints/last.ckpt"
+    state = read_checkpoint(last)
+    state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] += 1
+    torch.save(state, last)
+    assert refused(capfd, *args, "--ckpt_path", "last") == (
+        "--ckpt_path: was made in the middle of an optimizer step; give last, best or auto"
+    )
 
 
 def test_a_best_checkpoint_that_is_gone_is_told(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fit()
     (RUN / "checkpoints/best.ckpt").unlink()
+    main_of("classification")(["test", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"])
+    assert "is gone" not in capfd.readouterr().out
     fit("--ckpt_path", "auto", "--trainer.max_steps", "8")
     assert "checkpoints/best.ckpt is gone; the best of the validations from here on" in capfd.readouterr().out
     assert (RUN / "checkpoints/best.ckpt").is_file()

@@ -5,6 +5,8 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,7 +188,7 @@ class BestCheckpoint(ModelCheckpoint):
             path, score = str(here), state_dict["best_model_score"]
             places = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": ""}
             super().load_state_dict(state_dict | places | {"dirpath": self.dirpath, "best_k_models": {path: score}})
-        elif state_dict["best_model_path"] and goes_on and self._trainer.is_global_zero:
+        elif state_dict["best_model_path"] and goes_on and self._trainer.training and self._trainer.is_global_zero:
             print(f"fit: {here} is gone; the best of the validations from here on takes its place", flush=True)
 
 
@@ -213,9 +215,8 @@ class LastCheckpoint(Checkpoint):
         last = checkpoints_of(trainer) / "last.ckpt"
         # One that was damaged must not take the place of a whole one.
         goes_on = self._wrote or (trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == last.name)
-        if trainer.is_global_zero and last.exists() and goes_on:
-            _keep_previous(last)
-        trainer.save_checkpoint(last, weights_only=False)
+        with _keeping(last) if trainer.is_global_zero and last.exists() and goes_on else nullcontext():
+            trainer.save_checkpoint(last, weights_only=False)
         self._is_saved = self._wrote = True
 
     @override
@@ -246,16 +247,25 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
 
-def _keep_previous(last: Path) -> None:
+@contextmanager
+def _keeping(last: Path) -> Iterator[None]:
+    """Keep a checkpoint as ``previous.ckpt`` when a new one has been written in its place."""
     linked, previous = last.with_name(".previous.tmp"), last.with_name("previous.ckpt")
     linked.unlink(missing_ok=True)
     try:
-        os.link(last, linked)  # last.ckpt stays there until it is replaced
+        os.link(last, linked)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         os.replace(last, previous)  # a disk without links
-    else:
+    try:
+        yield
+    except BaseException:
+        linked.unlink(missing_ok=True)
+        if not last.exists():
+            os.replace(previous, last)
+        raise
+    if linked.exists():
         os.replace(linked, previous)
 
 

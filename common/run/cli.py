@@ -351,8 +351,8 @@ class RecipeCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch", "val_check_interval"):
             if isinstance(value := config.trainer[key], int | float) and value <= 0:
                 raise InputError(f"trainer.{key} must be above 0, got {value}")
-        if not isinstance(config.trainer.val_check_interval, int | float | None):
-            problem = "a time comes after another step in each run; give micro-batches, or a share of an epoch"
+        if self.subcommand == "fit" and not isinstance(config.trainer.val_check_interval, int | float | None):
+            problem = "by time, a resumed run would validate at other steps; give micro-batches or a share of an epoch"
             raise InputError(f"trainer.val_check_interval: {problem}")
         if not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything must be in [0, 2**32), got {config.seed_everything}")

@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from common.errors import LOST_RANK_EXIT, InputError, Stopped
+from common.errors import LOST_RANK_EXIT, InputError, Stopped, signal_name
 from common.run.callbacks import LastCheckpoint
 from common.run.loop import EpochLoop
-from common.run.signals import Signals, name_of
+from common.run.signals import Signals
 
 # What gloo, NCCL and Horovod say when the other end is gone.
 _LOST = re.compile(
@@ -215,8 +215,8 @@ class Ranks:
             if _place(pid) == self._places[lost]:  # it may have been stopped, and would stay
                 os.kill(pid, signal.SIGKILL)
         problem = f"no sign of life of rank {lost} for {self.limit:.0f} s"
-        goes_on = "--ckpt_path last goes on from the last checkpoint"
-        sys.stderr.write(f"rank {self.rank}: another rank has ended ({problem}); {goes_on}\n")
+        goes_on = "; --ckpt_path last goes on from the last checkpoint" if self._tick else ""
+        sys.stderr.write(f"rank {self.rank}: another rank has ended ({problem}){goes_on}\n")
         sys.stderr.flush()
         os._exit(LOST_RANK_EXIT)  # the main thread waits for the lost one
 
@@ -298,4 +298,4 @@ class Endings(Callback):
         who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
         to = "" if ranks.size == 1 else " to this rank" if self.signals.received else " to another rank"
         hint = "; --ckpt_path last goes on from here" if saved and not trainer.fast_dev_run else ""  # type: ignore[attr-defined]
-        raise Stopped(f"{who}{name_of(number)}{to} after step {trainer.global_step}{hint}", 128 + number)
+        raise Stopped(f"{who}{signal_name(number)}{to} after step {trainer.global_step}{hint}", 128 + number)

@@ -198,7 +198,7 @@ def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         # A file server learns of a dead node late, and a job that starts again may meet its own end.
-        if tries and f"on {socket.gethostname()}" not in holder:
+        if tries and not holder.split(",")[0].endswith(f" on {socket.gethostname()}"):
             print(f"fit: waiting for {holder}", flush=True)
             time.sleep(5.0)
             return _lock(path, name, tries - 1)
@@ -223,13 +223,13 @@ def merge_metrics(earlier: Path, new: Path, first_step: int) -> None:
         new: that of the run that goes on; it becomes both.
         first_step: the optimizer step that it goes on from; rows count steps from 0.
     """
-    before, now = (_rows(path) if path.exists() else [] for path in (earlier, new))
+    before, now = (_rows(path) for path in (earlier, new))
     again = {(row["step"], *sorted(key for key, value in row.items() if value)) for row in now}
     kept = [
         row for row in before
         if int(row["step"]) < first_step and (row["step"], *sorted(k for k, v in row.items() if v)) not in again
     ]  # fmt: skip
-    if rows := [*kept, *now]:
+    if (rows := [*kept, *now]) or earlier.exists():
         with new.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, sorted({key for row in rows for key in row}), restval="")
             table.writeheader()
@@ -237,12 +237,13 @@ def merge_metrics(earlier: Path, new: Path, first_step: int) -> None:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a ``metrics.csv``; of damaged ones their number is told."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """The whole rows of a ``metrics.csv``; a damaged file is kept aside, and that is told."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows: list[Any] = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     whole = [row for row in rows if _is_whole(row)]
     if len(whole) < len(rows):
-        print(f"fit: {len(rows) - len(whole)} rows of {path} are damaged and left out", flush=True)
+        aside = shutil.copy(path, path.with_name("metrics.damaged.csv"))
+        print(f"fit: {path} is damaged; whole rows: {len(whole)} of {len(rows)}, and all are in {aside}", flush=True)
     return whole
 
 

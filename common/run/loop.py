@@ -4,25 +4,31 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
 
-from common.data import geometry
+from common.data import data_ranks, geometry, global_seed, seed_all, step_seed, total_steps
 from common.run.trainer import RecipeTrainer
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """The steps of an epoch. A resumed one begins with the validation that its checkpoint was made before."""
+    """The steps of an epoch. A resumed one begins with the validation that its checkpoint was made before.
+
+    What hooks draw, with torch, NumPy or ``random``, is a function of the run's position.
+    """
 
     after_step: Callable[[], None] = staticmethod(lambda: None)  # is called after each optimizer step
     validation_to_come = False  # whether the validation after the last step, if there is one, is not done
     trainer: RecipeTrainer
     metrics: Mapping[str, float] = {}  # that the checkpoint's run had logged
-    states: Mapping[str, Any] = {}  # of callbacks, before the last validation
+    states: Mapping[str, Any] = {}  # of callbacks, before a validation that is not done
+    limits: Mapping[str, Any] = {}  # of early stopping, when the checkpoint was made
 
     @property
     def owes_validation(self) -> bool:
@@ -52,6 +58,7 @@ class EpochLoop(_TrainingEpochLoop):
             return  # on_advance_end validates
         self.restarting = False  # Lightning's own guesses about what has been done stay out
         self.validation_to_come = True
+        _seed(self.trainer, 0)
         super().advance(data_fetcher)
         if self.trainer.lightning_module.ends_step:
             self.after_step()
@@ -62,18 +69,23 @@ class EpochLoop(_TrainingEpochLoop):
         if self._should_check_val_fx(data_fetcher):
             # A run that is stopped inside a validation repeats it.
             states = {each.state_key: each.state_dict() for each in self.trainer.callbacks}  # type: ignore[attr-defined]
-            self.states = copy.deepcopy({key: state for key, state in states.items() if state})
+            states = {key: state for key, state in states.items() if state}
+            self.states = copy.deepcopy(move_data_to_device(states, torch.device("cpu")))
+            _seed(self.trainer, 1)
         super().on_advance_end(data_fetcher)
+        self.states = {}
         self.trainer.in_step = not self.trainer.lightning_module.ends_step
 
     @override
     def on_save_checkpoint(self) -> dict[str, Any]:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        return {"metrics": metrics, "validation_to_come": self.validation_to_come}
+        limits = {each.state_key: _limits(each) for each in self.trainer.early_stopping_callbacks}
+        return {"metrics": metrics, "limits": limits, "validation_to_come": self.validation_to_come}
 
     @override
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        self.metrics, self.validation_to_come = state_dict["metrics"], state_dict["validation_to_come"]
+        self.metrics, self.limits = state_dict["metrics"], state_dict.get("limits", {})
+        self.validation_to_come = state_dict["validation_to_come"]
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
@@ -106,6 +118,18 @@ class FitLoop(_FitLoop):
         super().on_run_start()
 
     @override
+    def on_advance_start(self) -> None:
+        _seed(self.trainer, 2)
+        super().on_advance_start()
+
+    @override
+    def on_advance_end(self) -> None:
+        if is_out_of_time(self.trainer) and not self.epoch_loop.batch_progress.is_last_batch:
+            return  # the next start goes on in this epoch
+        _seed(self.trainer, 3)
+        super().on_advance_end()
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         super().load_state_dict(state_dict, prefix)
         steps, per_epoch = self.epoch_loop, geometry(self.trainer)["per_epoch"]
@@ -124,11 +148,30 @@ class FitLoop(_FitLoop):
         steps._batches_that_stepped = steps.global_step
         EpochLoop.restarting.fset(self, False)  # type: ignore[attr-defined]  # of all loops
         self._restarting = steps._restarting = inside > 0
-        self.trainer.should_stop = any(map(has_stopped, self.trainer.early_stopping_callbacks))
+        for callback in self.trainer.early_stopping_callbacks:
+            if steps.limits.get(callback.state_key) != _limits(callback) and callback.wait_count < callback.patience:
+                callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED  # the limits that are given now win
+        self.trainer.should_stop = any(map(_has_stopped, self.trainer.early_stopping_callbacks))
 
 
-def has_stopped(callback: EarlyStopping) -> bool:
-    """Whether a callback has ended the checkpoint's run, and the patience that is given now would end it too."""
-    if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
-        return callback.wait_count >= callback.patience
+def _seed(trainer: L.Trainer, place: int) -> None:
+    """Seed what hooks draw from here on; ``place`` tells apart hooks of one position."""
+    step = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # 0 before the first
+    rank = data_ranks(trainer)[1] if place == 0 else 0  # ranks decide alike what an epoch is about
+    seed_all(step_seed(global_seed(), 0, rank, step, place), trainer.strategy.root_device)
+
+
+def _limits(callback: EarlyStopping) -> list[Any]:
+    return [callback.patience, callback.stopping_threshold, callback.divergence_threshold]
+
+
+def _has_stopped(callback: EarlyStopping) -> bool:
     return callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+
+
+def is_out_of_time(trainer: L.Trainer) -> bool:
+    """Whether the time given is over before the run has come to its end."""
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    over = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+    at_end = 0 <= total_steps(trainer) <= trainer.global_step
+    return over and not at_end and not any(map(_has_stopped, trainer.early_stopping_callbacks))

@@ -33,7 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
-from common.data import data_ranks, global_seed, seed_draws, step_seed, total_steps
+from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
@@ -41,7 +41,7 @@ from common.run.callbacks import BestCheckpoint
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
-from common.run.loop import has_stopped
+from common.run.loop import is_out_of_time
 from common.run.output import spared
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Media(Callback):
     """Sends a module's pictures and texts to the run's folder and to every logger.
 
     Args:
-        every_n_validations: how often during training; the last state is always sent when training ends. 0 for none
-            at all, in tests too.
+        every_n_validations: how often during training; that of the last validation is always sent when training ends.
+            0 for none at all, in tests too.
     """
 
     def __init__(self, every_n_validations: int = 1):
@@ -61,6 +61,7 @@ class Media(Callback):
             raise InputError(f"media.every_n_validations must be at least 0, got {every_n_validations}")
         self.every_n_validations = every_n_validations
         self._validations = 0
+        self._waits = False  # whether the state of the last validation is to be sent
         self._step = 0  # that of the metrics that were logged last
 
     @override
@@ -69,17 +70,23 @@ class Media(Callback):
             return
         self._validations += 1
         self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if trainer.state.fn != "fit" or self._is_due():
+        due = self.every_n_validations > 0 and self._validations % self.every_n_validations == 0
+        self._waits = trainer.state.fn == "fit" and not due
+        if not self._waits:
             self._publish(trainer, pl_module, "val")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
-        if not self._is_due():
+        if self._waits:
             self._publish(trainer, pl_module, "val")
 
-    def _is_due(self) -> bool:
-        """Whether the last validation was one of those whose state is sent."""
-        return self.every_n_validations > 0 and self._validations % self.every_n_validations == 0
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
@@ -89,7 +96,7 @@ class Media(Callback):
         if trainer.fast_dev_run or not self.every_n_validations:  # type: ignore[attr-defined]
             return
         # A net that is sharded answers only when all ranks ask, and ask the same.
-        torch.manual_seed(step_seed(global_seed(), self._step))
+        seed_all(step_seed(global_seed(), self._step), module.device)
         with spared("a picture of the recipe"):
             with trainer.precision_plugin.forward_context():  # as in validation
                 media = module.media(stage) | facts_of(trainer.strategy).media()
@@ -131,9 +138,6 @@ def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) ->
 
 class RunRecord(Callback):
     """Writes what the run is (config, versions, commit) when it starts, and its summary.
-
-    As the first callback it also makes what hooks draw, with torch, NumPy or ``random``, a function of the run's
-    position, so that a resumed run draws the same.
 
     Args:
         config: the resolved config.
@@ -185,21 +189,9 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
                 path = self.run.path / "metrics.csv"
-                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
                 logger.experiment.metrics_file_path = str(path)  # type: ignore[attr-defined]
                 logger.experiment.metrics_keys = next(csv.reader(lines), [])
-
-    @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _seed(trainer, 0)
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
-        pl_module.seed_micro_batch()
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _seed(trainer, 1)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
@@ -241,17 +233,12 @@ class RunRecord(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
         if best is not None and best.best_model_score is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
                     logger.log_hyperparams(self.config, {f"best/{best.monitor}": best.best_model_score.item()})
-        # The last validation may take longer than the time that was left.
-        at_end = 0 <= total_steps(trainer) <= trainer.global_step
-        at_end |= any(map(has_stopped, trainer.early_stopping_callbacks))
-        out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in timers)
-        self._summarize(trainer, "out of time" if out_of_time and not at_end else "complete")
+        self._summarize(trainer, "out of time" if is_out_of_time(trainer) else "complete")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -322,12 +309,6 @@ class RunReport(Callback):
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         if report:
             console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _seed(trainer: L.Trainer, place: int) -> None:
-    # All ranks draw the same, as hooks decide what an epoch is about.
-    step = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # 0 before the first
-    seed_draws(step_seed(global_seed(), step, place), trainer.strategy.root_device)
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:

@@ -2,12 +2,13 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from common.errors import ENDING, Stopped
+from common.errors import ENDING, Stopped, signal_name
 
 NUMBERS = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
 
@@ -20,6 +21,7 @@ class Signals:
     """
 
     received: int | None = None  # the first one
+    _raised = 0.0  # when the command was ended last
     waits = False  # whether the loop answers
     tell: Callable[[int], None] = staticmethod(lambda number: None)  # is called with a signal that the loop answers
 
@@ -36,13 +38,9 @@ class Signals:
             raise KeyboardInterrupt
         if self.waits:
             self.tell(number)
-        elif not again:
-            raise Stopped(f"stopped by {name_of(number)}", 128 + number)
-
-
-def name_of(number: int) -> str:
-    """A signal's name, and Ctrl-C for that of the keyboard."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        elif not again or time.monotonic() - self._raised > 5.0:  # Python drops what is raised in a __del__
+            self._raised = time.monotonic()
+            raise Stopped(f"stopped by {signal_name(number)}", 128 + number)
 
 
 @contextmanager

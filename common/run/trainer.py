@@ -1,4 +1,4 @@
-"""Lightning's trainer with two more commands."""
+"""Lightning's trainer with two more commands, which stops between optimizer steps."""
 
 from pathlib import Path
 

@@ -219,8 +219,8 @@ class Pipeline(StrategyFacts, DDPStrategy):
         @wraps(log)
         def log_outside_of_steps(name: str, *args: Any, **kwargs: Any) -> None:
             if self._part.in_step:
-                problem = f"the recipe's shared_step logs {name} in training, which the first stage does not compute"
-                raise InputError(f"{KEY}: {problem}; log it in evaluation alone, or {INSTEAD}")
+                problem = f"shared_step logs {name} in training, on the last stage alone"
+                raise InputError(f"{KEY}: {problem}; log it in evaluation, or {INSTEAD}")
             log(name, *args, **kwargs)
 
         self._module.log = log_outside_of_steps
@@ -255,10 +255,10 @@ class Pipeline(StrategyFacts, DDPStrategy):
         return self._loss, result[1]
 
     def _refuse_changes(self, before: list[Tensor]) -> None:
-        """See that a step has left the saved buffers, which each stage would change in its own way."""
+        """See that a step has left the saved buffers, of which the checkpoint holds those of one stage."""
         for (part, name), value in zip(self._buffers, before, strict=True):
-            if not getattr(part, name).equal(value):
-                problem = f"a step changes the buffer {name} of {type(part).__name__}, on one stage alone"
+            if not getattr(part, name).allclose(value, rtol=0, atol=0, equal_nan=True):
+                problem = f"a step changes the buffer {name} of {type(part).__name__}, each stage in its own way"
                 raise InputError(f"{KEY}: {problem}; {INSTEAD}")
 
     def _run_schedule(self, parts: list[Any]) -> list[Tensor]:

@@ -86,7 +86,6 @@ class MultiTaskModule(BaseModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.seed_micro_batch()
         losses, state = self.task_step(batch, "train")
         self.count_loss(losses.mean())
         self._batch = batch  # for weightings that look back
