@@ -7,9 +7,9 @@ import statistics
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,7 +70,8 @@ def outer_steps(strategy: LocalSGD, path: Path) -> None:
     net = nn.Module()
     net.register_buffer("seen", torch.tensor([float(rank)]))
     params = [nn.Parameter(value.clone()) for value in start]
-    strategy._lightning_module = SimpleNamespace(net=net)  # type: ignore[assignment]
+    strategy._lightning_module = module = L.LightningModule()
+    module.net = net
     strategy.start(params)
     theta, momentum = torch.cat([value.flatten() for value in start]), torch.zeros(10)
     for move in moves:

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from common.errors import InputError, closest, nearest
 from common.run.layers import GROUPS, locate
 
-LIMIT = 200
+LIMIT = 240
 SHORT = {  # what jsonargparse says, in few words
     r"expected one argument": "needs a value",
     r"unrecognized arguments: (?!--)(\S+)": r"command line: '\1' is no flag; arguments look like --data.batch_size 3",
