@@ -203,11 +203,26 @@ def _rank(
         torch.distributed.destroy_process_group()
 
 
+WARM = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles, which imports half of torch
+    "common.strategies.deepspeed",
+    "common.strategies.pipeline",
+    "pyarrow.pandas_compat",
+    "sklearn.datasets",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.pipelining",
+    "transformers.generation.utils",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.vit.modeling_vit",
+)
+
+
 @functools.cache
 def _prepare_forks() -> None:
-    """Do once what every fork would do: read the signatures of what configs name, import all of DeepSpeed."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # compiles, which imports half of torch
-
+    """Do once what every fork would do: import what nets, data and strategies need, read what configs name."""
+    for name in WARM:
+        importlib.import_module(name)
     for recipe in RECIPES:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             main_of(recipe)(["fit", "--print_config"])

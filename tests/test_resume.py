@@ -58,7 +58,7 @@ SHARDED = [
     (turn(name, i), 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS) if name not in VARIANTS
 ]
 FAST = {
-    ("lm", 2, "step_on_last_batch", 2, "ddp"), ("classification", 1, "odd_accumulation", 2, "ddp"),
+    ("classification", 1, "odd_accumulation", 2, "ddp"),
     *SHARDED, *((recipe, 2, "mid_epoch", 0, "ddp") for recipe in set(RECIPES) - {cell[0] for cell in SHARDED}),
 }  # fmt: skip
 

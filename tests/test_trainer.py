@@ -87,10 +87,9 @@ FAST = {  # in fp32 those that shard or slice
     *(
         (list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32")
         for i, name in enumerate(STRATEGIES)
-        if name in ("ddp", "fsdp", "fsdp2", "deepspeed_zero3", "pipeline", "tensor_parallel", "diloco")
+        if name in ("ddp", "fsdp2", "deepspeed_zero3", "pipeline", "diloco")
     ),
     ("llama", "deepspeed_zero2", "bf16-mixed"),
-    ("llama", "deepspeed_zero3", "bf16-true"),
 }
 
 
