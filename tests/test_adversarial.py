@@ -639,7 +639,7 @@ def refuse(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         error = capfd.readouterr().err
         assert exit_.value.code == 2, error
         assert len(error.splitlines()) == 1, error
-        assert len(error) <= 201
+        assert len(error) <= 241
         assert error.startswith(where), error
         assert problem in error, error
         assert [path for path in (work / "runs").rglob("*") if path.is_file()] == [kept]

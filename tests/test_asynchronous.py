@@ -306,11 +306,11 @@ def late_main(args: list[str]) -> None:
     main_of("lm")(args)
 
 
-PIPELINE = pytest.param("pipeline", marks=pytest.mark.matrix)
+REST = [pytest.param(name, marks=pytest.mark.matrix) for name in ("tensor_parallel", "pipeline")]
 HOROVOD = pytest.param("horovod", marks=pytest.mark.skipif("horovod" in MISSING, reason="Horovod is not installed"))
 
 
-@pytest.mark.parametrize("strategy", ["parameter_server", "tensor_parallel", PIPELINE, HOROVOD])
+@pytest.mark.parametrize("strategy", ["parameter_server", *REST, HOROVOD])
 def test_a_rank_that_waits_for_another_gives_up(strategy: str, work: Path, lm_args: list[str]) -> None:
     """Also in the groups of a mesh."""
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.strategy.timeout", "0:00:03"]

@@ -274,7 +274,7 @@ def test_mistakes_cost_a_line(
     assert stop.value.code == 2, error
     assert line in error
     assert len(error.splitlines()) == 1
-    assert len(error) <= 201
+    assert len(error) <= 241
     assert not list(work.glob("runs/*/*/checkpoints"))
 
 

@@ -77,7 +77,7 @@ def refused(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     error = capfd.readouterr().err
     assert exit_.value.code == 2, error
     assert len(error.splitlines()) == 1, error
-    assert len(error) <= 201, error
+    assert len(error) <= 241, error
     return error.strip()
 
 

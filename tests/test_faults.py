@@ -42,7 +42,7 @@ FAULTS: dict[str, tuple[dict[int, str], list[int]]] = {
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sighup": signal.SIGHUP}
 # Every fault under every strategy, with the recipe whose turn it is. The suite has each fault once, except twins: what
 # strikes the other rank, or looks the same to it.
-TWINS = ("kill_1", "raise_0", "memory_1", "stop_0", "sigterm_1", "sigint_both")
+TWINS = ("kill_1", "raise_0", "memory_1", "segfault_1", "stop_0", "sigterm_1", "sigint_both", "sighup_0")
 CELLS = [(turn(name, i + j), name, fault) for i, name in enumerate(STRATEGIES) for j, fault in enumerate(FAULTS)]
 FAST = {CELLS[i * len(FAULTS) + i % len(FAULTS)] for i in range(len(STRATEGIES))} | {CELLS[len(FAULTS) - 1]}
 FAST = {cell for cell in FAST if cell[-1] not in TWINS}

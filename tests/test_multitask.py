@@ -418,7 +418,7 @@ def test_mistakes_cost_a_line(
     error = capfd.readouterr().err
     assert exit_.value.code == 2, error
     assert len(error.splitlines()) == 1, error
-    assert len(error) <= 201
+    assert len(error) <= 241
     assert line in error
 
 

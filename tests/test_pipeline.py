@@ -88,7 +88,7 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
 }
 
 
-FAST = "three_stages", "replicas", "accumulation", "checkpointed", "untied"
+FAST = "three_stages", "replicas", "accumulation"
 
 
 @pytest.mark.parametrize(

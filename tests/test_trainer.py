@@ -87,7 +87,7 @@ FAST = {  # in fp32 those that shard or slice
     *(
         (list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32")
         for i, name in enumerate(STRATEGIES)
-        if name in ("ddp", "fsdp2", "deepspeed_zero3", "pipeline", "diloco")
+        if name in ("fsdp2", "deepspeed_zero3", "pipeline")
     ),
     ("llama", "deepspeed_zero2", "bf16-mixed"),
 }
