@@ -54,8 +54,8 @@ CELLS = [
     if runs_on(strategy, world)
     for accumulate in (1, 2)
 ]
-# Every recipe on two ranks under a strategy that shards, one that replicates or DeepSpeed; the others on two ranks with
-# and without accumulation, with the recipe whose turn it is; and one of the three on one rank.
+# Every recipe on two ranks under one of three strategies; the others on two ranks with and without accumulation, with
+# the recipe whose turn it is; and one of the three on one rank.
 ON_ALL = ("ddp", "fsdp2", "deepspeed_zero2")
 FAST = {
     *((recipe, name, 2, 1 + i % 2) for i, recipe in enumerate(RECIPES) for name in [ON_ALL[i % 3]]),
