@@ -46,6 +46,15 @@ def read_checkpoint(
     return checkpoint
 
 
+def read_facts(path: str | None) -> dict[str, Any]:
+    """The facts of the data that a checkpoint was trained on, see :class:`common.data.BaseDataModule`.
+
+    Raises:
+        InputError: the file is no checkpoint of a run.
+    """
+    return {} if path is None else read_checkpoint(path, mmap=True, hint="name a checkpoint").get("facts", {})
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether every byte of a checkpoint is what was written, by the checksums in it, at which torch does not look."""
     try:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
@@ -234,6 +234,9 @@ class BaseDataModule(L.LightningDataModule):
     """Loaders over the data sets that a recipe's ``setup`` assigns.
 
     A subclass sets ``train_data``, ``val_data``, ``test_data`` and ``predict_data`` in :meth:`setup`, as it needs them.
+    When it is made it sets ``facts``: what gives a net's inputs and outputs their meaning, such as class names or a
+    tokenizer, as plain values. Checkpoints keep them. A data module with an argument ``facts_of`` gets the checkpoint
+    that a command is about.
 
     Args:
         batch_size: samples per rank and micro-batch in training.
@@ -249,6 +252,7 @@ class BaseDataModule(L.LightningDataModule):
     val_data: BatchDataset
     test_data: BatchDataset
     predict_data: BatchDataset
+    facts: Mapping[str, Any] = {}
 
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int | None = None):
         super().__init__()

@@ -282,7 +282,7 @@ class BaseModule(L.LightningModule):
         losses = self._losses.state(self.trainer.strategy)
         self._check_weights()
         checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
-        checkpoint["geometry"] = geometry(self.trainer)
+        checkpoint["geometry"], checkpoint["facts"] = geometry(self.trainer), dict(self.data.facts)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

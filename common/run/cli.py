@@ -314,6 +314,8 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"--ckpt_path: {problem}") from error
             raise  # the mistake is in what is given now
         self.config[self.subcommand].ckpt_path = str(checkpoint)
+        if "facts_of" in self.config[self.subcommand].data:
+            self.config[self.subcommand].data.facts_of = str(checkpoint)
         self._set_folder()
         for key in ("optimizer", "lr_scheduler") if self.subcommand == "fit" else ():
             was, now = (_name(model.get(key)) for model in (before.get("model", {}), self.config.fit.model.as_dict()))
@@ -376,6 +378,8 @@ class RecipeCLI(LightningCLI):
                 item.init_args["check_on_train_epoch_end"] = False
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
+        if config.get("ckpt_path") and "facts_of" in self.resolved["data"]:
+            self.resolved["data"]["facts_of"] = None  # the checkpoint of this command, and not of another
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))

@@ -51,7 +51,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     if classes:
         (folder / "classes.json").write_text(json.dumps(classes, indent=1), encoding="utf-8")
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
-        eos_id = getattr(getattr(datamodule, "corpus", None), "eos_id", None)
+        eos_id = getattr(datamodule, "eos_id", None)
         ends = tokenizer.id_to_token(eos_id) if eos_id is not None else None
         special = {"eos_token": ends, "pad_token": ends} if ends else {}
         if context := getattr(datamodule, "context", None):

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.sources import Labelled
 
 
@@ -34,6 +36,44 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
     if "pixel_values" not in batch.inputs:
         raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
     return batch._replace(inputs={**batch.inputs, "pixel_values": augmentation(batch.inputs["pixel_values"])})
+
+
+def as_known(data: Labelled, known: Sequence[str] | None) -> Labelled:
+    """The samples with the class numbers of a checkpoint, which go by the names.
+
+    Args:
+        data: the samples.
+        known: the class names of the checkpoint; None if there is none.
+
+    Raises:
+        InputError: the checkpoint does not know a class.
+    """
+    if known is None or not data.class_names or list(known) == data.class_names:
+        return data
+    for name in data.class_names:
+        if name not in known:
+            there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
+            raise InputError(f"data.source: the checkpoint was not trained on a class {name!r}{there}")
+    numbers = torch.tensor([*map(list(known).index, data.class_names)])
+    target = torch.where(data.target < 0, data.target, numbers[data.target.clamp(min=0)])
+    return replace(data, target=target, class_names=list(known))
+
+
+def check_alike(given: Labelled, trained: Labelled) -> None:
+    """Refuse samples to predict that the net would take otherwise than those of its training.
+
+    Raises:
+        InputError: they are of another kind, or images of another size or mode.
+    """
+    if given.inputs.keys() != trained.inputs.keys():
+        kinds = (", ".join(sorted(data.inputs)) for data in (given, trained))
+        raise InputError("data.source: gives {}, and that of the training {}; take the same kind".format(*kinds))
+    shapes = [
+        "x".join(map(str, d.inputs["pixel_values"].shape[1:])) for d in (given, trained) if "pixel_values" in d.inputs
+    ]
+    if len(set(shapes)) > 1:
+        problem = "images are {}, and those of the training {} (channels x height x width)".format(*shapes)
+        raise InputError(f"data.source: {problem}; set its size and mode")
 
 
 class LabelledDataset(Dataset[LabelledBatch]):

@@ -15,9 +15,9 @@ import re
 import shutil
 import sysconfig
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
-from common.sources.tokenizers import TokenizerSource
+from common.sources.tokenizers import KnownTokenizer, TokenizerSource
 
 FORMAT = 2  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
@@ -75,6 +75,7 @@ def prepare(
     val_fraction: float = 0.1,
     seed: int = 0,
     cache_dir: Path,
+    known: KnownTokenizer | None = None,
 ) -> Corpus:
     """Read, split and tokenize a corpus into ``cache_dir``, or open the result of an earlier call.
 
@@ -92,6 +93,7 @@ def prepare(
         val_fraction: share of the documents for validation, in (0, 1).
         seed: another seed gives another split.
         cache_dir: a folder for prepared corpora.
+        known: the tokenizer of a checkpoint; it is taken where the text would now give another one.
 
     Raises:
         InputError: no such path or column, a file that cannot be read, or too little text.
@@ -99,10 +101,10 @@ def prepare(
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
     source = _find(path, column)
-    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
-    facts = [FORMAT, source.stamp, column, kind, tokenizer.settings(), val_fraction, seed]
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / fingerprint
+    folder = _folder(Path(cache_dir), source, tokenizer, [column, val_fraction, seed])
+    if known and not (folder.exists() and _tokenizer_of(folder).to_str() == known.text):
+        tokenizer = known
+        folder = _folder(Path(cache_dir), source, tokenizer, [column, val_fraction, seed])
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,58 @@ def prepare(
     meta = json.loads((folder / "meta.json").read_text())
     dtype = meta.pop("dtype")
     train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))
-    return Corpus(folder, Tokenizer.from_file(str(folder / "tokenizer.json")), train, val, **meta)
+    return Corpus(folder, _tokenizer_of(folder), train, val, **meta)
+
+
+def _folder(cache: Path, source: "_Source", tokenizer: TokenizerSource, settings: list[Any]) -> Path:
+    """Where a prepared corpus is kept."""
+    kind, (column, *numbers) = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}", settings
+    facts = [FORMAT, source.stamp, column, kind, tokenizer.settings(), *numbers]
+    return cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+class Text:
+    """A corpus and its tokenizer. Where the tokenizer is known the corpus is prepared when it is first asked for.
+
+    Args:
+        path: of the text.
+        tokenizer: how to get the tokenizer.
+        facts: those of the checkpoint that a command is about, whose tokenizer holds; empty if there is none.
+        kwargs: further arguments of :func:`prepare`.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        eos_id: the token that ends a text.
+        vocab_size: number of tokens.
+        facts: the tokenizer, which token ends a text, and by what the tokenizer was made, as plain values.
+
+    Raises:
+        InputError: those of :func:`prepare`, or another tokenizer than that of the checkpoint is given.
+    """
+
+    def __init__(self, path: str | None, tokenizer: TokenizerSource, facts: Mapping[str, Any], **kwargs: Any):
+        kind = type(tokenizer).__qualname__
+        by = [kind, {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}]
+        if facts and by != facts["made_by"]:
+            problem = "the checkpoint was trained with {} {}, and this is another".format(*facts["made_by"])
+            raise InputError(f"data.tokenizer: {problem}; remove it")
+        known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
+        self._prepare = partial(prepare, path, tokenizer, known=known, **kwargs)
+        self.tokenizer = known.build([]) if known else self.corpus.tokenizer
+        vocab = self.tokenizer.get_vocab()
+        self.eos_id, self.vocab_size = vocab[known.eos_token] if known else self.corpus.eos_id, max(vocab.values()) + 1
+        self.facts = {
+            "tokenizer": self.tokenizer.to_str(), "eos_token": self.tokenizer.id_to_token(self.eos_id), "made_by": by,
+        }  # fmt: skip
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The prepared text."""
+        return self._prepare()
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):

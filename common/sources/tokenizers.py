@@ -67,6 +67,22 @@ class Characters(TokenizerSource):
         return tokenizer
 
 
+class KnownTokenizer(TokenizerSource):
+    """The tokenizer of a checkpoint.
+
+    Args:
+        text: its ``tokenizer.json``.
+        eos_token: the token that ends a text.
+    """
+
+    def __init__(self, text: str, eos_token: str):
+        self.text, self.eos_token = text, eos_token
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        return Tokenizer.from_str(self.text)
+
+
 class PretrainedTokenizer(TokenizerSource):
     """An existing tokenizer: a folder, a ``tokenizer.json`` file or a name on the Hugging Face hub."""
 

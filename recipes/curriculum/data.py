@@ -1,5 +1,6 @@
 """Windows of text in lessons. Edit this file, or only ``data.path`` and ``data.difficulty``, for your own."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.sources.text import CACHE, Corpus, TokenBatch, TokenDataset, Windows, prepare
+from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
 
 from .difficulty import Difficulty, check_order, order_digest
@@ -35,6 +37,8 @@ class CurriculumData(BaseDataModule):
         difficulty: the windows' scores, by name: ``DocumentLength``, ``Rarity``, ``ReferenceLoss`` or ``ScoreFile``.
         val_fraction: share of the documents for validation; of a single document, its end.
         cache_dir: folder of prepared corpora.
+        facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
+            ``export``.
         batch_size: windows per rank and micro-batch at full size.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -52,6 +56,7 @@ class CurriculumData(BaseDataModule):
         difficulty: Difficulty | None = None,
         val_fraction: float = 0.1,
         cache_dir: str = CACHE,
+        facts_of: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -69,12 +74,24 @@ class CurriculumData(BaseDataModule):
         self.context, self.length, self.batch, self.competence = context, length, batch, competence
         self.difficulty, self.tokens_seen = difficulty, 0
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
-        self.corpus: Corpus = prepare(
-            path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
-        )
-        self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
-        self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
-        self.windows = Windows(self.corpus.train, context, keep_partial=False)
+        self.text = Text(
+            path, tokenizer, read_facts(facts_of),
+            column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
+        )  # fmt: skip
+        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
+        if facts_of is None:
+            len(self.windows)  # too little text shows before ranks start
+
+    @property
+    def corpus(self) -> Corpus:
+        """The prepared text."""
+        return self.text.corpus
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Of the training text."""
+        return Windows(self.corpus.train, self.context, keep_partial=False)
 
     def lesson(self, seen: int) -> Lesson:
         """The lesson after ``seen`` tokens; batches double, lengths below ``context`` are multiples of 8."""

@@ -23,7 +23,6 @@ class CurriculumModule(BaseModule):
     Args:
         config: any causal language model of transformers, by its config's class path and settings.
         vocab_size: number of tokens; comes from the data.
-        bytes_per_token: UTF-8 bytes of an average token; comes from the data.
         context: tokens of a window; comes from the data.
         self_paced: share of the windows that count in each micro-batch of each rank: the windows with the lowest loss,
             at least one (Kumar et al. 2010, https://papers.nips.cc/paper/3923; here the loss that admits this share is
@@ -37,14 +36,13 @@ class CurriculumModule(BaseModule):
         self,
         config: PretrainedConfig,
         vocab_size: int,
-        bytes_per_token: float,
         context: int,
         self_paced: Pacing | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         check_context(config, context)
-        self.config, self.vocab_size, self.bytes_per_token = config, vocab_size, bytes_per_token
+        self.config, self.vocab_size = config, vocab_size
         self.self_paced = self_paced
         self.lesson: Lesson | None = None  # of the last complete step
 
@@ -88,7 +86,7 @@ class CurriculumModule(BaseModule):
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        scores = text_scores(stage, self.mean_loss[stage].compute(), self.bytes_per_token)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token)
         self.log_dict(scores, sync_dist=True)
 
     @override

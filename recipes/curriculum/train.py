@@ -15,7 +15,6 @@ from .module import CurriculumModule
 
 LINKS = {
     "data.vocab_size": "model.vocab_size",
-    "data.bytes_per_token": "model.bytes_per_token",
     "data.context": "model.context",
 }
 

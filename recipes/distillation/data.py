@@ -3,10 +3,11 @@
 import torch
 from typing_extensions import override
 
+from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.sources import Source
-from common.sources.labelled import LabelledBatch, LabelledDataset, split_by_class
+from common.sources.labelled import LabelledBatch, LabelledDataset, as_known, split_by_class
 
 from . import text  # noqa: F401  # lm.yaml names its class
 
@@ -22,6 +23,7 @@ class DistillationData(BaseDataModule):
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         train_fraction: share of the training samples to use.
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
+        facts_of: a checkpoint whose class numbers hold; that of ``--ckpt_path`` if there is one.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -34,6 +36,7 @@ class DistillationData(BaseDataModule):
         test_fraction: float = 0.2,
         train_fraction: float = 1.0,
         split_seed: int = 0,
+        facts_of: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -42,9 +45,15 @@ class DistillationData(BaseDataModule):
         if not 0 < train_fraction <= 1:
             raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        self.labelled = source.read()
+        self.labelled, known = source.read(), read_facts(facts_of).get("class_names")
         self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
+        if self.labelled.target.ndim == 1:
+            self.labelled = as_known(self.labelled, known)
+        elif known not in (None, self.labelled.class_names):
+            problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
+            raise InputError(f"data.source: {problem}; give the same text")
         self.class_names, self.num_classes = self.labelled.class_names, len(self.labelled.class_names)
+        self.facts = {"class_names": self.class_names}
         used = max(round(len(self.parts.train) * train_fraction), 1)
         self.train_positions: torch.Tensor = self.parts.train[:used]
 

@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
-from common.sources.text import CACHE, Corpus, TokenBatch, TokenDataset, Windows, prepare
+from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
 
 Batch = TokenBatch
@@ -42,6 +43,8 @@ class LMData(BaseDataModule):
         val_fraction: share of the documents for validation; of a single document, its end.
         prompts: texts for ``predict`` to continue.
         cache_dir: folder of prepared corpora.
+        facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
+            ``predict`` and ``export``.
         batch_size: windows per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -56,6 +59,7 @@ class LMData(BaseDataModule):
         val_fraction: float = 0.1,
         prompts: list[str] = ["def "],  # noqa: B006
         cache_dir: str = CACHE,
+        facts_of: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -65,15 +69,24 @@ class LMData(BaseDataModule):
             raise InputError(f"data.context must be at least 1, got {context}")
         self.context, self.prompts = context, prompts
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
-        self.corpus: Corpus = prepare(
-            path, tokenizer, column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser()
-        )
-        self.vocab_size, self.bytes_per_token = self.corpus.vocab_size, self.corpus.bytes_per_token
-        self.eos_id, self.tokenizer = self.corpus.eos_id, self.corpus.tokenizer
-        if len(self.corpus.train) <= context:
-            raise InputError(
-                f"data.context {context} is too long for {len(self.corpus.train)} tokens; shorten it or add text"
-            )
+        self.text = Text(
+            path, tokenizer, read_facts(facts_of),
+            column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
+        )  # fmt: skip
+        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
+
+        if facts_of is None:
+            self._check_context()
+
+    @property
+    def corpus(self) -> Corpus:
+        """The prepared text."""
+        return self.text.corpus
+
+    def _check_context(self) -> None:
+        if (tokens := len(self.corpus.train)) <= self.context:
+            raise InputError(f"data.context {self.context} is too long for {tokens} tokens; shorten it or add text")
 
     @override
     def setup(self, stage: str) -> None:
@@ -84,5 +97,6 @@ class LMData(BaseDataModule):
                 raise InputError("data.prompts: at least one is needed, and none may be empty; try '[\"def \"]'")
             self.predict_data = PromptDataset([prompt.ids for prompt in encoded])
             return
+        self._check_context()
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
         self.val_data = self.test_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))

@@ -24,7 +24,6 @@ class LMModule(BaseModule):
         config: any causal language model of transformers, by its config's class path and settings.
         vocab_size: number of tokens; comes from the data.
         eos_id: the token that ends a text; comes from the data.
-        bytes_per_token: UTF-8 bytes of an average token; comes from the data.
         context: tokens of a window; comes from the data.
         sample_tokens: length of the sample after each validation; 0 for none.
         temperature: of the samples; 0 takes the most likely token.
@@ -38,7 +37,6 @@ class LMModule(BaseModule):
         config: PretrainedConfig,
         vocab_size: int,
         eos_id: int,
-        bytes_per_token: float,
         context: int,
         sample_tokens: int = 200,
         temperature: float = 0.8,
@@ -47,7 +45,7 @@ class LMModule(BaseModule):
         super().__init__(**kwargs)
         check_context(config, context)
         self.config, self.vocab_size, self.eos_id = config, vocab_size, eos_id
-        self.bytes_per_token, self.context = bytes_per_token, context
+        self.context = context
         for name, value in (("sample_tokens", sample_tokens), ("temperature", temperature)):
             if value < 0:
                 raise InputError(f"model.{name} {value} is negative; it must be 0 or more")
@@ -69,7 +67,7 @@ class LMModule(BaseModule):
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        scores = text_scores(stage, self.mean_loss[stage].compute(), self.bytes_per_token)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token)
         self.log_dict(scores, sync_dist=True)
 
     def generate(self, prompt: Tensor) -> list[int]:

@@ -16,7 +16,6 @@ from .module import LMModule
 LINKS = {
     "data.vocab_size": "model.vocab_size",
     "data.eos_id": "model.eos_id",
-    "data.bytes_per_token": "model.bytes_per_token",
     "data.context": "model.context",
 }
 

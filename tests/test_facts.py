@@ -1,0 +1,84 @@
+"""A run carries what it learnt from its data: commands take the checkpoint's tokenizer and class numbers, or refuse."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import TINY, main_of
+
+FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+BPE = ["--data.tokenizer", "common.sources.tokenizers.BPE", "--data.tokenizer.vocab_size", "300"]
+NET = "--model.config.init_args"
+SMALL = [
+    *BPE, "--data.context", "32", f"{NET}.hidden_size", "32", f"{NET}.intermediate_size", "64",
+    f"{NET}.num_hidden_layers", "1", f"{NET}.num_attention_heads", "2",
+]  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main_of(recipe)(args)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("recipe", ["lm", "curriculum"])
+def test_the_tokenizer_of_a_run_stays(
+    recipe: str, work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where its text has grown, and without the text."""
+    texts = work / "texts"
+    texts.mkdir()
+    shutil.copy(small_text, texts / "first.txt")
+    more = ["--model.sample_tokens", "4"] if recipe == "lm" else []
+    fitted = main_of(recipe)(["fit", *FIT, *SMALL, *more, "--data.path", str(texts)])
+    tokenizer = fitted.datamodule.tokenizer.to_str()
+    (texts / "second.txt").write_text("zyx wvu " * 2000)
+    tested = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
+    assert tested.corpus.tokenizer.to_str() == tested.tokenizer.to_str() == tokenizer
+    goes_on = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"]
+    if recipe == "lm":
+        assert main_of(recipe)(goes_on).datamodule.corpus.tokenizer.to_str() == tokenizer
+    else:  # its order is that of the text
+        assert "training windows are in another order than those of the checkpoint" in refused(recipe, goes_on, capfd)
+    assert "the checkpoint was trained with BPE {'vocab_size': 300}, and this is another; remove it" in refused(
+        recipe, ["test", "--data.tokenizer.vocab_size", "400"], capfd
+    )
+    shutil.rmtree(texts)
+    for command in ("predict", "export") if recipe == "lm" else ("export",):
+        assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer
+
+
+@pytest.mark.parametrize("recipe", ["classification", "adversarial", "distillation"])
+def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One that is gone changes no number; one that is new or renamed is refused."""
+    images = work / "images"
+    generator = np.random.default_rng(1)
+    for name in ("ape", "bee", "cat"):
+        (images / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"{number}.png")
+    source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
+    net = ["--model.teacher", "null"] if recipe == "distillation" else []
+    main_of(recipe)(["fit", *FIT, *source, "--data.source.size", "8", *net, "--data.batch_size", "4"])
+    if recipe != "distillation":
+        args = ["predict", "--data.predict_source", "common.sources.ImageTable"]
+        args += ["--data.predict_source.path", str(images), "--data.predict_source.mode", "RGB"]
+        line = refused(recipe, args, capfd)
+        assert "images are 3x28x28, and those of the training 1x8x8 (channels x height x width); set its size" in line
+    shutil.move(images / "ape", work / "ape")
+    data = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
+    assert data.class_names == ["ape", "bee", "cat"]
+    assert set(data.labelled.target.tolist()) == {1, 2}
+    shutil.move(work / "ape", images / "apes")
+    line = refused(recipe, ["test"], capfd)
+    assert "data.source: the checkpoint was not trained on a class 'apes'; did you mean 'ape'?" in line
