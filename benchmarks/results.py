@@ -79,9 +79,11 @@ def rows() -> list[Row]:
 def decisive(config: dict[str, Any]) -> Any:
     """The settings that decide a number.
 
-    Loggers and the callbacks of every run decide nothing. Neither does the file of a class of this repository.
+    Loggers and the callbacks of every run decide nothing, nor does the checkpoint of a later command. Neither does the
+    file of a class of this repository.
     """
     kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
+    kept["data"] = {key: value for key, value in kept["data"].items() if key != "facts_of"}
     left_out = ("logger", "callbacks", "default_root_dir")
     trainer = {key: value for key, value in config["trainer"].items() if key not in left_out}
     everywhere = {item["class_path"] for item in yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]}

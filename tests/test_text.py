@@ -197,6 +197,12 @@ def test_tiny_corpus_has_both_sides(tmp_path: Path) -> None:
             assert corpus.documents == {"train": 1, "val": 1, "duplicates": 0}
 
 
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="XDG_CACHE_HOME: cannot make .*; set it to another folder"):
+        prepare(str(write_folder(tmp_path / "texts", write_documents(20))), BPE(300), cache_dir=tmp_path / "file/cache")
+
+
 def test_bytes_per_token_is_exact(tmp_path: Path) -> None:
     documents = [document + "é🙂" for document in write_documents(60)]
     corpus = prepare(str(write_folder(tmp_path / "text", documents)), BPE(400), cache_dir=tmp_path / "cache")

@@ -67,6 +67,19 @@ class Corpus:
     documents: dict[str, int]
 
 
+def make_cache(folder: Path) -> None:
+    """Make the folder of what is kept for later runs.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make {folder} ({error.strerror}), which keeps what later runs need"
+        raise InputError(f"XDG_CACHE_HOME: {problem}; set it to another folder") from error
+
+
 def prepare(
     path: str | None,
     tokenizer: TokenizerSource,
@@ -107,7 +120,7 @@ def prepare(
         folder = _folder(Path(cache_dir), source, tokenizer, [column, val_fraction, seed])
     try:
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_cache(folder.parent)
             with FileLock(folder.with_suffix(".lock")):
                 if not folder.exists():
                     _build(source, tokenizer, val_fraction, seed, folder)

@@ -22,7 +22,7 @@ from common.errors import InputError, Stopped, nearest, speaking_of
 from common.run.cli import DEFAULTS, RecipeCLI
 from common.run.layers import to_yaml
 from common.sources.labelled import fingerprint
-from common.sources.text import CACHE
+from common.sources.text import CACHE, make_cache
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -61,7 +61,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DEFAULTS, recipe / "config.yaml", layer)]
     facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
     done = folder / "done"  # holds the folder of the finished run; a copy of the recipe has another name
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
