@@ -199,7 +199,7 @@ def test_tiny_corpus_has_both_sides(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="XDG_CACHE_HOME: cannot make .*; set it to another folder"):
+    with pytest.raises(InputError, match=r"XDG_CACHE_HOME: cannot make .*; set it to another folder"):
         prepare(str(write_folder(tmp_path / "texts", write_documents(20))), BPE(300), cache_dir=tmp_path / "file/cache")
 
 
