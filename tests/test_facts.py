@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.sources.labelled import keys_of
 from tests.support import TINY, main_of
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -55,6 +56,41 @@ def test_the_tokenizer_of_a_run_stays(
     shutil.rmtree(texts)
     for command in ("predict", "export") if recipe == "lm" else ("export",):
         assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer
+
+
+@pytest.mark.parametrize("recipe", ["classification", "adversarial", "distillation"])
+def test_more_data_move_no_sample(recipe: str, work: Path) -> None:
+    """Of a run that goes on, is tested, and goes on again."""
+    images = work / "images"
+    generator = np.random.default_rng(2)
+
+    def add(first: int, count: int) -> None:
+        for name in ("ape", "bee", "cat"):
+            (images / name).mkdir(parents=True, exist_ok=True)
+            for number in range(first, first + count):
+                pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(images / name / f"{number:03d}.png")
+
+    add(0, 20)
+    source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
+    net = ["--model.teacher", "null"] if recipe == "distillation" else []
+    args = [*source, "--data.source.size", "8", *net, "--data.batch_size", "4"]
+    before = parts_of(main_of(recipe)(["fit", *FIT, *args]).datamodule)
+    same = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
+    assert parts_of(same) == before
+    for step, count in ((6, 10), (8, 7)):
+        add(step * 10, count)
+        goes_on = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(step)]
+        for command in (["test", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"], goes_on):
+            after = parts_of(main_of(recipe)(command).datamodule)
+            assert all(old <= new for old, new in zip(before, after, strict=True))
+            assert sum(map(len, after)) > sum(map(len, before))
+        before = after
+
+
+def parts_of(data: Any) -> list[set[int]]:
+    keys = keys_of(data.labelled)
+    return [set(keys[positions].tolist()) for positions in data.parts]
 
 
 @pytest.mark.parametrize("recipe", ["classification", "adversarial", "distillation"])

@@ -162,6 +162,48 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
     return Parts(train, val, test)
 
 
+def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
+    """A number for each sample, by its inputs alone: equal samples have equal ones."""
+    generator, keys = torch.Generator().manual_seed(0), torch.zeros(len(data.target), dtype=torch.int64)
+    for name in sorted(data.inputs):
+        values = data.inputs[name].flatten(1)
+        width = -(-values.shape[1] * values.element_size() // 8)
+        factors = torch.randint(-(2**62), 2**62, (width,), generator=generator)
+        for place in range(0, len(values), 4096):  # in pieces, to hold little more than the samples
+            rows = values[place : place + 4096].contiguous().view(torch.uint8)
+            rows = nn.functional.pad(rows, (0, 8 * width - rows.shape[1])).view(torch.int64)
+            keys[place : place + 4096] += (rows * factors).sum(1)  # it wraps
+    return keys
+
+
+def part_facts(data: Labelled, parts: Parts) -> dict[str, Tensor]:
+    """Which part each sample belongs to, for checkpoints."""
+    keys, (train, val, test) = keys_of(data), parts
+    return {"keys": keys[torch.cat([train, val, test])], "sizes": torch.tensor([len(train), len(val), len(test)])}
+
+
+def same_parts(data: Labelled, drawn: Parts, known: Mapping[str, Tensor] | None) -> Parts:
+    """The parts of samples, in which those that a checkpoint knows stay where they were.
+
+    Args:
+        data: the samples; the parts that a source has of its own stay.
+        drawn: the parts that are drawn for all of them, which new samples go to.
+        known: :func:`part_facts` of the checkpoint; None if there is none.
+    """
+    if known is None or data.num_val or all(known[k].equal(value) for k, value in part_facts(data, drawn).items()):
+        return drawn
+    numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
+    # Of equal samples in several parts all go to training: none of them may test.
+    part_of = dict(sorted(zip(known["keys"].tolist(), numbers, strict=True), key=lambda item: -item[1]))
+    keys, chosen = keys_of(data).tolist(), ([], [], [])
+    for part, positions in enumerate(drawn):
+        for position in positions.tolist():
+            before = part_of.get(keys[position], part)
+            stays = data.num_test and 2 in (part, before)  # the source's own test part
+            chosen[part if stays else before].append(position)
+    return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
+
+
 def fingerprint(data: Labelled) -> str:
     """A hash of the samples, their classes and the class names."""
     digest = hashlib.blake2b(repr([sorted(data.inputs), data.class_names]).encode(), digest_size=16)

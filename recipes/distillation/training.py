@@ -28,7 +28,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 FORMAT = 3  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
-LOADING = ("batch_size", "eval_batch_size", "num_workers")  # the teacher has its own
+LOADING = ("batch_size", "eval_batch_size", "num_workers", "facts_of")  # the teacher has its own
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
 
