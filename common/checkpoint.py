@@ -47,12 +47,16 @@ def read_checkpoint(
 
 
 def read_facts(path: str | None) -> dict[str, Any]:
-    """The facts of the data that a checkpoint was trained on, see :class:`common.data.BaseDataModule`.
+    """The facts of the data that a checkpoint was trained on, see :class:`common.data.BaseDataModule`; none for None.
 
     Raises:
         InputError: the file is no checkpoint of a run.
     """
-    return {} if path is None else read_checkpoint(path, mmap=True, hint="name a checkpoint").get("facts", {})
+    if path is None:
+        return {}
+    if not Path(path).exists():
+        raise InputError(f"data.facts_of: no such checkpoint {path}; name one, or null")
+    return read_checkpoint(path, mmap=True).get("facts", {})
 
 
 def is_whole(path: str | Path) -> bool:

@@ -118,3 +118,15 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     shutil.move(work / "ape", images / "apes")
     line = refused(recipe, ["test"], capfd)
     assert "data.source: the checkpoint was not trained on a class 'apes'; did you mean 'ape'?" in line
+
+
+def test_facts_come_from_a_checkpoint_of_the_same_kind(
+    work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main_of("classification")(["fit", *FIT])
+    args = ["fit", *FIT, *SMALL, "--data.path", str(small_text), "--data.facts_of"]
+    assert refused("lm", [*args, "nope.ckpt"], capfd) == (
+        "--data.facts_of: no such checkpoint nope.ckpt; name one, or null"
+    )
+    line = refused("lm", [*args, "runs/classification/default/checkpoints/last.ckpt"], capfd)
+    assert line == "--data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null"

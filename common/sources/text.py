@@ -166,6 +166,8 @@ class Text:
     """
 
     def __init__(self, path: str | None, tokenizer: TokenizerSource, facts: Mapping[str, Any], **kwargs: Any):
+        if facts and "tokenizer" not in facts:
+            raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
         kind = type(tokenizer).__qualname__
         by = [kind, {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}]
         if facts and by != facts["made_by"]:
