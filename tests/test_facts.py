@@ -19,6 +19,12 @@ SMALL = [
     f"{NET}.num_hidden_layers", "1", f"{NET}.num_attention_heads", "2",
 ]  # fmt: skip
 
+# Their data modules do the same.
+LABELLED = [
+    "classification",
+    *(pytest.param(name, marks=pytest.mark.matrix) for name in ("adversarial", "distillation")),
+]
+
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
@@ -58,7 +64,7 @@ def test_the_tokenizer_of_a_run_stays(
         assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer
 
 
-@pytest.mark.parametrize("recipe", ["classification", "adversarial", "distillation"])
+@pytest.mark.parametrize("recipe", LABELLED)
 def test_more_data_move_no_sample(recipe: str, work: Path) -> None:
     """Of a run that goes on, is tested, and goes on again."""
     images = work / "images"
@@ -93,7 +99,7 @@ def parts_of(data: Any) -> list[set[int]]:
     return [set(keys[positions].tolist()) for positions in data.parts]
 
 
-@pytest.mark.parametrize("recipe", ["classification", "adversarial", "distillation"])
+@pytest.mark.parametrize("recipe", LABELLED)
 def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One that is gone changes no number; one that is new or renamed is refused."""
     images = work / "images"
