@@ -79,8 +79,8 @@ def rows() -> list[Row]:
 def decisive(config: dict[str, Any]) -> Any:
     """The settings that decide a number.
 
-    Loggers and the callbacks of every run decide nothing, nor does the checkpoint of a later command. Neither does the
-    file of a class of this repository.
+    Loggers and the callbacks of every run decide nothing. Neither do the file of a class of this repository and
+    ``facts_of``, which is of later commands.
     """
     kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "facts_of"}

@@ -46,10 +46,13 @@ def as_known(data: Labelled, known: Sequence[str] | None) -> Labelled:
         known: the class names of the checkpoint; None if there is none.
 
     Raises:
-        InputError: the checkpoint does not know a class.
+        InputError: the checkpoint does not know a class, or its classes are the tokens of another tokenizer.
     """
     if known is None or not data.class_names or list(known) == data.class_names:
         return data
+    if data.target.ndim > 1:
+        problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
+        raise InputError(f"data.source: {problem}; give the same text")
     for name in data.class_names:
         if name not in known:
             there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
@@ -176,29 +179,38 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
     return keys
 
 
-def part_facts(data: Labelled, parts: Parts) -> dict[str, Tensor]:
-    """Which part each sample belongs to, for checkpoints."""
-    keys, (train, val, test) = keys_of(data), parts
-    return {"keys": keys[torch.cat([train, val, test])], "sizes": torch.tensor([len(train), len(val), len(test)])}
-
-
-def same_parts(data: Labelled, drawn: Parts, known: Mapping[str, Tensor] | None) -> Parts:
-    """The parts of samples, in which those that a checkpoint knows stay where they were.
+def as_learnt(data: Labelled, drawn: Parts, known: Mapping[str, Any]) -> tuple[Labelled, Parts, dict[str, Any]]:
+    """What a checkpoint has learnt of its data holds: class numbers go by names, and samples stay in their parts.
 
     Args:
-        data: the samples; the parts that a source has of its own stay.
-        drawn: the parts that are drawn for all of them, which new samples go to.
-        known: :func:`part_facts` of the checkpoint; None if there is none.
+        data: the samples; a test or validation part of the source's own stays.
+        drawn: the parts that are drawn for all samples; new ones go there.
+        known: facts of the checkpoint, see :class:`common.data.BaseDataModule`; empty if there is none.
+
+    Returns:
+        The samples, their parts, and the facts for the checkpoints of this run: ``class_names``, and ``parts`` with the
+        samples' ``keys`` (those of training, validation and test in turn) and the ``sizes`` of the three.
+
+    Raises:
+        InputError: the checkpoint does not know a class, or has another tokenizer.
     """
-    if known is None or data.num_val or all(known[k].equal(value) for k, value in part_facts(data, drawn).items()):
+    keys = keys_of(data)
+    parts = _same_parts(data, keys, drawn, known.get("parts"))
+    data = as_known(data, known.get("class_names"))
+    sizes = torch.tensor([len(part) for part in parts])
+    return data, parts, {"class_names": data.class_names, "parts": {"keys": keys[torch.cat(parts)], "sizes": sizes}}
+
+
+def _same_parts(data: Labelled, keys: Tensor, drawn: Parts, known: Mapping[str, Tensor] | None) -> Parts:
+    if known is None or data.num_val or keys[torch.cat(drawn)].equal(known["keys"]):
         return drawn
     numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
     # Of equal samples in several parts all go to training: none of them may test.
     part_of = dict(sorted(zip(known["keys"].tolist(), numbers, strict=True), key=lambda item: -item[1]))
-    keys, chosen = keys_of(data).tolist(), ([], [], [])
+    key_of, chosen = keys.tolist(), ([], [], [])
     for part, positions in enumerate(drawn):
         for position in positions.tolist():
-            before = part_of.get(keys[position], part)
+            before = part_of.get(key_of[position], part)
             stays = data.num_test and 2 in (part, before)  # the source's own test part
             chosen[part if stays else before].append(position)
     return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))

@@ -114,10 +114,15 @@ def prepare(
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
     source = _find(path, column)
-    folder = _folder(Path(cache_dir), source, tokenizer, [column, val_fraction, seed])
+
+    def folder_of(maker: TokenizerSource) -> Path:
+        kind = f"{type(maker).__module__}.{type(maker).__qualname__}"
+        facts = [FORMAT, source.stamp, column, kind, maker.settings(), val_fraction, seed]
+        return Path(cache_dir) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    folder = folder_of(tokenizer)
     if known and not (folder.exists() and _tokenizer_of(folder).to_str() == known.text):
-        tokenizer = known
-        folder = _folder(Path(cache_dir), source, tokenizer, [column, val_fraction, seed])
+        tokenizer, folder = known, folder_of(known)
     try:
         if not folder.exists():
             make_cache(folder.parent)
@@ -133,13 +138,6 @@ def prepare(
     dtype = meta.pop("dtype")
     train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))
     return Corpus(folder, _tokenizer_of(folder), train, val, **meta)
-
-
-def _folder(cache: Path, source: "_Source", tokenizer: TokenizerSource, settings: list[Any]) -> Path:
-    """Where a prepared corpus is kept."""
-    kind, (column, *numbers) = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}", settings
-    facts = [FORMAT, source.stamp, column, kind, tokenizer.settings(), *numbers]
-    return cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
@@ -169,7 +167,12 @@ class Text:
         if facts and "tokenizer" not in facts:
             raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
         kind = type(tokenizer).__qualname__
-        by = [kind, {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}]
+        given = {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}
+        # Checkpoints hold plain values alone; a class of one's own may have others.
+        by = [
+            kind,
+            {key: value if isinstance(value, int | float | str) else str(value) for key, value in given.items()},
+        ]
         if facts and by != facts["made_by"]:
             problem = "the checkpoint was trained with {} {}, and this is another".format(*facts["made_by"])
             raise InputError(f"data.tokenizer: {problem}; remove it")

@@ -9,15 +9,7 @@ from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import speaking_of
 from common.sources import Source
-from common.sources.labelled import (
-    LabelledBatch,
-    LabelledDataset,
-    as_known,
-    check_alike,
-    part_facts,
-    same_parts,
-    split_by_class,
-)
+from common.sources.labelled import LabelledBatch, LabelledDataset, as_learnt, check_alike, split_by_class
 
 Batch = LabelledBatch
 
@@ -52,12 +44,10 @@ class AdversarialData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.predict_source = predict_source
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        labelled, known = source.read(), read_facts(facts_of)
-        drawn = split_by_class(labelled, val_fraction, test_fraction, split_seed)
-        self.parts = same_parts(labelled, drawn, known.get("parts"))
-        self.labelled = as_known(labelled, known.get("class_names"))
+        read = source.read()
+        drawn = split_by_class(read, val_fraction, test_fraction, split_seed)
+        self.labelled, self.parts, self.facts = as_learnt(read, drawn, read_facts(facts_of))
         self.class_names = self.labelled.class_names
-        self.facts = {"class_names": self.class_names, "parts": part_facts(labelled, self.parts)}
         pixels = self.labelled.inputs.get("pixel_values")
         self.input_range: list[float] = [] if pixels is None else [pixels.min().item(), pixels.max().item()]
 

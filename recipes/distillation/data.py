@@ -7,14 +7,7 @@ from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.sources import Source
-from common.sources.labelled import (
-    LabelledBatch,
-    LabelledDataset,
-    as_known,
-    part_facts,
-    same_parts,
-    split_by_class,
-)
+from common.sources.labelled import LabelledBatch, LabelledDataset, as_learnt, split_by_class
 
 from . import text  # noqa: F401  # lm.yaml names its class
 
@@ -52,17 +45,10 @@ class DistillationData(BaseDataModule):
         if not 0 < train_fraction <= 1:
             raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        self.labelled, facts = source.read(), read_facts(facts_of)
-        drawn = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
-        self.parts, known = same_parts(self.labelled, drawn, facts.get("parts")), facts.get("class_names")
-        parts = part_facts(self.labelled, self.parts)
-        if self.labelled.target.ndim == 1:
-            self.labelled = as_known(self.labelled, known)
-        elif known not in (None, self.labelled.class_names):
-            problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
-            raise InputError(f"data.source: {problem}; give the same text")
+        read = source.read()
+        drawn = split_by_class(read, val_fraction, test_fraction, split_seed)
+        self.labelled, self.parts, self.facts = as_learnt(read, drawn, read_facts(facts_of))
         self.class_names, self.num_classes = self.labelled.class_names, len(self.labelled.class_names)
-        self.facts = {"class_names": self.class_names, "parts": parts}
         used = max(round(len(self.parts.train) * train_fraction), 1)
         self.train_positions: torch.Tensor = self.parts.train[:used]
 
