@@ -5,6 +5,7 @@ vectorized read gathers arrays and token files, not one read per sample.
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import random
@@ -43,6 +44,7 @@ def global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
+@functools.lru_cache(maxsize=8)  # hooks and the net of one micro-batch ask for the same
 def step_seed(*parts: int) -> int:
     """A seed in [0, 2**63) from whole numbers such as (seed, rank, step); sums of them would collide."""
     # Their number comes first: SeedSequence pads with zeros, so (seed,) and (seed, 0) would collide.

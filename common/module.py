@@ -343,16 +343,17 @@ class BaseModule(L.LightningModule):
         if not self.ends_step:
             return  # DeepSpeed accumulates by itself and calls this for every micro-batch
         self.writes_row = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if self.writes_row or gradient_clip_val:
-            self._lr = max(group["lr"] for group in optimizer.param_groups)
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            # A strategy with its own kind of shards computes their norm itself.
-            norm = facts_of(self.trainer.strategy).total_norm(gradients)
-            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not (self.writes_row or gradient_clip_val):
+            return
+        self._lr = max(group["lr"] for group in optimizer.param_groups)
+        params = list(self.net.parameters())
+        # A strategy with its own kind of shards computes their norm itself.
+        norm = facts_of(self.trainer.strategy).total_norm([p.grad for p in params if p.grad is not None])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            nn.utils.clip_grad_value_(params, gradient_clip_val)
         elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.grad_norm)
+            nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -52,15 +52,18 @@ class EpochLoop(_TrainingEpochLoop):
 
     @override
     def advance(self, data_fetcher: Any) -> None:
-        self.trainer.in_step = True
+        trainer = self.trainer
+        trainer.in_step = True
         if self.owes_validation:
             self._batches_that_stepped -= 1  # which loggers count after the validation
             return  # on_advance_end validates
         self.restarting = False  # Lightning's own guesses about what has been done stay out
         self.validation_to_come = True
-        _seed(self.trainer, 0)
+        # As the module's own seed, which it sets again once the batch is read.
+        seed = step_seed(global_seed(), data_ranks(trainer)[1], self.total_batch_idx + 1)
+        seed_all(seed, trainer.strategy.root_device)
         super().advance(data_fetcher)
-        if self.trainer.lightning_module.ends_step:
+        if trainer.lightning_module.ends_step:
             self.after_step()
 
     @override
@@ -155,10 +158,9 @@ class FitLoop(_FitLoop):
 
 
 def _seed(trainer: L.Trainer, place: int) -> None:
-    """Seed what hooks draw from here on; ``place`` tells apart hooks of one position."""
+    """Seed what hooks between steps draw, on all ranks alike; ``place`` tells apart hooks of one position."""
     step = trainer.fit_loop.epoch_loop.total_batch_idx + 1  # 0 before the first
-    rank = data_ranks(trainer)[1] if place == 0 else 0  # ranks decide alike what an epoch is about
-    seed_all(step_seed(global_seed(), 0, rank, step, place), trainer.strategy.root_device)
+    seed_all(step_seed(global_seed(), 0, 0, step, place), trainer.strategy.root_device)
 
 
 def _limits(callback: EarlyStopping) -> list[Any]:
