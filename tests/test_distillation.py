@@ -502,7 +502,7 @@ def test_loss_of_language_models_counts_tokens(work: Path, small_text: Path) -> 
     cli = main_of(RECIPE)(
         ["fit", *text_args(small_text), "--model.teacher", "null", "--trainer.limit_val_batches", "1.0"]
     )
-    data = cli.datamodule.labelled
+    data = cli.datamodule.samples.labelled
     ids, target = data.inputs["input_ids"][-data.num_val :], data.target[-data.num_val :]
     with torch.no_grad():
         loss = nn.functional.cross_entropy(cli.model.net.eval()(ids).flatten(0, 1), target.flatten())

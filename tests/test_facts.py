@@ -95,8 +95,8 @@ def test_more_data_move_no_sample(recipe: str, work: Path) -> None:
 
 
 def parts_of(data: Any) -> list[set[int]]:
-    keys = keys_of(data.labelled)
-    return [set(keys[positions].tolist()) for positions in data.parts]
+    keys = keys_of(data.samples.labelled)
+    return [set(keys[positions].tolist()) for positions in data.samples.parts]
 
 
 @pytest.mark.parametrize("recipe", LABELLED)
@@ -120,7 +120,7 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     shutil.move(images / "ape", work / "ape")
     data = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert data.class_names == ["ape", "bee", "cat"]
-    assert set(data.labelled.target.tolist()) == {1, 2}
+    assert set(data.samples.labelled.target.tolist()) == {1, 2}
     shutil.move(work / "ape", images / "apes")
     line = refused(recipe, ["test"], capfd)
     assert "data.source: the checkpoint was not trained on a class 'apes'; did you mean 'ape'?" in line

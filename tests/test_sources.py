@@ -21,7 +21,7 @@ from common.errors import InputError
 from common.nets import ConvNet, PretrainedEncoder
 from common.sources import IDX, Digits, ImageTable, Labelled, Source, TextTable
 from common.sources.files import encode_labels
-from common.sources.labelled import split_by_class
+from common.sources.labelled import keys_of, split_by_class
 from recipes.classification.data import ClassificationData
 from tests.support import write_encoder
 
@@ -348,13 +348,13 @@ def test_parts_have_the_classes_in_proportion(num_test: int) -> None:
     assert [len(part) for part in parts] == [600, 150, 250]
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(1000))  # all, none twice
     for part in parts:
-        counts = torch.bincount(data.labelled.target[part]) / len(part)
+        counts = torch.bincount(data.samples.labelled.target[part]) / len(part)
         assert torch.allclose(counts, torch.tensor([0.6, 0.3, 0.1]), atol=0.01)
-    assert data.class_counts == torch.bincount(data.labelled.target[parts[0]]).tolist()
+    assert data.class_counts().tolist() == torch.bincount(data.samples.labelled.target[parts[0]]).tolist()
     if num_test:
         assert torch.equal(parts[2], torch.arange(750, 1000))  # the source's own, in its order
     batch = data.train_data[[3, 1]]
-    assert batch.target.tolist() == data.labelled.target[parts[0][[3, 1]]].tolist()
+    assert batch.target.tolist() == data.samples.labelled.target[parts[0][[3, 1]]].tolist()
 
 
 def test_its_own_seed_decides_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,4 +439,4 @@ def test_texts_longer_than_an_encoder_has_positions_for(encoder: str) -> None:
 def test_what_cannot_be_split(classes: int, fractions: tuple[float, float], problem: str) -> None:
     data = Labelled({"x": torch.zeros(20, 1)}, torch.arange(20) % classes, [str(n) for n in range(classes)])
     with pytest.raises(InputError, match=problem):
-        split_by_class(data, *fractions, 0)
+        split_by_class(data, *fractions, 0, keys_of(data))

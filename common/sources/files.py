@@ -1,6 +1,8 @@
 """Sources of labelled images and texts: YAML names one (``data.source``), the data module reads it once."""
 
 import gzip
+import hashlib
+import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ class Labelled:
         class_names: a name for each class number.
         num_test: size of the source's own test split, the last samples; 0 if it has none.
         num_val: size of its own validation split, the samples before these; 0 if it has none.
+        encoding: what has encoded the inputs, such as a hash of a tokenizer; those of another mean something else.
     """
 
     inputs: Mapping[str, Tensor]
@@ -33,6 +36,7 @@ class Labelled:
     class_names: list[str]
     num_test: int = 0
     num_val: int = 0
+    encoding: str = ""
 
 
 class Source:
@@ -174,6 +178,7 @@ class TextTable(Source):
             problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
             raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
+        encoding = _tokens_of(tokenizer)
         encoded = tokenizer(
             [str(text) for text in texts],
             truncation=True,
@@ -182,7 +187,15 @@ class TextTable(Source):
             return_tensors="pt",
         )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0)
+        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0, encoding=encoding)
+
+
+def _tokens_of(tokenizer: Any) -> str:
+    """A hash of what makes tokens of a text."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    how = json.loads(fast.to_str()) if fast is not None else {"vocab": tokenizer.get_vocab()}
+    how |= {"truncation": None, "padding": None}  # of its last use
+    return hashlib.blake2b(json.dumps(how, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -1,19 +1,22 @@
 """Batches of labelled samples, and their split into training, validation and test parts."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.errors import InputError, nearest
-from common.sources import Labelled
+from common.errors import InputError, nearest, speaking_of
+from common.sources import Labelled, Source
 
 
 class LabelledBatch(NamedTuple):
@@ -36,47 +39,6 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
     if "pixel_values" not in batch.inputs:
         raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
     return batch._replace(inputs={**batch.inputs, "pixel_values": augmentation(batch.inputs["pixel_values"])})
-
-
-def as_known(data: Labelled, known: Sequence[str] | None) -> Labelled:
-    """The samples with the class numbers of a checkpoint, which go by the names.
-
-    Args:
-        data: the samples.
-        known: the class names of the checkpoint; None if there is none.
-
-    Raises:
-        InputError: the checkpoint does not know a class, or its classes are the tokens of another tokenizer.
-    """
-    if known is None or not data.class_names or list(known) == data.class_names:
-        return data
-    if data.target.ndim > 1:
-        problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
-        raise InputError(f"data.source: {problem}; give the same text")
-    for name in data.class_names:
-        if name not in known:
-            there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
-            raise InputError(f"data.source: the checkpoint was not trained on a class {name!r}{there}")
-    numbers = torch.tensor([*map(list(known).index, data.class_names)])
-    target = torch.where(data.target < 0, data.target, numbers[data.target.clamp(min=0)])
-    return replace(data, target=target, class_names=list(known))
-
-
-def check_alike(given: Labelled, trained: Labelled) -> None:
-    """Refuse samples to predict that the net would take otherwise than those of its training.
-
-    Raises:
-        InputError: they are of another kind, or images of another size or mode.
-    """
-    if given.inputs.keys() != trained.inputs.keys():
-        kinds = (", ".join(sorted(data.inputs)) for data in (given, trained))
-        raise InputError("data.source: gives {}, and that of the training {}; take the same kind".format(*kinds))
-    shapes = [
-        "x".join(map(str, d.inputs["pixel_values"].shape[1:])) for d in (given, trained) if "pixel_values" in d.inputs
-    ]
-    if len(set(shapes)) > 1:
-        problem = "images are {}, and those of the training {} (channels x height x width)".format(*shapes)
-        raise InputError(f"data.source: {problem}; set its size and mode")
 
 
 class LabelledDataset(Dataset[LabelledBatch]):
@@ -118,8 +80,10 @@ def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
         raise InputError(f"data.split_seed must be in [0, 2**32), got {seed}")
 
 
-def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, seed: int) -> Parts:
-    """Split samples so that every part has the classes in the same proportion.
+def split_by_class(
+    data: Labelled, val_fraction: float, test_fraction: float, seed: int, keys: Int64[Tensor, " samples"]
+) -> Parts:
+    """Split samples so that every part has the classes in the same proportion, and equal samples go together.
 
     If the source has its own validation split, its splits and order stay; without a test split of its own, the
     validation part also tests.
@@ -129,6 +93,7 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
         val_fraction: share of all samples for validation.
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         seed: seed of the split alone, so runs with other seeds test on the same samples.
+        keys: of the samples, see :func:`keys_of`.
 
     Raises:
         InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
@@ -158,11 +123,22 @@ def split_by_class(data: Labelled, val_fraction: float, test_fraction: float, se
         except ValueError as error:
             raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
 
-    rest, test = torch.arange(len(data.target)).tensor_split([len(data.target) - data.num_test])
+    samples, test = torch.arange(len(data.target)).tensor_split([len(data.target) - data.num_test])
+    _, first, same = np.unique(keys[samples].numpy(), return_index=True, return_inverse=True)
+    rest = samples[np.sort(first)]  # one of each
+    count = len(rest) + len(test)
     if not data.num_test:
         rest, test = split(rest, test_fraction)
-    train, val = split(rest, val_fraction * len(data.target) / len(rest))
-    return Parts(train, val, test)
+    train, val = split(rest, val_fraction * count / len(rest))
+    parts = Parts(train, val, test)
+    if len(first) == len(samples):
+        return parts
+    part_of = torch.zeros_like(samples)
+    for number, part in enumerate(parts[: 2 if data.num_test else 3]):
+        part_of[part] = number
+    part_of = part_of[first][same]
+    again = np.setdiff1d(samples, samples[first])
+    return Parts(*(torch.cat([part, samples[again][part_of[again] == n]]) for n, part in enumerate(parts)))
 
 
 def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
@@ -179,40 +155,129 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
     return keys
 
 
-def as_learnt(data: Labelled, drawn: Parts, known: Mapping[str, Any]) -> tuple[Labelled, Parts, dict[str, Any]]:
-    """What a checkpoint has learnt of its data holds: class numbers go by names, and samples stay in their parts.
+def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+    if not data.class_names or list(known) == data.class_names:
+        return data
+    if data.target.ndim > 1:
+        problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
+        raise InputError(f"data.source: {problem}; give the same text")
+    for name in data.class_names:
+        if name not in known:
+            there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
+            raise InputError(f"data.source: the checkpoint was not trained on a class {name!r}{there}")
+    numbers = torch.tensor([*map(list(known).index, data.class_names)])
+    target = torch.where(data.target < 0, data.target, numbers[data.target.clamp(min=0)])
+    return replace(data, target=target, class_names=list(known))
+
+
+class Samples:
+    """Samples of a source in three parts, for training, validation and testing.
+
+    What a checkpoint has learnt of its data holds: class numbers go by its names, and samples stay in their parts. Its
+    run's source is read when its samples are asked for: ``export``, and ``predict`` of other samples, need none.
 
     Args:
-        data: the samples; a test or validation part of the source's own stays.
-        drawn: the parts that are drawn for all samples; new ones go there.
+        source: the samples; a test or validation part of its own stays.
+        val_fraction: see :func:`split_by_class`.
+        test_fraction: the same.
+        seed: the same.
         known: facts of the checkpoint, see :class:`common.data.BaseDataModule`; empty if there is none.
 
-    Returns:
-        The samples, their parts, and the facts for the checkpoints of this run: ``class_names``, and ``parts`` with the
-        samples' ``keys`` (those of training, validation and test in turn) and the ``sizes`` of the three.
+    Attributes:
+        facts: ``class_names``; of inputs the ``shapes`` and, if they are images, the ``range`` of values; what has
+            encoded them; and ``parts``, with the samples' ``keys`` (those of training, validation and test in turn)
+            and the ``sizes`` of the three.
 
     Raises:
-        InputError: the checkpoint does not know a class, or has another tokenizer.
+        InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
+            taken other inputs.
     """
-    keys = keys_of(data)
-    parts = _same_parts(data, keys, drawn, known.get("parts"))
-    data = as_known(data, known.get("class_names"))
-    sizes = torch.tensor([len(part) for part in parts])
-    return data, parts, {"class_names": data.class_names, "parts": {"keys": keys[torch.cat(parts)], "sizes": sizes}}
+
+    def __init__(self, source: Source, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]):
+        if known and "shapes" not in known:
+            raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
+        self._source, self._split, self.facts = source, (val_fraction, test_fraction, seed), dict(known)
+        if not known:
+            self._read  # noqa: B018
+
+    @cached_property
+    def _read(self) -> tuple[Labelled, Parts]:
+        data = self._source.read()
+        keys = keys_of(data)
+        parts = split_by_class(data, *self._split, keys)
+        if self.facts:
+            self._check_alike(data)
+            parts = _same_parts(data, keys, parts, self.facts["parts"])
+            data = _as_known(data, self.facts["class_names"])
+        sizes, images = torch.tensor([len(part) for part in parts]), data.inputs.get("pixel_values")
+        self.facts |= {
+            "class_names": data.class_names,
+            "shapes": _shapes(data),
+            "range": [] if images is None else [images.min().item(), images.max().item()],
+            "encoding": data.encoding,
+            "parts": {"keys": keys[torch.cat(parts)], "sizes": sizes},
+        }
+        return data, parts
+
+    @property
+    def labelled(self) -> Labelled:
+        """All samples."""
+        return self._read[0]
+
+    @property
+    def parts(self) -> Parts:
+        """Their positions in each part."""
+        return self._read[1]
+
+    def datasets(self) -> Iterator[LabelledDataset]:
+        """Data sets of the three parts."""
+        return (LabelledDataset(self.labelled, part) for part in self.parts)
+
+    def to_predict(self, source: Source) -> LabelledDataset:
+        """A data set of other samples, whose labels are not looked at.
+
+        Raises:
+            InputError: those of the source, or the net would take the samples otherwise than those of its training.
+        """
+        with speaking_of("data.predict_source", instead_of="data.source"):
+            given = source.read()
+            self._check_alike(given)
+        given = replace(given, target=torch.full_like(given.target, -1))
+        return LabelledDataset(given, torch.arange(len(given.target)))
+
+    def _check_alike(self, given: Labelled) -> None:
+        trained, shapes = self.facts["shapes"], _shapes(given)
+        if shapes.keys() != trained.keys():
+            kinds = (", ".join(each) for each in (shapes, trained))
+            raise InputError("data.source: gives {}, and that of the training {}; take the same kind".format(*kinds))
+        sizes = ["x".join(map(str, each["pixel_values"])) for each in (shapes, trained) if "pixel_values" in each]
+        if len(set(sizes)) > 1:
+            problem = "images are {}, and those of the training {} (channels x height x width)".format(*sizes)
+            raise InputError(f"data.source: {problem}; set its size and mode")
+        if given.encoding != self.facts["encoding"]:
+            raise InputError("data.source.tokenizer: is not that of the training; name the same")
 
 
-def _same_parts(data: Labelled, keys: Tensor, drawn: Parts, known: Mapping[str, Tensor] | None) -> Parts:
-    if known is None or data.num_val or keys[torch.cat(drawn)].equal(known["keys"]):
+def _shapes(data: Labelled) -> dict[str, list[int]]:
+    return {name: list(data.inputs[name].shape[1:]) for name in sorted(data.inputs)}
+
+
+def _same_parts(data: Labelled, keys: Tensor, drawn: Parts, known: Mapping[str, Tensor]) -> Parts:
+    if data.num_val or keys[torch.cat(drawn)].equal(known["keys"]):
         return drawn
     numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
     # Of equal samples in several parts all go to training: none of them may test.
     part_of = dict(sorted(zip(known["keys"].tolist(), numbers, strict=True), key=lambda item: -item[1]))
-    key_of, chosen = keys.tolist(), ([], [], [])
+    key_of, chosen, new = keys.tolist(), ([], [], []), [0, 0, 0]
     for part, positions in enumerate(drawn):
         for position in positions.tolist():
             before = part_of.get(key_of[position], part)
             stays = data.num_test and 2 in (part, before)  # the source's own test part
             chosen[part if stays else before].append(position)
+            new[part] += key_of[position] not in part_of
+    if sum(new) and not rank_zero_only.rank:
+        shares = "{} to training, {} to validation, {} to test".format(*new)
+        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; the others stay", flush=True)
     return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
 
 

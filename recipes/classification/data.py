@@ -1,15 +1,14 @@
 """Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
 
-from dataclasses import replace
-
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from typing_extensions import override
 
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
-from common.errors import speaking_of
 from common.sources import Source
-from common.sources.labelled import LabelledBatch, LabelledDataset, as_learnt, check_alike, split_by_class
+from common.sources.labelled import LabelledBatch, Samples
 
 Batch = LabelledBatch
 
@@ -23,7 +22,7 @@ class ClassificationData(BaseDataModule):
         val_fraction: share of all samples for validation.
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
-        facts_of: a checkpoint whose class numbers hold; that of ``--ckpt_path`` if there is one.
+        facts_of: a checkpoint whose class numbers and parts hold; that of ``--ckpt_path`` if there is one.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -44,22 +43,18 @@ class ClassificationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.predict_source = predict_source
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        read = source.read()
-        drawn = split_by_class(read, val_fraction, test_fraction, split_seed)
-        self.labelled, self.parts, self.facts = as_learnt(read, drawn, read_facts(facts_of))
-        self.class_names = self.labelled.class_names
-        target = self.labelled.target[self.parts.train]
-        self.class_counts: list[int] = torch.bincount(target, minlength=len(self.class_names)).tolist()
+        self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
+
+    def class_counts(self) -> Int64[Tensor, " classes"]:
+        """Training samples of each class."""
+        target = self.samples.labelled.target[self.samples.parts.train]
+        return torch.bincount(target, minlength=len(self.class_names))
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
-            with speaking_of("data.predict_source", instead_of="data.source"):
-                given = self.predict_source.read()
-                check_alike(given, self.labelled)
-            positions, unknown = torch.arange(len(given.target)), torch.full_like(given.target, -1)
-            self.predict_data = LabelledDataset(replace(given, target=unknown), positions)
+            self.predict_data = self.samples.to_predict(self.predict_source)
             return
-        self.train_data = LabelledDataset(self.labelled, self.parts.train)
-        self.val_data = LabelledDataset(self.labelled, self.parts.val)
-        self.test_data = self.predict_data = LabelledDataset(self.labelled, self.parts.test)
+        self.train_data, self.val_data, self.test_data = self.samples.datasets()
+        self.predict_data = self.test_data

@@ -25,7 +25,6 @@ class ClassificationModule(BaseModule):
     Args:
         net: the net by class path; its first argument, the number of classes, comes from the data.
         class_names: a name for each class; comes from the data.
-        class_counts: training samples of each class; comes from the data.
         augmentation: kornia augmentations of the images, applied on the device in training.
         label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567).
         balance_classes: weigh each class by the inverse of its share of the training samples.
@@ -37,7 +36,6 @@ class ClassificationModule(BaseModule):
         self,
         net: Callable[[int], nn.Module],
         class_names: list[str],
-        class_counts: list[int],
         augmentation: list[nn.Module] | None = None,
         label_smoothing: float = 0.0,
         balance_classes: bool = False,
@@ -50,10 +48,9 @@ class ClassificationModule(BaseModule):
         self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
         self.augmentation = nn.Sequential(*augmentation or [])
         self.lr_scales = {"body.": body_lr_scale}
-        counts = torch.tensor(class_counts)
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", counts.sum() / (len(counts) * counts) if balance_classes else None)
         classes = len(class_names)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", torch.ones(classes) if balance_classes else None)
         collection = MetricCollection({
             "accuracy": metrics.MulticlassAccuracy(classes, average="micro"),
             "precision": metrics.MulticlassPrecision(classes),
@@ -64,6 +61,12 @@ class ClassificationModule(BaseModule):
         })  # fmt: skip
         self.metrics: Any = nn.ModuleDict({stage: collection.clone(prefix=f"{stage}/") for stage in ("val", "test")})
         self.confusion: Any = metrics.MulticlassConfusionMatrix(classes)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.class_weight is not None:
+            counts = self.data.class_counts()
+            self.class_weight.copy_(counts.sum() / (len(counts) * counts))
 
     @override
     def build_net(self) -> nn.Module:

@@ -7,7 +7,7 @@ from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.sources import Source
-from common.sources.labelled import LabelledBatch, LabelledDataset, as_learnt, split_by_class
+from common.sources.labelled import LabelledBatch, LabelledDataset, Samples
 
 from . import text  # noqa: F401  # lm.yaml names its class
 
@@ -23,7 +23,7 @@ class DistillationData(BaseDataModule):
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         train_fraction: share of the training samples to use.
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
-        facts_of: a checkpoint whose class numbers hold; that of ``--ckpt_path`` if there is one.
+        facts_of: a checkpoint whose class numbers and parts hold; that of ``--ckpt_path`` if there is one.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -45,15 +45,21 @@ class DistillationData(BaseDataModule):
         if not 0 < train_fraction <= 1:
             raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        read = source.read()
-        drawn = split_by_class(read, val_fraction, test_fraction, split_seed)
-        self.labelled, self.parts, self.facts = as_learnt(read, drawn, read_facts(facts_of))
-        self.class_names, self.num_classes = self.labelled.class_names, len(self.labelled.class_names)
-        used = max(round(len(self.parts.train) * train_fraction), 1)
-        self.train_positions: torch.Tensor = self.parts.train[:used]
+        self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        self.train_fraction, self.facts = train_fraction, self.samples.facts
+        self.class_names: list[str] = self.facts["class_names"]
+        self.num_classes = len(self.class_names)
+
+    @property
+    def train_positions(self) -> torch.Tensor:
+        """The training samples that are used."""
+        train = self.samples.parts.train
+        return train[: max(round(len(train) * self.train_fraction), 1)]
 
     @override
     def setup(self, stage: str) -> None:
-        self.train_data = LabelledDataset(self.labelled, self.train_positions)
-        self.val_data = LabelledDataset(self.labelled, self.parts.val)
-        self.test_data = self.predict_data = LabelledDataset(self.labelled, self.parts.test)
+        _, self.val_data, self.test_data = self.samples.datasets()
+        self.train_data, self.predict_data = (
+            LabelledDataset(self.samples.labelled, self.train_positions),
+            self.test_data,
+        )

@@ -139,7 +139,7 @@ def _other_split(there: Mapping[str, Any], datamodule: Any) -> str | None:
     kinds = [data["source"]["class_path"].rpartition(".")[2] for data in (there, here)]  # a copy has classes of its own
     if kinds[0] != kinds[1] or files[0] != files[1]:
         return None
-    labelled = datamodule.labelled  # a source's own splits replace a random one
+    labelled = datamodule.samples.labelled  # a source's own splits replace a random one
     ours = [] if labelled.num_val else ["split_seed", "val_fraction", *["test_fraction"] * (not labelled.num_test)]
     names = [*(f"data.{name}" for name in ours), "data.source.val_fraction"]
     return next((key for key in names if _value(there, key) not in (None, _value(here, key))), None)

@@ -135,7 +135,7 @@ class TeacherCLI(RecipeCLI):
         data: Any = self.datamodule
         if self.subcommand == "fit":  # too few samples show before the teacher is trained
             TrainSampler(len(data.train_positions), data.batch_size, self.trainer)
-        found = fingerprint(data.labelled)
+        found = fingerprint(data.samples.labelled)
         module.teacher_checkpoint = str(train_first(self.recipe_dir, self.resolved, training, found, CACHE))
         # The run's own config names it, so a resumed run keeps this teacher after any edit of the settings.
         self.resolved["model"]["teacher_checkpoint"] = module.teacher_checkpoint

@@ -2,10 +2,11 @@
 
 from typing_extensions import override
 
+from common.checkpoint import read_facts
 from common.data import BaseDataModule, step_seed
 from common.errors import InputError
 from common.sources import Source
-from common.sources.labelled import split_by_class
+from common.sources.labelled import Samples
 
 from .pairs import draw_pairs
 from .tasks import Task, TaskBatch, TaskDataset, choose
@@ -28,6 +29,7 @@ class MultiTaskData(BaseDataModule):
         val_fraction: share of the single images for validation.
         test_fraction: share of the single images for testing, if the source has no test split of its own.
         split_seed: seed of split and pairs alone, so runs with other seeds test on the same pairs.
+        facts_of: a checkpoint whose class numbers and parts hold; that of ``--ckpt_path`` if there is one.
         batch_size: pairs per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -43,6 +45,7 @@ class MultiTaskData(BaseDataModule):
         val_fraction: float = 0.15,
         test_fraction: float = 0.25,
         split_seed: int = 0,
+        facts_of: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -50,18 +53,19 @@ class MultiTaskData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if min(pairs) < 1:
             raise InputError(f"data.pairs must be at least 1 for training, validation and testing, got {list(pairs)}")
-        self.labelled = source.read()
-        if (images := self.labelled.inputs.get("pixel_values")) is None:
+        self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        self.facts = self.samples.facts
+        if "pixel_values" not in self.facts["shapes"]:
             raise InputError(f"data.source: {type(source).__name__} has no images; take one that has")
-        smallest = max(images.shape[-2], images.shape[-1] + 2 * max_shift + 1)
+        _, height, width = self.facts["shapes"]["pixel_values"]
+        smallest = max(height, width + 2 * max_shift + 1)
         if max_shift < 0:
             raise InputError(f"data.max_shift must be at least 0, got {max_shift}")
         if canvas < smallest:
-            place = f"no place for two images of {images.shape[-1]} pixels with data.max_shift {max_shift}"
+            place = f"no place for two images of {width} pixels with data.max_shift {max_shift}"
             raise InputError(f"data.canvas: {canvas} has {place}; take at least {smallest}")
         self.canvas, self.max_shift, self.pairs, self.split_seed = canvas, max_shift, pairs, split_seed
-        self.parts = split_by_class(self.labelled, val_fraction, test_fraction, split_seed)
-        classes = len(self.labelled.class_names)
+        classes = len(self.facts["class_names"])
         known: list[Task] = [
             {"name": "left", "kind": "classification", "width": classes},
             {"name": "right", "kind": "classification", "width": classes},
@@ -75,10 +79,10 @@ class MultiTaskData(BaseDataModule):
         self.predict_data = self.test_data
 
     def _make(self, part: int) -> TaskDataset:
-        positions = self.parts[part]
-        images, seed = self.labelled.inputs["pixel_values"][positions], step_seed(self.split_seed, part)
+        labelled, positions = self.samples.labelled, self.samples.parts[part]
+        images, seed = labelled.inputs["pixel_values"][positions], step_seed(self.split_seed, part)
         made = draw_pairs(images, self.pairs[part], self.canvas, self.max_shift, seed)
-        left, right = self.labelled.target[positions][made.chosen]
+        left, right = labelled.target[positions][made.chosen]
         target = {"left": left, "right": right, "offset": (made.corner[1] - made.corner[0]).float()}
         chosen = {task["name"]: target[task["name"]] for task in self.chosen}
         return TaskDataset({"pixel_values": made.pixel_values}, chosen, self.chosen)
