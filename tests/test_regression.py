@@ -25,6 +25,7 @@ from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets.tables import MLP, FTTransformer, ResNet, TabM
 from common.run.cli import RecipeCLI
+from common.sources.labelled import Parts, parts_facts, same_parts
 from common.sources.tables import (
     Columns,
     Diabetes,
@@ -34,6 +35,7 @@ from common.sources.tables import (
     encode,
     fit_columns,
     read_target,
+    row_keys,
     scaled_quantiles,
     split_rows,
 )
@@ -139,7 +141,7 @@ def test_numbers_that_have_lost_their_zeros_are_refused() -> None:
 def test_statistics_come_from_the_training_rows_alone(houses: Path) -> None:
     data = main(["preflight", *SMALL, *TABLE]).datamodule
     other: Any = pd.read_csv(houses)
-    outside = np.setdiff1d(np.arange(ROWS), data.parts.train.numpy())
+    outside = np.setdiff1d(np.arange(ROWS), data.table.parts.train.numpy())
     other.loc[outside, ["size", "floor", "rent"]] *= 1000
     other.loc[outside, "district"] = "elsewhere"
     other.to_csv(houses, index=False)
@@ -322,7 +324,7 @@ def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, wor
     trees = HistGradientBoostingRegressor(random_state=0).fit(kept.iloc[rest], table["rent"].iloc[rest])
     expected = math.sqrt(mean_squared_error(target, trees.predict(kept.iloc[test])))
     assert found["gradient boosting"] == pytest.approx(expected, rel=2e-2), "but for categories in another order"
-    medians = table.iloc[cli.datamodule.parts.train.numpy()]["size"].median()
+    medians = table.iloc[cli.datamodule.table.parts.train.numpy()]["size"].median()
     plain = table.drop(columns="rent").assign(gap=table["size"].isna(), size=table["size"].fillna(medians))
     one_hot = pd.get_dummies(plain.fillna({"district": "missing"}), columns=["district"]).astype(float)
     linear = LinearRegression().fit(one_hot.iloc[rest], table["rent"].iloc[rest])
@@ -365,7 +367,7 @@ def test_baselines_can_be_left_out(work: Path) -> None:
 
 
 def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path) -> None:
-    """With the target and without, from the run or from the checkpoint alone."""
+    """With the target and without; the table of training may be gone."""
     head = ["--model.head", "Quantiles"]
     main(["fit", *SMALL, *TABLE, *head])
     new: Any = pd.read_csv(houses).iloc[:6].assign(district=["a", "b", "new", None, "c", "a"])
@@ -384,7 +386,13 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     checkpoint = work / "runs/regression/default/checkpoints/best.ckpt"
     new.loc[2, "rent"] = np.nan
     new.to_csv("new.csv", index=False)
-    main(["predict", *rows, *every, "--data.source", "null", "--data.columns_of", str(checkpoint)])
+    main(
+        [
+            "predict",
+            *rows,
+            *every,
+        ]
+    )
     second = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["prediction"] for row in second] == [row["prediction"] for row in first]
     assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
@@ -399,8 +407,43 @@ def test_another_table_does_not_pass_for_the_one_it_was_trained_on(
 ) -> None:
     main(["fit", *SMALL, *TABLE])
     table: Any = pd.read_csv(houses)
-    table.assign(size=2 * table["size"]).to_csv(houses, index=False)
-    assert "are not those of the checkpoint; give the same table" in refused(["test"], capfd)
+    table.assign(rent=table["rent"] + 1).to_csv(houses, index=False)
+    problem = f"the checkpoint knows none of the {ROWS} samples: they are others, or have changed"
+    assert problem in refused(["test"], capfd)
+
+
+def test_a_table_that_grows_moves_no_row(houses: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nor does a gap that is new, or the order. Columns stay encoded as in training."""
+    every = pd.read_csv(houses)
+    every.iloc[: ROWS // 2].to_csv(houses, index=False)
+    first = main(["fit", *SMALL, *TABLE]).datamodule
+
+    def parts(data: Any) -> list[set[int]]:
+        table = data.table
+        return [set(row_keys(table.frame.iloc[part.numpy()]).tolist()) for part in table.parts]
+
+    before = parts(first)
+    every.loc[ROWS - 1, "floor"] = np.nan
+    every.sample(frac=1, random_state=0).to_csv(houses, index=False)
+    capfd.readouterr()
+    after = main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "20"]).datamodule
+    assert f"data.source: {ROWS // 2} samples are new to the checkpoint" in capfd.readouterr().out
+    assert all(old <= new for old, new in zip(before, parts(after), strict=True))
+    assert after.columns == first.columns
+    assert parts(main(["test", "--ckpt_path", "last"]).datamodule) == parts(after)
+    every.assign(age=3).to_csv(houses, index=False)
+    problem = "data.source.path: the checkpoint was not trained with the column 'age'; list it in data.source.drop"
+    assert refused(["test"], capfd) == problem
+
+
+def test_equal_rows_stay_in_their_parts() -> None:
+    """As many as before in each; those that are more are drawn."""
+    keys = torch.tensor([7, 7, 7, 1, 2, 3])
+    known = parts_facts(keys, Parts(torch.tensor([0, 3]), torch.tensor([1, 4]), torch.tensor([2, 5])))
+    more = torch.tensor([3, 7, 9, 7, 7, 2, 7, 1])
+    drawn = Parts(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([6, 7]))
+    parts = same_parts(more, drawn, known, equal_together=False)
+    assert [sorted(more[part].tolist()) for part in parts] == [[1, 7, 9], [2, 7], [3, 7, 7]]
 
 
 @pytest.mark.parametrize("head", ["Gaussian", "Quantiles"])
@@ -469,7 +512,6 @@ MISTAKES = [
     case(lines(), f"{SOURCE}.target_unit=-1", f"{SOURCE}.target_unit", "must be above 0, got -1.0"),
     case(lines(), f"{SOURCE}.path huses.csv", f"{SOURCE}.path", "no such file", "houses.csv"),
     case(lines(), f"{SOURCE} {TABLES}.Diabetse", SOURCE, f"no 'Diabetse' in {TABLES}", "Diabetes"),
-    case(lines(), f"{SOURCE} null", SOURCE, "is null; name a table"),
     case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
     case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
     case("size,kind,rent\n", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
@@ -489,9 +531,7 @@ MISTAKES = [
     case(lines(), "--data.val_fraction 0.95", "--data.val_fraction", "0.2 must leave samples to train on"),
     case(lines(), "--data.split_seed=-1", "--data.split_seed", "must be in [0, 2**32), got -1"),
     case(lines(), "--data.scaling quantiles", "--data.scaling", "quantiles", "quantile"),
-    case(lines(), "--data.columns_of x.ckpt", "--data.columns_of", "is for data.predict_source"),
-    case(lines(), "--data.columns_of x.ckpt --data.predict_source common.sources.tables.Diabetes", "--data.columns_of",
-         "x.ckpt: no such checkpoint"),
+    case(lines(), "--data.facts_of x.ckpt", "--data.facts_of", "no such checkpoint x.ckpt"),
     case(lines(), "--model.columns {}", "--model.columns", "is taken from data.columns"),
     case(lines(), "--model.head Quantiles --model.head.quantiles [0.1,0.5,1.5]", "--model.head.quantiles",
          "must ascend between 0 and 1, got [0.1, 0.5, 1.5]"),
@@ -559,17 +599,6 @@ def test_rows_that_cannot_be_predicted(houses: Path, work: Path, capfd: pytest.C
         assert "data.source" not in line
     missing = refused(["predict", *rows[:-1], "nw.csv"], capfd)
     assert missing.startswith("--data.predict_source.path: nw.csv: no such file; did you mean 'new.csv'?")
-
-
-def test_columns_of_needs_a_checkpoint_of_a_table(houses: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    torch.save({"state_dict": {}, "global_step": 1, "hyper_parameters": {"net": 1}}, "lm.ckpt")
-    main(["fit", *SMALL, *TABLE])
-    rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "houses.csv"]
-    args = ["predict", *rows, "--data.source", "null", "--data.columns_of"]
-    assert refused([*args, "lm.ckpt"], capfd) == (
-        "--data.columns_of: lm.ckpt: was not trained on a table; name a checkpoint of this recipe"
-    )
-    assert refused([*args, "nope.ckpt"], capfd) == "--data.columns_of: nope.ckpt: no such checkpoint; name another file"
 
 
 def test_diabetes_is_in_its_own_units() -> None:

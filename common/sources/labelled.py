@@ -123,22 +123,38 @@ def split_by_class(
         except ValueError as error:
             raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
 
-    samples, test = torch.arange(len(data.target)).tensor_split([len(data.target) - data.num_test])
-    _, first, same = np.unique(keys[samples].numpy(), return_index=True, return_inverse=True)
-    rest = samples[np.sort(first)]  # one of each
-    count = len(rest) + len(test)
-    if not data.num_test:
+    own_test = data.num_test
+    samples, test = torch.arange(len(data.target)).tensor_split([len(data.target) - own_test])
+    rest = one_of_each(keys[samples])
+    count = len(rest) + own_test
+    if not own_test:
         rest, test = split(rest, test_fraction)
     train, val = split(rest, val_fraction * count / len(rest))
-    parts = Parts(train, val, test)
-    if len(first) == len(samples):
-        return parts
-    part_of = torch.zeros_like(samples)
-    for number, part in enumerate(parts[: 2 if data.num_test else 3]):
-        part_of[part] = number
-    part_of = part_of[first][same]
-    again = np.setdiff1d(samples, samples[first])
-    return Parts(*(torch.cat([part, samples[again][part_of[again] == n]]) for n, part in enumerate(parts)))
+    if own_test:
+        train, val = together([train, val], keys[samples])
+    else:
+        train, val, test = together([train, val, test], keys)
+    return Parts(train, val, test)
+
+
+def one_of_each(keys: Int64[Tensor, " samples"]) -> Int64[Tensor, " different"]:
+    """Positions of the first of all samples with equal keys, in their order."""
+    return torch.from_numpy(np.sort(np.unique(keys.numpy(), return_index=True)[1]))
+
+
+def together(parts: Sequence[Tensor], keys: Int64[Tensor, " samples"]) -> list[Tensor]:
+    """The parts, each with the samples whose equals are in it.
+
+    Args:
+        parts: positions of one sample of each key.
+        keys: of all samples.
+    """
+    drawn = torch.cat([*parts])
+    number = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    known, order = keys[drawn].sort()
+    again = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, drawn, False).nonzero()[:, 0]
+    its = number[order[torch.searchsorted(known, keys[again])]]
+    return [torch.cat([part, again[its == n]]) for n, part in enumerate(parts)]
 
 
 def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
@@ -168,6 +184,55 @@ def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
     numbers = torch.tensor([*map(list(known).index, data.class_names)])
     target = torch.where(data.target < 0, data.target, numbers[data.target.clamp(min=0)])
     return replace(data, target=target, class_names=list(known))
+
+
+def same_parts(
+    keys: Int64[Tensor, " samples"],
+    drawn: Parts,
+    known: Mapping[str, Tensor],
+    equal_together: bool = True,
+    own_test: bool = False,
+) -> Parts:
+    """The parts, except that samples which a checkpoint knows keep their parts; says how many are new.
+
+    Args:
+        keys: of the samples; equal samples have equal ones.
+        drawn: the parts that are drawn for all samples; new ones stay there.
+        known: ``parts`` of a checkpoint's facts: ``keys`` of training, validation and test in turn, and the ``sizes``.
+        equal_together: whether a new sample that equals a known one goes with it.
+        own_test: whether the test part is the source's own; it stays.
+
+    Raises:
+        InputError: the checkpoint knows none of the samples.
+    """
+    if keys[torch.cat(drawn)].equal(known["keys"]):
+        return drawn
+    numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
+    parts_of: dict[int, list[int]] = {}
+    for key, part in zip(known["keys"].tolist(), numbers, strict=True):
+        parts_of.setdefault(key, []).append(part)
+    key_of, chosen, new = keys.tolist(), ([], [], []), [0, 0, 0]
+    for part, positions in enumerate(drawn):
+        for position in positions.tolist():
+            there = parts_of.get(key_of[position], [])
+            new[part] += not there
+            before = part
+            if there:
+                before = there[0] if equal_together and len(there) == 1 else there.pop(0)
+            stays = own_test and 2 in (part, before)
+            chosen[part if stays else before].append(position)
+    if sum(new) == len(keys):
+        problem = f"the checkpoint knows none of the {len(keys)} samples: they are others, or have changed"
+        raise InputError(f"data.source: {problem}; give those of the training, or fit without --ckpt_path")
+    if sum(new) and not rank_zero_only.rank:
+        shares = "{} for training, {} for validation, {} for testing".format(*new)
+        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; all others stay", flush=True)
+    return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
+
+
+def parts_facts(keys: Int64[Tensor, " samples"], parts: Parts) -> dict[str, Tensor]:
+    """What :func:`same_parts` needs to know."""
+    return {"keys": keys[torch.cat(parts)], "sizes": torch.tensor([len(part) for part in parts])}
 
 
 class Samples:
@@ -207,15 +272,16 @@ class Samples:
         parts = split_by_class(data, *self._split, keys)
         if self.facts:
             self._check_alike(data)
-            parts = _same_parts(data, keys, parts, self.facts["parts"])
+            if not data.num_val:
+                parts = same_parts(keys, parts, self.facts["parts"], own_test=data.num_test > 0)
             data = _as_known(data, self.facts["class_names"])
-        sizes, images = torch.tensor([len(part) for part in parts]), data.inputs.get("pixel_values")
+        images = data.inputs.get("pixel_values")
         self.facts |= {
             "class_names": data.class_names,
             "shapes": _shapes(data),
             "range": [] if images is None else [images.min().item(), images.max().item()],
             "encoding": data.encoding,
-            "parts": {"keys": keys[torch.cat(parts)], "sizes": sizes},
+            "parts": parts_facts(keys, parts),
         }
         return data, parts
 
@@ -260,25 +326,6 @@ class Samples:
 
 def _shapes(data: Labelled) -> dict[str, list[int]]:
     return {name: list(data.inputs[name].shape[1:]) for name in sorted(data.inputs)}
-
-
-def _same_parts(data: Labelled, keys: Tensor, drawn: Parts, known: Mapping[str, Tensor]) -> Parts:
-    if data.num_val or keys[torch.cat(drawn)].equal(known["keys"]):
-        return drawn
-    numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
-    # Of equal samples in several parts all go to training: none of them may test.
-    part_of = dict(sorted(zip(known["keys"].tolist(), numbers, strict=True), key=lambda item: -item[1]))
-    key_of, chosen, new = keys.tolist(), ([], [], []), [0, 0, 0]
-    for part, positions in enumerate(drawn):
-        for position in positions.tolist():
-            before = part_of.get(key_of[position], part)
-            stays = data.num_test and 2 in (part, before)  # the source's own test part
-            chosen[part if stays else before].append(position)
-            new[part] += key_of[position] not in part_of
-    if sum(new) and not rank_zero_only.rank:
-        shares = "{} to training, {} to validation, {} to test".format(*new)
-        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; the others stay", flush=True)
-    return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
 
 
 def fingerprint(data: Labelled) -> str:

@@ -6,7 +6,7 @@ values, so a checkpoint holds all that :func:`encode` needs for new rows.
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
-from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest
 from common.sources.files import column, load_splits
 from common.sources.labelled import Parts, check_split
@@ -151,19 +151,28 @@ class Columns(TypedDict):
     categorical: dict[str, list[str]]
 
 
-def read_columns(path: str) -> Columns:
-    """The columns in a checkpoint.
+def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
+    """A number for each row: rows of equal values have equal ones.
 
-    Raises:
-        InputError: it cannot be read, or was not trained on a table.
+    Gaps turn a column's whole numbers into floats, and one word all its numbers into text; neither changes a key.
     """
-    try:
-        return read_checkpoint(path, hint="name another file")["hyper_parameters"]["columns"]
-    except InputError as error:
-        raise InputError(f"data.columns_of {error}") from error
-    except KeyError as error:
-        problem = "was not trained on a table; name a checkpoint of this recipe"
-        raise InputError(f"data.columns_of {path}: {problem}") from error
+    import pandas
+
+    pd: Any = pandas
+    values = {}
+    for name in sorted(frame.columns):
+        cells = frame[name]
+        values[f"number {name}"] = numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+        values[f"word {name}"] = cells.astype(str).where(numbers.isna() & cells.notna(), "")
+    hashed = pd.util.hash_pandas_object(pd.DataFrame(values), index=False)
+    return torch.from_numpy(hashed.to_numpy().view(np.int64).copy())
+
+
+def tell_equal(keys: Int64[Tensor, " rows"], parts: Parts) -> None:
+    """Say how many test rows equal a training row. They may by chance, and may make the test too easy."""
+    equal = int(torch.isin(keys[parts.test], keys[parts.train]).sum())
+    if equal and not rank_zero_only.rank:
+        print(f"data.source: {equal} of {len(parts.test)} test rows equal a training row", flush=True)
 
 
 def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: int) -> Parts:
@@ -374,8 +383,8 @@ def encode(
         key: the setting of the rows, for messages.
 
     Raises:
-        InputError: a column is missing, holds text instead of numbers, or numbers where training had text with leading
-            zeros.
+        InputError: a column is missing, holds text instead of numbers or numbers instead of true and false, or numbers
+            where training had text with leading zeros.
     """
     from pandas import Index
     from pandas.api.types import is_numeric_dtype
@@ -392,10 +401,39 @@ def encode(
                 problem = f"holds the number {min(lost)}, where training had the text {padded[min(lost)]!r}"
                 raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
+        there = labels[labels.notna()]
+        if len(there) and (found < 0).all() and _kind(there) != _kind(categories):
+            problem = f"holds {_kind(there)}, such as {there.iloc[0]!r}, and in training {_kind(categories)}"
+            raise InputError(f"{key}: column {name!r} {problem}, such as {categories[0]!r}; write them alike")
         codes.append(np.select([labels.isna(), found < 0], [1, 0], found + 2))
     codes += [np.isnan(raw[:, number]) for number, each in enumerate(facts) if each["has_missing"]]
     categorical = np.stack(codes, 1) if codes else np.empty((len(frame), 0))
     return torch.from_numpy(_scaled(filled, columns)).float(), torch.from_numpy(categorical).long()
+
+
+def _kind(labels: Iterable[str]) -> str:
+    """What all of these categories are."""
+    if {*labels} <= {"True", "False"}:
+        return "true and false"
+    return "numbers" if all(re.fullmatch(r"-?\d+(\.\d*)?(e[+-]?\d+)?", each) for each in labels) else "text"
+
+
+def check_source(frame: DataFrame, source: TableSource, columns: Columns) -> None:
+    """Refuse a table that is not as that of a checkpoint's training.
+
+    Raises:
+        InputError: it has another target or unit, or other columns.
+    """
+    settings = ("target", source.target, columns["target"]), ("target_unit", source.target_unit, columns["unit"])
+    for key, now, before in settings:
+        if now != before:
+            raise InputError(f"data.source.{key}: is {now}, and that of the checkpoint {before}; take that")
+    for name in (*columns["numeric"], *columns["categorical"]):
+        _column(frame, name, "data.source.path")
+    known = {columns["target"], *columns["numeric"], *columns["categorical"]}
+    if new := [name for name in frame.columns if name not in known]:
+        problem = f"the checkpoint was not trained with the column {new[0]!r}"
+        raise InputError(f"data.source.path: {problem}; list it in data.source.drop")
 
 
 def cardinalities(columns: Columns) -> list[int]:

@@ -1,6 +1,7 @@
 """Rows of a table, split at random. Edit this file, or only ``data.source``, for your own data."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,17 +11,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
+from common.sources.labelled import Parts, parts_facts, same_parts
 from common.sources.tables import (
+    Columns,
     Scaling,
     TableSource,
+    check_source,
     encode,
     fit_columns,
     known_target,
-    read_columns,
     read_target,
+    row_keys,
     split_rows,
+    tell_equal,
 )
 
 
@@ -34,11 +40,26 @@ class Batch(NamedTuple):
     mask: Bool[Tensor, " batch"]
 
 
+class Rows(NamedTuple):
+    """The rows of a table: as they were read, their target in its unit, and encoded, with the standardized target."""
+
+    frame: Any
+    target: Float[np.ndarray, " rows"]
+    columns: Columns
+    parts: Parts
+    encoded: tuple[Tensor, Tensor, Tensor]
+
+
+def _encoded(frame: Any, target: np.ndarray, columns: Columns, key: str) -> tuple[Tensor, Tensor, Tensor]:
+    standardized = (target - columns["mean"]) / columns["std"]
+    return *encode(frame, columns, key), torch.from_numpy(standardized).float()
+
+
 class RowDataset(Dataset[Batch]):
     """Reads the given positions of encoded rows as batches."""
 
-    def __init__(self, numeric: Tensor, categorical: Tensor, target: Tensor, positions: Tensor):
-        self.rows, self.positions = (numeric, categorical, target), positions
+    def __init__(self, rows: tuple[Tensor, Tensor, Tensor], positions: Tensor):
+        self.rows, self.positions = rows, positions
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -54,12 +75,13 @@ class RegressionData(BaseDataModule):
     Args:
         source: the rows, by class path: one of ``common.sources.tables``.
         predict_source: rows for ``predict``, with or without the target; None for the test part.
-        columns_of: a checkpoint that encodes ``predict_source`` in place of ``source``, which may then be null.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share one class with unseen ones.
         val_fraction: share of all rows for validation.
         test_fraction: share of all rows for testing.
         split_seed: seed of the split alone, so runs with other seeds test on the same rows.
+        facts_of: a checkpoint whose encoding and parts hold; that of ``--ckpt_path`` if there is one. Without the table
+            then: ``export``, and ``predict`` of other rows.
         batch_size: rows per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -67,49 +89,57 @@ class RegressionData(BaseDataModule):
 
     def __init__(
         self,
-        source: TableSource | None,
+        source: TableSource,
         predict_source: TableSource | None = None,
-        columns_of: str | None = None,
         scaling: Scaling = "quantile",
         rare: int = 5,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        facts_of: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.predict_source, self.columns_of = predict_source, columns_of
-        if columns_of is not None:
-            if predict_source is None:
-                raise InputError("data.columns_of: is for data.predict_source; name rows to predict, or remove it")
-            self.columns = read_columns(columns_of)
-            return
-        if source is None:
-            raise InputError("data.source is null; name a table, such as common.sources.tables.Table")
+        self.source, self.predict_source = source, predict_source
+        self.scaling: Scaling = scaling
+        self.rare, self._split = rare, (val_fraction, test_fraction, split_seed)
+        self.facts: dict[str, Any] = dict(read_facts(facts_of))
+        if self.facts and "columns" not in self.facts:
+            raise InputError("data.facts_of: the checkpoint was not trained on a table; name another, or null")
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        self.frame = source.read()
-        self.target = read_target(self.frame, source)
-        self.parts = parts = split_rows(len(self.frame), val_fraction, test_fraction, split_seed)
-        self.columns = fit_columns(self.frame.iloc[parts.train], self.target[parts.train], source, scaling, rare)
-        self.rows = self._encoded(self.frame, self.target, "data.source.path")
+        self.columns: Columns = self.facts["columns"] if self.facts else self.table.columns
 
-    def _encoded(self, frame: Any, target: np.ndarray, key: str) -> tuple[Tensor, Tensor, Tensor]:
-        standardized = (target - self.columns["mean"]) / self.columns["std"]
-        return *encode(frame, self.columns, key), torch.from_numpy(standardized).float()
+    @cached_property
+    def table(self) -> Rows:
+        """The rows of the source, in parts."""
+        source, known = self.source, self.facts
+        frame = source.read()
+        target = read_target(frame, source)
+        if known:
+            check_source(frame, source, known["columns"])
+        keys, parts = row_keys(frame), split_rows(len(frame), *self._split)
+        if known:
+            columns, parts = known["columns"], same_parts(keys, parts, known["parts"], equal_together=False)
+        else:
+            tell_equal(keys, parts)
+            columns = fit_columns(frame.iloc[parts.train], target[parts.train], source, self.scaling, self.rare)
+        self.facts |= {"columns": columns, "parts": parts_facts(keys, parts)}
+        return Rows(frame, target, columns, parts, _encoded(frame, target, columns, "data.source.path"))
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
-            rows = self._encoded(new, known_target(new, self.columns), "data.predict_source")
-            self.predict_data = RowDataset(*rows, torch.arange(len(new)))
+            target = known_target(new, self.columns)
+            rows = _encoded(new, target, self.columns, "data.predict_source")
+            self.predict_data = RowDataset(rows, torch.arange(len(new)))
             return
-        if self.columns_of is not None:
-            raise InputError("data.columns_of: is for predict alone; remove it and name the table as data.source")
-        self.train_data, self.val_data, self.test_data = (RowDataset(*self.rows, part) for part in self.parts)
+        self.train_data, self.val_data, self.test_data = (
+            RowDataset(self.table.encoded, part) for part in self.table.parts
+        )
         self.predict_data = self.test_data
 
     @override

@@ -83,7 +83,7 @@ class RegressionModule(BaseModule):
         super().on_load_checkpoint(checkpoint)
         if checkpoint["hyper_parameters"]["columns"] != self.columns:
             problem = "its columns or their training rows are not those of the checkpoint"
-            raise InputError(f"data.source: {problem}; give the same table, or data.columns_of to predict other rows")
+            raise InputError(f"data.source: {problem}; give the same table")
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
@@ -94,10 +94,10 @@ class RegressionModule(BaseModule):
             "residuals": residuals(target, preds, name),
         }
         if stage == "test" and self.baselines and self.trainer.is_global_zero:
-            data = self.data
-            fit, test = torch.cat([data.parts.train, data.parts.val]), data.parts.test[: len(target)]
+            table = self.data.table
+            fit, test = torch.cat([table.parts.train, table.parts.val]), table.parts.test[: len(target)]
             rmse = (preds - target).square().mean().sqrt().item()  # here: several ranks give the rows in another order
-            figures["baselines"] = baseline_table(data.frame, data.target, self.columns, fit, test, rmse)
+            figures["baselines"] = baseline_table(table.frame, table.target, self.columns, fit, test, rmse)
         return figures
 
     @override
