@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,22 @@ def read_facts(path: str | None) -> dict[str, Any]:
     if not Path(path).exists():
         raise InputError(f"data.facts_of: no such checkpoint {path}; name one, or null")
     return read_checkpoint(path, mmap=True).get("facts", {})
+
+
+def check_made_by(facts: Mapping[str, Any], **settings: Any) -> None:
+    """Refuse settings of the data that do not hold, as their result comes from a checkpoint.
+
+    Args:
+        facts: of the checkpoint; ``made_by`` holds its settings. Empty if there is none.
+        settings: those that are given now.
+
+    Raises:
+        InputError: a setting is another.
+    """
+    for name, before in facts.get("made_by", {}).items():
+        if settings[name] != before:
+            problem = f"the checkpoint's data were made with {before}, and their parts and encoding hold"
+            raise InputError(f"data.{name} {settings[name]}: {problem}; give {before}, or fit without --ckpt_path")
 
 
 def is_whole(path: str | Path) -> bool:

@@ -5,11 +5,13 @@ vectorized read gathers arrays and token files, not one read per sample.
 """
 
 import atexit
+import ctypes
 import functools
 import multiprocessing
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -225,7 +227,18 @@ def _end_readers() -> None:
         process.kill()
 
 
-def _ignore_signals(worker: int) -> None:
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: a forked process may not load it
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process, which has just been made, when its parent is killed (prctl(2), on Linux)."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _begin_reading(worker: int) -> None:
+    end_with_parent()
     # Terminals and launchers signal a whole process group; the training process ends its workers after it has saved.
     for name in ENDING:
         if hasattr(signal, name):
@@ -280,7 +293,7 @@ class BaseDataModule(L.LightningDataModule):
             num_workers=2 * on_gpu if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
             persistent_workers=False,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_reading,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from common.errors import ENDING, signal_name
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection would print a page on stderr
+
 _main = sys.modules["__main__"]
 _file = getattr(_main, "__file__", None)
 

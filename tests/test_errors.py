@@ -453,7 +453,7 @@ def test_where_there_is_no_best_checkpoint_the_last_is_named(
     shutil.copy(resumable / "checkpoints/last.ckpt", resumable / "checkpoints/an-earlier.ckpt")
     for command in ("test", "export"):
         line = refused(LM, [command, "--trainer.accelerator", "cpu"], capfd)
-        assert line.endswith("best.ckpt does not exist (found: last, an-earlier); give --ckpt_path last")
+        assert line.endswith("best.ckpt does not exist (found: an-earlier, last); --ckpt_path an-earlier is the newest")
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}

@@ -181,16 +181,20 @@ def test_links_change_nothing(link: str, work: Path) -> None:
         ("[b] ~ $HOME *", None),
         ("1e3", None),  # jsonargparse reads it as a number, YAML as a text
         ("運 ünï", None),
+        ("\udcff", "is not UTF-8; set PYTHONUTF8=1, or take another name"),
     ],
 )
 def test_names_work_or_are_one_line(name: str, line: str | None, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if line:
         assert line in refused(capfd, "--name", name)
         return
+    logger = ["--trainer.logger", "common.run.loggers.TensorBoardLogger", "--trainer.logger.save_dir", "."]
+    logger += ["--trainer.logger.name", "", "--trainer.logger.version", ""]
     for _ in range(2):
-        fit("--name", name)
+        fit("--name", name, *logger)
     fit("--name", name, "--ckpt_path", "last", "--trainer.max_steps", "8")
     assert sorted(path.name for path in (work / "runs/classification").iterdir()) == [name, f"{name}.1"]
+    assert len(list((work / "runs/classification" / name).glob("events.*"))) == 1
     assert len(read_metrics(work / "runs/classification" / name / "metrics.csv", "train/loss")) == 8
 
 
@@ -253,7 +257,7 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
     [
         (
             ["--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
-            "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or "
+            "--model.optimizer: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or "
             "fit without --ckpt_path",
         ),
         (
@@ -262,6 +266,11 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
             "fit without --ckpt_path",
         ),
         (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
+        (["--ckpt_path", "last", "--data.val_fraction", "0.3"], "--data.val_fraction: 0.3: the checkpoint's data were"),
+        (
+            ["--model.optimizer", "torch.optim.LBFGS", "--model.optimizer.max_iter", "3"],
+            "--model.optimizer: LBFGS doesn't support per-parameter options",
+        ),
         (["--trainer.val_check_interval", "00:00:00:10"], "by time, a resumed run would validate at other steps"),
         *(
             (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
@@ -284,6 +293,14 @@ def test_what_does_not_fit_is_one_line(
     assert bytes_of(work / RUN) == before
 
 
+def test_a_timer_among_the_callbacks_ends_the_run(work: Path) -> None:
+    """Its default is an enumeration, for which YAML has no word."""
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:00:00:01"}}
+    (work / "timer.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [timer]}}))
+    fit("--config", "timer.yaml", "--trainer.max_steps", "100000")
+    assert json.loads((work / RUN / "summary.json").read_text())["state"] == "out of time"
+
+
 def failing_picture(args: list[str]) -> None:
     from recipes.classification.module import ClassificationModule
 
@@ -300,7 +317,7 @@ def test_an_error_in_a_picture_ends_nothing(work: Path, monkeypatch: pytest.Monk
     assert run_ranks(failing_picture, ["fit", *TINY], world=1, folder=work / "log") == [0], logs(work / "log")
     text = (work / "log/rank0.log").read_text()
     assert text.count("ArithmeticError: a bug in a picture") == 1
-    assert text.count("a picture of the recipe failed, and the run goes on:") == 1
+    assert text.count("a picture of the recipe failed, which ends no run:") == 1
     assert (work / RUN / "report.html").exists()
 
 
@@ -366,6 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(work: Path) -> None:
     assert run_ranks(limited, args, world=1, folder=work / "log") == [2], logs(work / "log")
     line = (work / "log/rank0.log").read_text().splitlines()[-1]
     assert "cannot be written (File too large); make room, earlier ones are intact" in line
+    assert "Traceback" not in (work / "log/rank0.log").read_text()
     last, previous = (work / RUN / f"checkpoints/{name}.ckpt" for name in ("last", "previous"))
     assert read_checkpoint(last)["global_step"] == 2
     assert not previous.samefile(last)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,10 @@ class RecipeCLI(LightningCLI):
             _quiet_stderr()
             if args is None:
                 logging.captureWarnings(True)
+            for arg in self.argv:
+                if not arg.isascii() and arg != arg.encode(errors="replace").decode():
+                    problem = "is not UTF-8; set PYTHONUTF8=1, or take another name"
+                    raise InputError(f"command line: {arg!r} {problem}")
             if not all(part.isidentifier() for part in self.package.split(".")):
                 problem = "cannot be the name of a Python package; take letters, digits and underscores"
                 raise InputError(f"{self.recipe_dir}: {self.recipe_dir.name!r} {problem}")
@@ -286,7 +291,8 @@ class RecipeCLI(LightningCLI):
         if name == "auto" and self.subcommand == "fit":
             found = self.run.newest()
             if not rank_zero_only.rank:
-                print(f"fit: {f'goes on from {found}' if found else f'{self.run.path} is new'}", flush=True)
+                start = "begins anew: it has no checkpoint" if self.run.path.exists() else "is new"
+                print(f"fit: {f'goes on from {found}' if found else f'{self.run.path} {start}'}", flush=True)
             return found
         return self.run.find(str(name)) if name else None
 
@@ -376,6 +382,10 @@ class RecipeCLI(LightningCLI):
             if name == "EarlyStopping" and item.init_args.get("check_on_train_epoch_end") is None:
                 # After each validation: at an epoch's end a resumed run might not have validated yet.
                 item.init_args["check_on_train_epoch_end"] = False
+        for item in (*_as_list(config.trainer.callbacks), *_as_list(config.trainer.logger)):
+            for key, value in item.get("init_args", {}).items():
+                if isinstance(value, str) and isinstance(value, Enum):  # as Timer has, for which YAML has no word
+                    item.init_args[key] = value.value
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
         if config.get("ckpt_path") and "facts_of" in self.resolved["data"]:

@@ -94,13 +94,12 @@ class RunFolder:
             return Path(name).absolute()
         path = self.path / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
-            others = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stem not in ("last", "best"))
-            found = ", ".join(p.stem for p in others) or "none"
+            found = ", ".join(sorted(each.stem for each in path.parent.glob("*.ckpt"))) or "none"
             runs = self._named_like(f"{name}.ckpt")
             near = runs and (closest(self.path.name, runs) or runs[-1])
             hint = f"give --name {near}" if near else "run fit first or give --name"
-            if others:
-                hint = f"give --ckpt_path {others[0].stem if others[0].stem in ('last', 'best') else others[0]}"
+            if newest := newest_whole(path.parent):
+                hint = f"--ckpt_path {newest.stem} is the newest"
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
@@ -183,7 +182,9 @@ def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:
     try:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--name {name}: cannot write {path} ({error.strerror}); give another name or root") from error
+        raise InputError(
+            f"--name {name}: cannot write {path} ({error.strerror}); give another --trainer.default_root_dir"
+        ) from error
     try:
         import fcntl  # not on Windows
 

@@ -1,18 +1,28 @@
-"""Weights & Biases with one W&B run for a run's folder."""
+"""TensorBoard in a run's folder, and Weights & Biases with one W&B run for it."""
 
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import loggers
 from typing_extensions import override
 
 from common.errors import InputError
 from common.run.record import describe_environment
 
 
-class Wandb(WandbLogger):
+class TensorBoardLogger(loggers.TensorBoardLogger):
+    """Lightning's, except that a ``$`` in the folder's path stands for itself."""
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+        return os.path.join(self.root_dir, version, str(self.sub_dir or ""))
+
+
+class Wandb(loggers.WandbLogger):
     """Logs from rank 0 to Weights & Biases; a run resumed or tested goes on in its folder's W&B run.
 
     The environment decides the rest: ``WANDB_API_KEY`` logs in, ``WANDB_MODE=offline`` needs no network, and

@@ -15,19 +15,23 @@ _told: set[str] = set()  # what has failed in this process
 
 
 def tell(what: str, error: Exception) -> None:
-    """Print the traceback of a failure that costs no work, once for each kind of work."""
+    """Print a failure that costs no work, once for each kind of work: its traceback if code is at fault."""
     if what not in _told:
         _told.add(what)
-        text = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error)).rstrip()
-        print(f"{what} failed, and the run goes on:\n{text}", file=sys.stderr, flush=True)
+        known = isinstance(error, InputError | OSError)
+        text = str(error) if known else "\n" + "".join(traceback.format_exception(error)).rstrip()
+        print(f"{what} failed, which ends no run: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def spared(what: str) -> Iterator[None]:
     """Let a failure of this work end nothing but itself."""
+    ends_run = sys.exception()
     try:
         yield
     except Exception as error:
+        if error.__context__ is ends_run:
+            error.__context__ = None  # another matter
         tell(what, error)
 
 

@@ -265,8 +265,11 @@ class RunRecord(Callback):
         folder = self.run.path if trainer.state.fn == "fit" else self.folder
         with spared("summary.json"):
             written = folder / ".summary.json.tmp"
-            written.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-            os.replace(written, folder / "summary.json")
+            try:
+                written.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+                os.replace(written, folder / "summary.json")
+            finally:
+                written.unlink(missing_ok=True)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

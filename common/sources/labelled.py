@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.checkpoint import check_made_by
 from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
 
@@ -249,9 +250,9 @@ class Samples:
         known: facts of the checkpoint, see :class:`common.data.BaseDataModule`; empty if there is none.
 
     Attributes:
-        facts: ``class_names``; of inputs the ``shapes`` and, if they are images, the ``range`` of values; what has
-            encoded them; and ``parts``, with the samples' ``keys`` (those of training, validation and test in turn)
-            and the ``sizes`` of the three.
+        facts: what they are ``made_by``, the arguments of the split; ``class_names``; of inputs the ``shapes`` and, if
+            they are images, the ``range`` of values; what has encoded them; and ``parts``, with the samples' ``keys``
+            (those of training, validation and test in turn) and the ``sizes`` of the three.
 
     Raises:
         InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
@@ -261,7 +262,10 @@ class Samples:
     def __init__(self, source: Source, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]):
         if known and "shapes" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
-        self._source, self._split, self.facts = source, (val_fraction, test_fraction, seed), dict(known)
+        made_by = {"val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed}
+        check_made_by(known, **made_by)
+        self._source, self._split = source, (val_fraction, test_fraction, seed)
+        self.facts: dict[str, Any] = {**known, "made_by": made_by}
         if not known:
             self._read  # noqa: B018
 
@@ -270,7 +274,7 @@ class Samples:
         data = self._source.read()
         keys = keys_of(data)
         parts = split_by_class(data, *self._split, keys)
-        if self.facts:
+        if "parts" in self.facts:
             self._check_alike(data)
             if not data.num_val:
                 parts = same_parts(keys, parts, self.facts["parts"], own_test=data.num_test > 0)

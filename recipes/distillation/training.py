@@ -1,12 +1,10 @@
 """Training of the teacher: the recipe trains it first, and keeps it for all later runs."""
 
-import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,15 +15,13 @@ import yaml
 from filelock import FileLock
 from typing_extensions import override
 
-from common.data import TrainSampler
+from common.data import TrainSampler, end_with_parent
 from common.errors import InputError, Stopped, nearest, speaking_of
 from common.run.cli import DEFAULTS, RecipeCLI
 from common.run.layers import to_yaml
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE, make_cache
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 FORMAT = 3  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "facts_of")  # the teacher has its own
@@ -89,7 +85,7 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
         command += ["--trainer.enable_progress_bar", "false"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     env["PYTHONPATH"] = os.pathsep.join([str(recipe.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
-    die = _end_with_parent if LIBC else None
+    die = end_with_parent if sys.platform == "linux" else None
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=die)
     try:
         _, stderr = process.communicate()
@@ -110,11 +106,6 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
     if process.returncode:
         sys.stderr.write(stderr)
         raise subprocess.CalledProcessError(process.returncode, command)
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this process when its parent is killed."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # type: ignore[union-attr]
 
 
 class TeacherCLI(RecipeCLI):

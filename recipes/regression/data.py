@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from common.checkpoint import read_facts
+from common.checkpoint import check_made_by, read_facts
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
 from common.sources.labelled import Parts, parts_facts, same_parts
@@ -105,11 +105,17 @@ class RegressionData(BaseDataModule):
         self.source, self.predict_source = source, predict_source
         self.scaling: Scaling = scaling
         self.rare, self._split = rare, (val_fraction, test_fraction, split_seed)
-        self.facts: dict[str, Any] = dict(read_facts(facts_of))
-        if self.facts and "columns" not in self.facts:
+        known = read_facts(facts_of)
+        if known and "columns" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on a table; name another, or null")
+        made_by = {
+            "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed,
+            "scaling": scaling, "rare": rare,
+        }  # fmt: skip
+        check_made_by(known, **made_by)
+        self.facts: dict[str, Any] = {**known, "made_by": made_by}
         # Read here: the module needs its facts, and mistakes show before ranks start.
-        self.columns: Columns = self.facts["columns"] if self.facts else self.table.columns
+        self.columns: Columns = known["columns"] if known else self.table.columns
 
     @cached_property
     def table(self) -> Rows:
@@ -117,10 +123,10 @@ class RegressionData(BaseDataModule):
         source, known = self.source, self.facts
         frame = source.read()
         target = read_target(frame, source)
-        if known:
+        if "columns" in known:
             check_source(frame, source, known["columns"])
         keys, parts = row_keys(frame), split_rows(len(frame), *self._split)
-        if known:
+        if "columns" in known:
             columns, parts = known["columns"], same_parts(keys, parts, known["parts"], equal_together=False)
         else:
             tell_equal(keys, parts)
