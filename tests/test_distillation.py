@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import yaml
 from scipy.special import rel_entr, softmax
@@ -535,6 +536,61 @@ def test_pretrained_net_teaches(work: Path) -> None:
     )
     assert cli.model.teacher_checkpoint is None
     torch.testing.assert_close(cli.model.teacher.net.state_dict(), Pretrained(10, "vit").state_dict())
+
+
+def test_a_pretrained_net_has_its_own_order_of_classes_and_scale(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They stand beside it, in ``config.json`` and ``preprocessor_config.json``."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = LAYER_CONFIG["model"]["net"]["init_args"]["config"]["init_args"]
+    labels = {number: str(9 - number) for number in range(10)}
+    net = ViTForImageClassification(ViTConfig.from_dict({**config, "id2label": labels})).eval()
+    net.save_pretrained("vit")
+    scale = {"image_mean": [0.25], "image_std": [0.5]}
+    scale |= {"do_normalize": True, "image_processor_type": "ViTImageProcessor"}
+    Path("vit/preprocessor_config.json").write_text(json.dumps(scale))
+    args = [
+        "--model.teacher",
+        "common.nets.Pretrained",
+        "--model.teacher.name",
+        "vit",
+        "--model.teacher_training",
+        "null",
+    ]
+    teacher, images = fit(*args).model.teacher, torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = net(pixel_values=(images - 0.25) / 0.5).logits.flip(1)
+    torch.testing.assert_close(teacher({"pixel_values": images})[0], expected)
+    net.config.id2label = {**labels, 3: "six"}
+    net.save_pretrained("vit")
+    with pytest.raises(SystemExit):
+        fit(*args)
+    assert "model.teacher.name: 'vit' has no class '6'; it has 9, 8, 7, six, 5" in capfd.readouterr().err
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where it knows as many tokens."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    Path("a.txt").write_text("abc abd " * 400)
+    Path("b.txt").write_text("abc abe " * 400)
+    source = [*SOURCE.split(), "--data.source.context", "8", "--model.augmentation", "null"]
+    net = ["--model.net", "common.nets.CausalLM", "--model.net.config", "transformers.LlamaConfig"]
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    net += [part for name, size in sizes.items() for part in (f"--model.net.config.{name}", str(size))]
+    for text in ("a", "b"):
+        data = fit(*source, "--data.source.path", f"{text}.txt", *net, "--model.teacher", "null").datamodule
+        made_from = dict(data.facts["tokenizer"])
+        tokenizer = tokenizers.Tokenizer.from_str(made_from.pop("json"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **made_from).save_pretrained("llama")
+    LlamaForCausalLM(LlamaConfig(vocab_size=data.num_classes, **sizes)).save_pretrained("llama")
+    teacher = ["--model.teacher", "common.nets.Pretrained", "--model.teacher.name", "llama", "--model.teacher_training"]
+    teacher += ["null", "--model.teacher.task", "next token"]
+    assert fit(*source, "--data.source.path", "b.txt", *net, *teacher).model.teacher is not None
+    with pytest.raises(SystemExit):
+        fit(*source, "--data.source.path", "a.txt", *net, *teacher)
+    assert "model.teacher.name: 'llama': has another tokenizer, token 'd' is not there" in capfd.readouterr().err
 
 
 def test_pretrained_language_model_may_know_more_tokens(work: Path) -> None:

@@ -126,6 +126,44 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     assert "data.source: the checkpoint was not trained on a class 'apes'; did you mean 'ape'?" in line
 
 
+@pytest.mark.parametrize("recipe", LABELLED)
+def test_without_the_data_of_training(recipe: str, work: Path) -> None:
+    images = work / "images"
+    generator = np.random.default_rng(3)
+    for name in ("ape", "bee"):
+        (images / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"{number}.png")
+    source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
+    net = ["--model.teacher", "null"] if recipe == "distillation" else []
+    main_of(recipe)(["fit", *FIT, *source, "--data.source.size", "8", *net, "--data.batch_size", "4"])
+    shutil.move(images, work / "new")
+    main_of(recipe)(["export"])
+    assert (work / f"runs/{recipe}/default/export/model.safetensors").exists()
+    if recipe != "distillation":
+        args = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.path", str(work / "new")]
+        main_of(recipe)(["predict", *args, "--data.predict_source.size", "8", "--trainer.limit_predict_batches", "1.0"])
+        assert len((work / f"runs/{recipe}/default/predict/predictions.csv").read_text().splitlines()) == 41
+
+
+def test_equal_samples_go_together(work: Path) -> None:
+    """Of each image there are three."""
+    images = work / "images"
+    generator = np.random.default_rng(4)
+    for name in ("ape", "bee"):
+        (images / name).mkdir(parents=True)
+        for number in range(60):
+            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8) if number % 3 == 0 else pixels
+            Image.fromarray(pixels).save(images / name / f"{number:02d}.png")
+    source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
+    data = main_of("classification")(["fit", *FIT, *source, "--data.source.size", "8", "--data.batch_size", "4"])
+    parts = parts_of(data.datamodule)
+    assert [len(part) for part in parts] == [28, 4, 8]
+    assert not (parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2])
+    assert [len(part) for part in data.datamodule.samples.parts] == [84, 12, 24]
+
+
 def test_facts_come_from_a_checkpoint_of_the_same_kind(
     work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,19 +1,47 @@
 """Pretrained nets of transformers with their heads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jaxtyping import Float
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from common.checksums import check_files
 from common.errors import InputError
+
+
+def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
+    """Refuse a net whose tokenizer gives a token of the data another number.
+
+    Args:
+        name: folder or hub name of the net.
+        vocab: the number of each token of the data.
+        key: the setting of the net, for messages.
+
+    Raises:
+        InputError: its tokenizer is another.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
+    except (OSError, ValueError):
+        if not rank_zero_only.rank:
+            print(f"{key} {name}: has no tokenizer to compare; it must be that of the data", flush=True)
+        return
+    for token, number in vocab.items():
+        if theirs.get(token) != number:
+            found = f"token {token!r} is {theirs.get(token, 'not there')}, and in the data {number}"
+            raise InputError(f"{key} {name!r}: has another tokenizer, {found}; take one of the same")
 
 
 class Pretrained(nn.Module):
@@ -23,7 +51,7 @@ class Pretrained(nn.Module):
         num_classes: number of classes of the data and the head. A language model may know more tokens; they are left
             out.
         name: folder or hub name of the net (safetensors weights).
-        task: what its head does.
+        task: what its head does. Images, in [0, 1], get the mean and scale that its ``preprocessor_config.json`` names.
 
     Raises:
         InputError: there is no such net, or its head has other classes.
@@ -41,11 +69,27 @@ class Pretrained(nn.Module):
             reason = str(error).splitlines()[0][:80]
             problem = f"neither a folder with such a net in safetensors nor a hub name ({reason})"
             raise InputError(f"{type(self).__name__} name {name!r}: {problem}") from error
+        self.scale: tuple[Tensor, Tensor] | None = None
+        if task == "image":
+            self._read_scale(name)
         self.num_classes, language = num_classes, task == "next token"
         found: int = self.model.config.vocab_size if language else self.model.config.num_labels  # type: ignore
         if found < num_classes or (found > num_classes and not language):
             raise InputError(f"{type(self).__name__} name {name!r}: has {found} classes, the data {num_classes}")
 
+    def _read_scale(self, name: str) -> None:
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        except (OSError, ValueError):
+            return  # as nets that were trained here
+        if settings.get("do_normalize"):
+            mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
+            self.scale = mean, std
+
     def forward(self, **inputs: Tensor) -> Float[Tensor, "*batch classes"]:
         """Logits of a batch."""
+        if self.scale is not None:
+            images = inputs["pixel_values"]
+            mean, std = (each.to(images) for each in self.scale)
+            inputs["pixel_values"] = (images - mean) / std
         return self.model(**inputs).logits[..., : self.num_classes]

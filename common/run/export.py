@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -25,6 +26,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         InputError: the checkpoint cannot be read.
     """
     from safetensors.torch import save_model
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
@@ -56,6 +58,10 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         special = {"eos_token": ends, "pad_token": ends} if ends else {}
         if context := getattr(datamodule, "context", None):
             special["model_max_length"] = context
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    elif isinstance(made_from := datamodule.facts.get("tokenizer"), Mapping) and made_from:
+        special = {name: value for name, value in made_from.items() if name != "json"}
+        tokenizer = Tokenizer.from_str(made_from["json"])
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     written = sorted(path.name for path in folder.iterdir())
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")

@@ -1,11 +1,10 @@
 """Sources of labelled images and texts: YAML names one (``data.source``), the data module reads it once."""
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,8 @@ class Labelled:
         class_names: a name for each class number.
         num_test: size of the source's own test split, the last samples; 0 if it has none.
         num_val: size of its own validation split, the samples before these; 0 if it has none.
-        encoding: what has encoded the inputs, such as a hash of a tokenizer; those of another mean something else.
+        tokenizer: of texts: the ``json`` of what has encoded them, of the package ``tokenizers``, and arguments of
+            ``transformers.PreTrainedTokenizerFast``; plain values.
     """
 
     inputs: Mapping[str, Tensor]
@@ -36,7 +36,7 @@ class Labelled:
     class_names: list[str]
     num_test: int = 0
     num_val: int = 0
-    encoding: str = ""
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source:
@@ -178,7 +178,7 @@ class TextTable(Source):
             problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
             raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
-        encoding = _tokens_of(tokenizer)
+        made_from = _plain(tokenizer) | {"model_max_length": self.max_length}
         encoded = tokenizer(
             [str(text) for text in texts],
             truncation=True,
@@ -187,15 +187,14 @@ class TextTable(Source):
             return_tensors="pt",
         )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0, encoding=encoding)
+        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0, tokenizer=made_from)
 
 
-def _tokens_of(tokenizer: Any) -> str:
-    """A hash of what makes tokens of a text."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    how = json.loads(fast.to_str()) if fast is not None else {"vocab": tokenizer.get_vocab()}
-    how |= {"truncation": None, "padding": None}  # of its last use
-    return hashlib.blake2b(json.dumps(how, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _plain(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer of transformers is made from again."""
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
+    return {"json": json.dumps(how, sort_keys=True), **special}
 
 
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -175,9 +175,6 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
 def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
     if not data.class_names or list(known) == data.class_names:
         return data
-    if data.target.ndim > 1:
-        problem = "the tokenizer was made anew, as the text or its settings are not the checkpoint's"
-        raise InputError(f"data.source: {problem}; give the same text")
     for name in data.class_names:
         if name not in known:
             there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
@@ -251,8 +248,8 @@ class Samples:
 
     Attributes:
         facts: what they are ``made_by``, the arguments of the split; ``class_names``; of inputs the ``shapes`` and, if
-            they are images, the ``range`` of values; what has encoded them; and ``parts``, with the samples' ``keys``
-            (those of training, validation and test in turn) and the ``sizes`` of the three.
+            they are images, the ``range`` of values; of texts the ``tokenizer``; and ``parts``, with the samples'
+            ``keys`` (those of training, validation and test in turn) and the ``sizes`` of the three.
 
     Raises:
         InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
@@ -284,7 +281,7 @@ class Samples:
             "class_names": data.class_names,
             "shapes": _shapes(data),
             "range": [] if images is None else [images.min().item(), images.max().item()],
-            "encoding": data.encoding,
+            "tokenizer": dict(data.tokenizer),
             "parts": parts_facts(keys, parts),
         }
         return data, parts
@@ -324,8 +321,12 @@ class Samples:
         if len(set(sizes)) > 1:
             problem = "images are {}, and those of the training {} (channels x height x width)".format(*sizes)
             raise InputError(f"data.source: {problem}; set its size and mode")
-        if given.encoding != self.facts["encoding"]:
-            raise InputError("data.source.tokenizer: is not that of the training; name the same")
+        now, then = given.tokenizer, self.facts["tokenizer"]
+        if now.get("json") != then.get("json"):
+            problem = "is not that of the training; one that is made from a text changes with it"
+            raise InputError(f"data.source.tokenizer: {problem}; give the same")
+        if (length := now.get("model_max_length")) != (before := then.get("model_max_length")):
+            raise InputError(f"data.source.max_length: is {length}, and that of the training {before}; take that")
 
 
 def _shapes(data: Labelled) -> dict[str, list[int]]:

@@ -105,6 +105,8 @@ class CurriculumData(BaseDataModule):
         self.train_data = TokenDataset(self.windows)
         self.val_data = self.test_data = self.predict_data = val
         if stage == "fit":
+            if self.difficulty:
+                self.difficulty.check(self.tokenizer.get_vocab())
             scores = self.difficulty and self.difficulty.scores(self.windows, self.eos_id)
             self.order = np.arange(len(self.windows)) if scores is None else np.argsort(scores, kind="stable")
             check_order(self.order, self._trainer.strategy.broadcast(order_digest(self.order)), "those of rank 0")

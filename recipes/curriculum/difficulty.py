@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.checksums import check_files
 from common.errors import InputError
 from common.losses import precise
 from common.nets import check_context
+from common.nets.pretrained import check_tokens
 from common.sources.text import CACHE, Windows
 
 
@@ -49,6 +50,13 @@ class Difficulty:
             InputError: the scores do not fit the data.
         """
         raise NotImplementedError
+
+    def check(self, vocab: Mapping[str, int]) -> None:
+        """Refuse scores that another tokenizer would give; ``vocab`` is the number of each token of the data.
+
+        Raises:
+            InputError: they are of another tokenizer.
+        """
 
 
 class DocumentLength(Difficulty):
@@ -114,6 +122,9 @@ class ReferenceLoss(Difficulty):
         if batch_size < 1:
             raise InputError(f"data.difficulty.batch_size must be at least 1, got {batch_size}")
         self.name, self.cache_dir, self.batch_size = name, Path(cache_dir).expanduser(), batch_size
+
+    def check(self, vocab: Mapping[str, int]) -> None:  # noqa: D102
+        check_tokens(self.name, vocab, "data.difficulty.name")
 
     def scores(self, windows: Windows, eos_id: int) -> Float[np.ndarray, " windows"]:  # noqa: D102
         from transformers import AutoModelForCausalLM

@@ -3,14 +3,18 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import lightning as L
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest, speaking_of
+from common.nets.pretrained import check_tokens
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -69,7 +73,8 @@ class FrozenNet:
         layers: names of modules; :meth:`__call__` also returns their outputs.
 
     Raises:
-        InputError: the checkpoint is missing, of another net or another split of the data, or there is no such layer.
+        InputError: the checkpoint is missing, of another net or another split of the data, or there is no such layer; a
+            pretrained net has other classes or another tokenizer.
     """
 
     key = checkpoint_key = hint = ""  # for messages: the settings of net and checkpoint, and the fix
@@ -83,6 +88,28 @@ class FrozenNet:
         self.net = net.eval().requires_grad_(False).to(device, self.dtype)
         self.features, self.device = Features(self.net, layers), device
         self.num_params = sum(p.numel() for p in self.net.parameters())
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.order = None if checkpoint else self._order(data)
+
+    def _order(self, data: Any) -> Tensor | None:
+        """Where the net has the classes of the data, by name; None for a net that does not say, and for the same order.
+
+        Raises:
+            InputError: it has other classes, or another tokenizer.
+        """
+        found = next((each for each in self.net.modules() if isinstance(each, PreTrainedModel)), None)
+        if found is None:
+            return None
+        if found.name_or_path and (made_from := data.facts["tokenizer"]):
+            check_tokens(found.name_or_path, Tokenizer.from_str(made_from["json"]).get_vocab(), self.key)
+        labels: Any = found.config.id2label or {}
+        names = {str(name): int(number) for number, name in labels.items()}
+        if data.samples.labelled.target.ndim > 1 or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+            return None
+        if other := next((name for name in data.class_names if name not in names), None):
+            problem = f"{found.name_or_path!r} has no class {other!r}{nearest(other, names)}"
+            raise InputError(f"{self.key}: {problem}; it has {shorten(', '.join(names), 80)}")
+        return torch.tensor([names[name] for name in data.class_names], device=self.device)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -91,7 +118,7 @@ class FrozenNet:
         autocast = torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
         with autocast, speaking_of(self.key, instead_of="model.net"):
             logits = logits_of(self.net(**inputs))
-        return logits, self.features.take()
+        return logits if self.order is None else logits[..., self.order], self.features.take()
 
     def _load(self, net: nn.Module, path: str, trainer: L.Trainer) -> None:
         try:
@@ -104,9 +131,9 @@ class FrozenNet:
             value = _value(there, key)
             problem = f"was trained on another split of the same data, with {key.rpartition('.')[2]} {value}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; give --{key} {value}")
-        theirs = checkpoint.get("hyper_parameters", {}).get("class_names")
+        theirs = (checkpoint.get("facts") or checkpoint.get("hyper_parameters", {})).get("class_names")
         if theirs and theirs != data.class_names:
-            problem = f"was trained on other classes, {', '.join(theirs)}"
+            problem = f"was trained on other classes, {shorten(', '.join(theirs), 80)}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}

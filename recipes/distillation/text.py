@@ -50,4 +50,7 @@ class TextWindows(Source):
         parts = [windows[range(len(windows))] for windows in (train, val)]
         input_ids, target = (torch.cat(both) for both in zip(*parts, strict=True))
         names = [corpus.tokenizer.decode([number], skip_special_tokens=False) for number in range(corpus.vocab_size)]
-        return Labelled({"input_ids": input_ids}, target, names, num_val=len(val))
+        ends = corpus.tokenizer.id_to_token(corpus.eos_id)
+        made_from = {"json": corpus.tokenizer.to_str(), "eos_token": ends, "pad_token": ends}
+        made_from |= {"model_max_length": self.context}
+        return Labelled({"input_ids": input_ids}, target, names, num_val=len(val), tokenizer=made_from)
