@@ -164,6 +164,36 @@ def test_equal_samples_go_together(work: Path) -> None:
     assert [len(part) for part in data.datamodule.samples.parts] == [84, 12, 24]
 
 
+# The package datasets leaves metadata.csv open.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_folders_and_columns_split_images(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Sub-folders train, val and test; a column of groups in the folder's metadata.csv."""
+    generator = np.random.default_rng(5)
+
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(path)
+
+    for part, count in (("train", 20), ("val", 6), ("test", 8)):
+        for name in ("ape", "bee"):
+            for number in range(count):
+                write(work / f"parts/{part}/{name}/{number}.png")
+    source = [*FIT, "--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    args = ["fit", *source, "--data.source.path"]
+    data = main_of("classification")([*args, str(work / "parts")]).datamodule
+    assert [len(part) for part in data.samples.parts] == [40, 12, 16]
+    shutil.move(work / "parts/test/ape/1.png", work / "parts/train/ape/moved.png")
+    assert "that the checkpoint knows are in another part now" in refused("classification", ["test"], capfd)
+    lines = ["file_name,label,scene"]
+    for number in range(60):
+        write(work / f"scenes/{number}.png")
+        lines.append(f"{number}.png,{'ape' if number % 2 else 'bee'},{number // 4}")
+    (work / "scenes/metadata.csv").write_text("\n".join(lines))
+    data = main_of("classification")([*args, str(work / "scenes"), "--data.source.group", "scene"]).datamodule
+    scenes = [{int(position) // 4 for position in part} for part in data.samples.parts]
+    assert sum(map(len, scenes)) == len(set.union(*scenes)) == 15
+
+
 def test_facts_come_from_a_checkpoint_of_the_same_kind(
     work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

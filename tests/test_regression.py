@@ -150,7 +150,7 @@ def test_statistics_come_from_the_training_rows_alone(houses: Path) -> None:
 
 def test_test_rows_are_those_of_scikit_learn() -> None:
     for seed in (0, 1):
-        parts = split_rows(1000, 0.1, 0.2, seed)
+        parts, _ = split_rows(pd.DataFrame({"x": range(1000)}), Diabetes(), 0.1, 0.2, seed)
         rest, test = map(list, train_test_split(np.arange(1000), test_size=0.2, random_state=seed))
         assert parts.test.tolist() == test
         assert sorted([*parts.train.tolist(), *parts.val.tolist()]) == sorted(rest)
@@ -434,6 +434,51 @@ def test_a_table_that_grows_moves_no_row(houses: Path, work: Path, capfd: pytest
     every.assign(age=3).to_csv(houses, index=False)
     problem = "data.source.path: the checkpoint was not trained with the column 'age'; list it in data.source.drop"
     assert refused(["test"], capfd) == problem
+
+
+def test_rows_are_split_as_the_user_says(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By a column of parts, by groups, and in order of time; the net gets none of these columns."""
+    table = house_table(120)
+    table["part"] = ["Train"] * 60 + ["valid"] * 20 + ["test"] * 40
+    table["street"] = [f"s{number // 6}" for number in range(120)]
+    table["day"] = [f"2024-{1 + number % 12:02d}-{1 + number // 12:02d}" for number in range(120)]
+    table.to_csv("rows.csv", index=False)
+
+    table_flags = [*SMALL, "--data.source", f"{TABLES}.Table", "--data.source.path", "rows.csv"]
+    table_flags += ["--data.source.target", "rent"]
+
+    def parts(column: str, *args: str) -> list[Any]:
+        others = sorted({"part", "street", "day"} - {by[column]})
+        flags = [
+            *SMALL,
+            "--data.source",
+            f"{TABLES}.Table",
+            "--data.source.path",
+            "rows.csv",
+            "--data.source.target",
+            "rent",
+        ]
+        flags += [f"--data.source.{column}", by[column], "--data.source.drop", json.dumps(others), *args]
+        data = main(["fit", *flags]).datamodule
+        assert by[column] not in {**data.columns["numeric"], **data.columns["categorical"]}
+        return [data.table.frame.iloc[part.numpy()] for part in data.table.parts]
+
+    by = {"split": "part", "group": "street", "time": "day"}
+    assert [set(part["part"]) for part in parts("split")] == [{"Train"}, {"valid"}, {"test"}]
+    streets = [set(part["street"]) for part in parts("group")]
+    assert [len(names) for names in streets] == [14, 2, 4]
+    assert len(streets[0] | streets[1] | streets[2]) == 20  # none in two
+    train, val, test = parts("time")
+    assert train["day"].max() < val["day"].min() <= val["day"].max() < test["day"].min()
+    assert [len(part) for part in (train, val, test)] == [84, 12, 24]
+
+    parts("split")
+    table.loc[0, "part"] = "test"
+    table.to_csv("rows.csv", index=False)
+    line = "data.source: samples that the checkpoint knows are in another part now; put them back"
+    assert line in refused(["test", "--ckpt_path", "last"], capfd)
+    line = refused(["fit", *table_flags, "--data.source.time", "part"], capfd)
+    assert line.startswith("--data.source.time: 'part': 'test' is neither a number nor a date")
 
 
 def test_equal_rows_stay_in_their_parts() -> None:

@@ -1,12 +1,13 @@
 """Sources of labelled images and texts: YAML names one (``data.source``), the data module reads it once."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Labelled:
         num_val: size of its own validation split, the samples before these; 0 if it has none.
         tokenizer: of texts: the ``json`` of what has encoded them, of the package ``tokenizers``, and arguments of
             ``transformers.PreTrainedTokenizerFast``; plain values.
+        groups: a number for the group of each sample, which stays together in a split; None if equal samples alone do.
     """
 
     inputs: Mapping[str, Tensor]
@@ -37,6 +39,7 @@ class Labelled:
     num_test: int = 0
     num_val: int = 0
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    groups: Int64[Tensor, " samples"] | None = None
 
 
 class Source:
@@ -111,6 +114,8 @@ class ImageTable(Source):
         label: name of the label column; None for images without labels, to predict.
         size: height and width that images are resized to, in pixels.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
+        split: name of a column that says the part of each sample: train, val or test, as sub-folders of these names do.
+        group: name of a column whose equal values stay together in a split, such as a patient or a scene.
     """
 
     def __init__(
@@ -120,17 +125,20 @@ class ImageTable(Source):
         label: str | None = "label",
         size: int = 28,
         mode: Literal["L", "RGB"] = "L",
+        split: str | None = None,
+        group: str | None = None,
     ):
         if size < 1:
             raise InputError(f"data.source.size must be at least 1, got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, size, mode
+        self.split, self.group = split, group
 
     def read(self) -> Labelled:  # noqa: D102
-        parts = load_splits(self.path, "imagefolder")
-        pixels = [pixels for part in parts for pixels in self._pixels(part)]
+        parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split)
+        pixels = torch.stack([pixels for part in parts for pixels in self._pixels(part)])
         target, names = _labels(parts, self.label)
-        num_test = len(parts[1]) if len(parts) > 1 else 0
-        return Labelled({"pixel_values": torch.stack(pixels)}, target, names, num_test)
+        groups = _groups(parts, self.group)
+        return Labelled({"pixel_values": pixels}, target, names, num_test, num_val, groups=groups)
 
     def _pixels(self, part: Any) -> Iterator[Float32[Tensor, "channels height width"]]:
         import datasets
@@ -156,19 +164,29 @@ class TextTable(Source):
         text: name of the text column.
         label: name of the label column; None for texts without labels, to predict.
         max_length: tokens kept of each text; all are padded to the longest.
+        split: name of a column that says the part of each text: train, val or test.
+        group: name of a column whose equal values stay together in a split, such as an author.
     """
 
     def __init__(
-        self, path: str, tokenizer: str, text: str = "text", label: str | None = "label", max_length: int = 128
+        self,
+        path: str,
+        tokenizer: str,
+        text: str = "text",
+        label: str | None = "label",
+        max_length: int = 128,
+        split: str | None = None,
+        group: str | None = None,
     ):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
+        self.split, self.group = split, group
 
     def read(self) -> Labelled:  # noqa: D102
         from transformers import AutoTokenizer
 
-        parts = load_splits(self.path)
+        parts, num_val, num_test = load_splits(self.path, split=self.split)
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
         target, names = _labels(parts, self.label)
@@ -187,7 +205,8 @@ class TextTable(Source):
             return_tensors="pt",
         )
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        return Labelled(inputs, target, names, len(parts[1]) if len(parts) > 1 else 0, tokenizer=made_from)
+        groups = _groups(parts, self.group)
+        return Labelled(inputs, target, names, num_test, num_val, tokenizer=made_from, groups=groups)
 
 
 def _plain(tokenizer: Any) -> dict[str, Any]:
@@ -200,15 +219,28 @@ def _plain(tokenizer: Any) -> dict[str, Any]:
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
-    """Load the train split, and the test split if there is one, with ``datasets``.
+# The part of a sample by what a column, or a folder, calls it.
+PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+
+
+class Splits(NamedTuple):
+    """The splits of a data set that are not empty, training first, and samples in those for validation and testing."""
+
+    parts: list[Any]
+    num_val: int
+    num_test: int
+
+
+def load_splits(path: str, folder_reader: str | None = None, split: str | None = None) -> Splits:
+    """Load a data set with ``datasets``: its train split, and those for validation and testing if there are any.
 
     Args:
         path: a file or glob whose ending names its format, a folder, or a hub name.
         folder_reader: the ``datasets`` builder for a folder.
+        split: a column of the train split that says the part of each row, in place of the data set's splits.
 
     Raises:
-        InputError: the path does not exist, cannot be read, or has no train split.
+        InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -234,7 +266,38 @@ def load_splits(path: str, folder_reader: str | None = None) -> list[Any]:
         raise InputError(f"data.source.path {path}: cannot be read ({reason})") from error
     if "train" not in splits:
         raise InputError(f"data.source.path {path}: has no part named train, only {', '.join(map(str, splits))}")
-    return [splits[name] for name in ("train", "test") if name in splits]
+    parts = [splits.get(name) for name in ("train", "validation", "test")]
+    if split is not None:
+        of = parts_named(column(splits["train"], split, "data.source.split"), split)
+        parts = [splits["train"].select(np.flatnonzero(of == number)) for number in range(3)]
+    sizes = [len(part) if part is not None else 0 for part in parts]
+    if not sizes[0]:
+        raise InputError(f"data.source.path {path}: has no sample to train on")
+    return Splits([part for part, size in zip(parts, sizes, strict=True) if size], sizes[1], sizes[2])
+
+
+def parts_named(values: Sequence[Any], name: str) -> np.ndarray:
+    """Number of the part, 0 to 2, for each value of a column.
+
+    Raises:
+        InputError: a value names no part.
+    """
+    for value in set(values):
+        if str(value).lower() not in PARTS:
+            raise InputError(f"data.source.split {name!r}: {value!r} is no part; write train, val or test")
+    return np.array([PARTS[str(value).lower()] for value in values])
+
+
+def hashed(values: Sequence[Any]) -> Int64[Tensor, " samples"]:
+    """A number for each value, the same for equal ones."""
+    digests = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in values)
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
+
+
+def _groups(parts: Sequence[Any], name: str | None) -> Int64[Tensor, " samples"] | None:
+    if name is None:
+        return None
+    return hashed([value for part in parts for value in column(part, name, "data.source.group")])
 
 
 def column(table: Any, name: str, key: str) -> Sequence[Any]:

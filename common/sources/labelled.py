@@ -190,6 +190,7 @@ def same_parts(
     known: Mapping[str, Tensor],
     equal_together: bool = True,
     own_test: bool = False,
+    fixed: bool = False,
 ) -> Parts:
     """The parts, except that samples which a checkpoint knows keep their parts; says how many are new.
 
@@ -199,9 +200,10 @@ def same_parts(
         known: ``parts`` of a checkpoint's facts: ``keys`` of training, validation and test in turn, and the ``sizes``.
         equal_together: whether a new sample that equals a known one goes with it.
         own_test: whether the test part is the source's own; it stays.
+        fixed: whether all parts are the user's own.
 
     Raises:
-        InputError: the checkpoint knows none of the samples.
+        InputError: the checkpoint knows none of the samples, or the user has moved one to another part.
     """
     if keys[torch.cat(drawn)].equal(known["keys"]):
         return drawn
@@ -222,10 +224,15 @@ def same_parts(
     if sum(new) == len(keys):
         problem = f"the checkpoint knows none of the {len(keys)} samples: they are others, or have changed"
         raise InputError(f"data.source: {problem}; give those of the training, or fit without --ckpt_path")
+    parts = Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
+    ours, theirs = ([sorted(keys[part].tolist()) for part in each] for each in (parts, drawn))
+    if fixed and ours != theirs:
+        problem = "samples that the checkpoint knows are in another part now"
+        raise InputError(f"data.source: {problem}; put them back, or fit without --ckpt_path")
     if sum(new) and not rank_zero_only.rank:
         shares = "{} for training, {} for validation, {} for testing".format(*new)
         print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; all others stay", flush=True)
-    return Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
+    return parts
 
 
 def parts_facts(keys: Int64[Tensor, " samples"], parts: Parts) -> dict[str, Tensor]:
@@ -269,12 +276,14 @@ class Samples:
     @cached_property
     def _read(self) -> tuple[Labelled, Parts]:
         data = self._source.read()
-        keys = keys_of(data)
+        keys = keys_of(data) if data.groups is None else data.groups
         parts = split_by_class(data, *self._split, keys)
         if "parts" in self.facts:
             self._check_alike(data)
-            if not data.num_val:
-                parts = same_parts(keys, parts, self.facts["parts"], own_test=data.num_test > 0)
+            own = data.num_val > 0
+            if not own or data.target.ndim == 1:  # windows of a text are others when it grows
+                known = self.facts["parts"]
+                parts = same_parts(keys, parts, known, own_test=data.num_test > 0 and not own, fixed=own)
             data = _as_known(data, self.facts["class_names"])
         images = data.inputs.get("pixel_values")
         self.facts |= {

@@ -20,8 +20,8 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.files import column, load_splits
-from common.sources.labelled import Parts, check_split
+from common.sources.files import column, hashed, load_splits, parts_named
+from common.sources.labelled import Parts, check_split, one_of_each, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -37,11 +37,17 @@ class TableSource:
         target: name of the column to predict; None for rows without it.
         target_unit: divisor of the target; 1000 gives errors in thousands.
         categorical: names of numeric columns that hold categories.
+        split: name of a column that says the part of each row: train, val or test. The net gets none of these three.
+        group: name of a column whose equal values stay together in a split, such as a patient.
+        time: name of a column of numbers or dates; the latest rows test, those before them validate.
     """
 
     target: str | None = None
     target_unit: float = 1.0
     categorical: Sequence[str] = ()
+    split: str | None = None
+    group: str | None = None
+    time: str | None = None
 
     def read(self) -> DataFrame:
         """Read everything.
@@ -78,6 +84,9 @@ class Table(TableSource):
         target_unit: divisor of the target; 1000 gives errors in thousands.
         categorical: columns of numbers that are categories, such as postal codes.
         drop: columns to leave out.
+        split: a column that says the part of each row: train, val or test. The net gets none of these three.
+        group: a column whose equal values stay together in a split, such as a patient.
+        time: a column of numbers or dates; the latest rows test, those before them validate.
     """
 
     def __init__(
@@ -87,6 +96,9 @@ class Table(TableSource):
         target_unit: float = 1.0,
         categorical: Sequence[str] = (),
         drop: Sequence[str] = (),
+        split: str | None = None,
+        group: str | None = None,
+        time: str | None = None,
     ):
         if not (np.isfinite(target_unit) and target_unit > 0):
             raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")
@@ -94,11 +106,14 @@ class Table(TableSource):
             raise InputError(f"data.source.target {target!r} is also listed in categorical or drop; remove it there")
         self.path, self.target, self.target_unit = path, target, target_unit
         self.categorical, self.drop = categorical, drop
+        self.split, self.group, self.time = split, group, time
+        if len(both := [key for key in ("split", "group", "time") if getattr(self, key)]) > 1:
+            raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
 
     def read(self) -> DataFrame:  # noqa: D102
         _refuse_repeated_names(self.path)
-        rows = load_splits(self.path)[0]
-        for key in ("target", "categorical", "drop"):
+        rows = load_splits(self.path).parts[0]
+        for key in ("target", "categorical", "drop", *["split", "group", "time"] * (self.target is not None)):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
                 column(rows, name, f"data.source.{key}")
@@ -175,26 +190,75 @@ def tell_equal(keys: Int64[Tensor, " rows"], parts: Parts) -> None:
         print(f"data.source: {equal} of {len(parts.test)} test rows equal a training row", flush=True)
 
 
-def split_rows(num_rows: int, val_fraction: float, test_fraction: float, seed: int) -> Parts:
-    """Split rows at random: first the test part, then the validation part from the rest.
+def splitting(source: TableSource) -> list[str]:
+    """The column by which the rows are split, which the net does not get."""
+    return [name for name in (source.split, source.group, source.time) if name]
 
-    ``train_test_split(rows, test_size=test_fraction, random_state=seed)`` gives the same test part.
+
+def split_rows(
+    frame: DataFrame, source: TableSource, val_fraction: float, test_fraction: float, seed: int
+) -> tuple[Parts, Int64[Tensor, " rows"]]:
+    """Split rows by the source's column, or at random: first the test part, then the validation part from the rest.
+
+    At random, ``train_test_split(rows, test_size=test_fraction, random_state=seed)`` gives the same test part. Where
+    the column ``split`` names no row for validation or testing, they are drawn from those for training.
 
     Args:
-        num_rows: rows of the table.
-        val_fraction: share of all rows for validation.
-        test_fraction: share of all rows for testing.
+        frame: the rows.
+        source: names the column to split by, if there is one.
+        val_fraction: share of all rows for validation; of groups, if the source has them.
+        test_fraction: share of all rows for testing, likewise.
         seed: seed of the split alone, so runs with other seeds test on the same rows.
 
+    Returns:
+        The parts, and the rows' keys, see :func:`common.sources.labelled.same_parts`.
+
     Raises:
-        InputError: the shares leave nothing to train on, the seed is out of range, or there are too few rows.
+        InputError: the shares leave nothing to train on, the seed is out of range, there are too few rows, or the
+            column cannot split them.
     """
     check_split(val_fraction, test_fraction, seed)
-    if num_rows * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
-        raise InputError(f"data.source.path: {num_rows} rows are too few: each part needs at least 2; add rows")
-    rest, test = train_test_split(np.arange(num_rows), test_size=test_fraction, random_state=seed)
-    train, val = train_test_split(rest, test_size=val_fraction * num_rows / len(rest), random_state=seed)
-    return Parts(*map(torch.from_numpy, (train, val, test)))
+    keys, what = row_keys(frame.drop(columns=[source.split] if source.split else [])), "rows"
+    drawn, parts = np.arange(len(frame)), [np.arange(0)] * 3
+    if source.split:
+        of = parts_named(frame[source.split].tolist(), source.split)
+        parts = [np.flatnonzero(of == number) for number in range(3)]
+        drawn = parts[0]
+    elif source.group:
+        keys, what = hashed(frame[source.group].tolist()), f"values of {source.group!r}"
+        drawn = one_of_each(keys).numpy()
+    total = len(frame) if source.split else len(drawn)
+    if total * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
+        raise InputError(f"data.source.path: {total} {what} are too few: each part needs at least 2; add rows")
+    if source.time:
+        order = np.argsort(_times(frame[source.time], f"data.source.time {source.time!r}"), kind="stable")
+        test, val = round(test_fraction * total), round(val_fraction * total)
+        train, val, test = np.split(order, [total - test - val, total - test])
+        return Parts(*map(torch.from_numpy, (train, val, test))), keys
+    for number, fraction in ((2, test_fraction), (1, val_fraction)):
+        if not len(parts[number]):
+            if fraction * total >= len(drawn):
+                raise InputError(f"data.source.split {source.split!r}: leaves {len(drawn)} rows to train on; add some")
+            share = fraction if len(drawn) == total else fraction * total / len(drawn)
+            rest, part = train_test_split(drawn, test_size=share, random_state=seed)
+            drawn, parts[number] = np.asarray(rest), np.asarray(part)
+    parts[0] = drawn
+    chosen = [torch.from_numpy(part) for part in parts]
+    return Parts(*(together(chosen, keys) if source.group else chosen)), keys
+
+
+def _times(values: Series, key: str) -> np.ndarray:
+    """Numbers in the order of a column of numbers or dates."""
+    import pandas
+
+    pd: Any = pandas
+    times = pd.to_numeric(values, errors="coerce")
+    if times.isna().any():
+        times = pd.to_datetime(values, errors="coerce", format="mixed", utc=True)
+    if times.isna().any():
+        wrong = values[times.isna()].iloc[0]
+        raise InputError(f"{key}: {str(wrong)[:30]!r} is neither a number nor a date; mend it")
+    return times.to_numpy()
 
 
 def read_target(frame: DataFrame, source: TableSource) -> Float[np.ndarray, " rows"]:
@@ -242,7 +306,7 @@ def fit_columns(
     if rare < 1:
         raise InputError(f"data.rare must be at least 1, got {rare}")
     numeric, categorical = {}, {}
-    for name in frame.columns.drop(source.target):
+    for name in frame.columns.drop([source.target, *splitting(source)]):
         values, key = frame[name], f"data.source.path: column {name!r}"
         if not values.notna().any():
             raise InputError(f"{key} has no value in the training rows; list it in data.source.drop")
@@ -430,7 +494,7 @@ def check_source(frame: DataFrame, source: TableSource, columns: Columns) -> Non
             raise InputError(f"data.source.{key}: is {now}, and that of the checkpoint {before}; take that")
     for name in (*columns["numeric"], *columns["categorical"]):
         _column(frame, name, "data.source.path")
-    known = {columns["target"], *columns["numeric"], *columns["categorical"]}
+    known = {columns["target"], *splitting(source), *columns["numeric"], *columns["categorical"]}
     if new := [name for name in frame.columns if name not in known]:
         problem = f"the checkpoint was not trained with the column {new[0]!r}"
         raise InputError(f"data.source.path: {problem}; list it in data.source.drop")

@@ -24,7 +24,6 @@ from common.sources.tables import (
     fit_columns,
     known_target,
     read_target,
-    row_keys,
     split_rows,
     tell_equal,
 )
@@ -125,11 +124,17 @@ class RegressionData(BaseDataModule):
         target = read_target(frame, source)
         if "columns" in known:
             check_source(frame, source, known["columns"])
-        keys, parts = row_keys(frame), split_rows(len(frame), *self._split)
+        parts, keys = split_rows(frame, source, *self._split)
         if "columns" in known:
-            columns, parts = known["columns"], same_parts(keys, parts, known["parts"], equal_together=False)
+            columns, parts = (
+                known["columns"],
+                same_parts(
+                    keys, parts, known["parts"], equal_together=source.group is not None, fixed=source.split is not None
+                ),
+            )
         else:
-            tell_equal(keys, parts)
+            if not source.split:
+                tell_equal(keys, parts)
             columns = fit_columns(frame.iloc[parts.train], target[parts.train], source, self.scaling, self.rare)
         self.facts |= {"columns": columns, "parts": parts_facts(keys, parts)}
         return Rows(frame, target, columns, parts, _encoded(frame, target, columns, "data.source.path"))
