@@ -79,11 +79,10 @@ def rows() -> list[Row]:
 def decisive(config: dict[str, Any]) -> Any:
     """The settings that decide a number.
 
-    Loggers and the callbacks of every run decide nothing. Neither do the file of a class of this repository and
-    ``facts_of``, which is of later commands.
+    Loggers and the callbacks of every run decide nothing. Neither do the file of a class of this repository, and
+    settings that are null, as new ones are.
     """
     kept = {key: config[key] for key in ("seed_everything", "best", "data", "model")}
-    kept["data"] = {key: value for key, value in kept["data"].items() if key != "facts_of"}
     left_out = ("logger", "callbacks", "default_root_dir")
     trainer = {key: value for key, value in config["trainer"].items() if key not in left_out}
     everywhere = {item["class_path"] for item in yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]}
@@ -93,7 +92,8 @@ def decisive(config: dict[str, Any]) -> Any:
 
 def _named(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: OURS.sub("", item) if key == "class_path" else _named(item) for key, item in value.items()}
+        given = {key: item for key, item in value.items() if item is not None}
+        return {key: OURS.sub("", item) if key == "class_path" else _named(item) for key, item in given.items()}
     return [_named(item) for item in value] if isinstance(value, list) else value
 
 

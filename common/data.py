@@ -251,7 +251,8 @@ class BaseDataModule(L.LightningDataModule):
     A subclass sets ``train_data``, ``val_data``, ``test_data`` and ``predict_data`` in :meth:`setup`, as it needs them.
     When it is made it sets ``facts``: what gives a net's inputs and outputs their meaning, such as class names or a
     tokenizer, as plain values. Checkpoints keep them. A data module with an argument ``facts_of`` gets the checkpoint
-    that a command is about.
+    that a command is about. For ``predict`` it may set ``kept``: columns of the source that are written beside the
+    predictions, by their ``index``.
 
     Args:
         batch_size: samples per rank and micro-batch in training.
@@ -268,6 +269,7 @@ class BaseDataModule(L.LightningDataModule):
     test_data: BatchDataset
     predict_data: BatchDataset
     facts: Mapping[str, Any] = {}
+    kept: Mapping[str, Sequence[Any]] = {}
 
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int | None = None):
         super().__init__()

@@ -1,5 +1,6 @@
 """A run carries what it learnt from its data: commands take the checkpoint's tokenizer and class numbers, or refuse."""
 
+import csv
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize("recipe", LABELLED)
-def test_without_the_data_of_training(recipe: str, work: Path) -> None:
+def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     images = work / "images"
     generator = np.random.default_rng(3)
     for name in ("ape", "bee"):
@@ -143,8 +144,14 @@ def test_without_the_data_of_training(recipe: str, work: Path) -> None:
     assert (work / f"runs/{recipe}/default/export/model.safetensors").exists()
     if recipe != "distillation":
         args = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.path", str(work / "new")]
-        main_of(recipe)(["predict", *args, "--data.predict_source.size", "8", "--trainer.limit_predict_batches", "1.0"])
-        assert len((work / f"runs/{recipe}/default/predict/predictions.csv").read_text().splitlines()) == 41
+        args += ["--data.predict_source.size", "8", "--trainer.limit_predict_batches", "1.0"]
+        main_of(recipe)(["predict", *args, "--data.keep", "[image]"])
+        with (work / f"runs/{recipe}/default/predict/predictions.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["image"] for row in rows} == {str(path) for path in (work / "new").glob("*/*.png")}
+        line = refused(recipe, ["predict", *args, "--data.keep", "[imge]"], capfd)
+        assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
+
 
 
 def test_equal_samples_go_together(work: Path) -> None:

@@ -386,15 +386,11 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     checkpoint = work / "runs/regression/default/checkpoints/best.ckpt"
     new.loc[2, "rent"] = np.nan
     new.to_csv("new.csv", index=False)
-    main(
-        [
-            "predict",
-            *rows,
-            *every,
-        ]
-    )
+    main(["predict", *rows, *every, "--data.keep", "[extra, district]"])
     second = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["prediction"] for row in second] == [row["prediction"] for row in first]
+    assert [row["district"] for row in second] == ["a", "b", "new", "", "c", "a"]
+    assert list(second[0])[:3] == ["index", "extra", "district"]
     assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
     module = RegressionModule.load_from_checkpoint(checkpoint).eval()
     with torch.no_grad():

@@ -388,7 +388,7 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Sequence[Any]]],
         batch_indices: Sequence[Any],
     ) -> None:
-        everyone: list[Any] = [predictions]
+        everyone: list[Any] = [list(predictions)]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, list(predictions))
@@ -397,6 +397,13 @@ class PredictionWriter(BasePredictionWriter):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "predictions.csv"
+        kept = trainer.datamodule.kept  # type: ignore[attr-defined]
+        if twice := kept.keys() & everyone[0][0].keys():
+            raise InputError(f"data.keep: {min(twice)!r} is also a column of the predictions; rename it in the data")
+        for batches in everyone if kept else ():
+            for number, batch in enumerate(batches):
+                beside = {name: [column[i] for i in batch["index"]] for name, column in kept.items()}
+                batches[number] = {"index": batch["index"], **beside, **batch}
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(everyone[0][0])

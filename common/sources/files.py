@@ -53,6 +53,14 @@ class Source:
         """
         raise NotImplementedError
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns by name, in the order of the samples.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        raise InputError(f"data.keep: {type(self).__name__} has no columns; remove it")
+
 
 class Digits(Source):
     """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn, scaled to [0, 1]."""
@@ -140,6 +148,17 @@ class ImageTable(Source):
         groups = _groups(parts, self.group)
         return Labelled({"pixel_values": pixels}, target, names, num_test, num_val, groups=groups)
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
+        parts = load_splits(self.path, "imagefolder", self.split).parts
+        if self.image in names:  # as the name of its file
+            import datasets
+
+            parts = [part.cast_column(self.image, datasets.Image(decode=False)) for part in parts]
+        found = named_columns(parts, names)
+        if self.image in names:
+            found[self.image] = [image["path"] for image in found[self.image]]
+        return found
+
     def _pixels(self, part: Any) -> Iterator[Float32[Tensor, "channels height width"]]:
         import datasets
 
@@ -208,12 +227,24 @@ class TextTable(Source):
         groups = _groups(parts, self.group)
         return Labelled(inputs, target, names, num_test, num_val, tokenizer=made_from, groups=groups)
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
+        return named_columns(load_splits(self.path, split=self.split).parts, names)
+
 
 def _plain(tokenizer: Any) -> dict[str, Any]:
     """What a tokenizer of transformers is made from again."""
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
     return {"json": json.dumps(how, sort_keys=True), **special}
+
+
+def named_columns(parts: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of all parts.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    return {name: [value for part in parts for value in column(part, name, "data.keep")] for name in names}
 
 
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

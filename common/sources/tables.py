@@ -20,7 +20,7 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.files import column, hashed, load_splits, parts_named
+from common.sources.files import column, hashed, load_splits, named_columns, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
@@ -56,6 +56,14 @@ class TableSource:
             InputError: a file or a named column is missing or malformed.
         """
         raise NotImplementedError
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns by name, in the order of the rows, those too that :meth:`read` leaves out.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        raise InputError(f"data.keep: {type(self).__name__} has no columns to keep; remove it")
 
 
 class Diabetes(TableSource):
@@ -125,6 +133,9 @@ class Table(TableSource):
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
                 raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
         return rows.remove_columns(list(self.drop)).to_pandas()
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
+        return named_columns(load_splits(self.path).parts[:1], names)
 
 
 def _refuse_repeated_names(path: str) -> None:

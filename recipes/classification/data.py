@@ -19,6 +19,7 @@ class ClassificationData(BaseDataModule):
     Args:
         source: the samples, by class path: one of ``common.sources``.
         predict_source: samples for ``predict``, with or without labels; None for the test part.
+        keep: columns of the source that ``predict`` writes beside the predictions; that of images as file names.
         val_fraction: share of all samples for validation.
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
@@ -32,6 +33,7 @@ class ClassificationData(BaseDataModule):
         self,
         source: Source,
         predict_source: Source | None = None,
+        keep: list[str] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
@@ -41,7 +43,7 @@ class ClassificationData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.predict_source = predict_source
+        self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
@@ -53,6 +55,8 @@ class ClassificationData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "predict" and self.keep:
+            self.kept = (self.predict_source or self.source).columns(self.keep)
         if stage == "predict" and self.predict_source is not None:
             self.predict_data = self.samples.to_predict(self.predict_source)
             return

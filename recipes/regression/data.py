@@ -74,6 +74,7 @@ class RegressionData(BaseDataModule):
     Args:
         source: the rows, by class path: one of ``common.sources.tables``.
         predict_source: rows for ``predict``, with or without the target; None for the test part.
+        keep: columns of the source that ``predict`` writes beside the predictions, dropped ones too.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share one class with unseen ones.
         val_fraction: share of all rows for validation.
@@ -90,6 +91,7 @@ class RegressionData(BaseDataModule):
         self,
         source: TableSource,
         predict_source: TableSource | None = None,
+        keep: list[str] | None = None,
         scaling: Scaling = "quantile",
         rare: int = 5,
         val_fraction: float = 0.1,
@@ -101,7 +103,7 @@ class RegressionData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.source, self.predict_source = source, predict_source
+        self.source, self.predict_source, self.keep = source, predict_source, keep
         self.scaling: Scaling = scaling
         self.rare, self._split = rare, (val_fraction, test_fraction, split_seed)
         known = read_facts(facts_of)
@@ -141,6 +143,8 @@ class RegressionData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "predict" and self.keep:
+            self.kept = (self.predict_source or self.source).columns(self.keep)
         if stage == "predict" and self.predict_source is not None:
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
