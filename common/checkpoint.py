@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
@@ -57,10 +58,13 @@ def read_facts(path: str | None) -> dict[str, Any]:
         return {}
     if not Path(path).exists():
         raise InputError(f"data.facts_of: no such checkpoint {path}; name one, or null")
-    return read_checkpoint(path, mmap=True).get("facts", {})
+    facts = read_checkpoint(path, mmap=True, hint="name another").get("facts", {})
+    if "made_by" not in facts and not rank_zero_only.rank:
+        print(f"{path} is of an earlier version: it does not say what it was trained on", flush=True)
+    return facts if "made_by" in facts else {}
 
 
-def check_made_by(facts: Mapping[str, Any], **settings: Any) -> None:
+def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse settings of the data that do not hold, as their result comes from a checkpoint.
 
     Args:
@@ -73,7 +77,7 @@ def check_made_by(facts: Mapping[str, Any], **settings: Any) -> None:
     for name, before in facts.get("made_by", {}).items():
         if settings[name] != before:
             problem = f"the checkpoint's data were made with {before}, and their parts and encoding hold"
-            raise InputError(f"data.{name} {settings[name]}: {problem}; give {before}, or fit without --ckpt_path")
+            raise InputError(f"data.{name} {settings[name]}: {problem}; give {before}, or begin a new run")
 
 
 def is_whole(path: str | Path) -> bool:

@@ -153,7 +153,6 @@ def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.Cap
         assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
 
 
-
 def test_equal_samples_go_together(work: Path) -> None:
     """Of each image there are three."""
     images = work / "images"

@@ -471,7 +471,7 @@ def test_rows_are_split_as_the_user_says(work: Path, capfd: pytest.CaptureFixtur
     parts("split")
     table.loc[0, "part"] = "test"
     table.to_csv("rows.csv", index=False)
-    line = "data.source: samples that the checkpoint knows are in another part now; put them back"
+    line = "data.source: 1 samples that the checkpoint knows are in another part now; put them back"
     assert line in refused(["test", "--ckpt_path", "last"], capfd)
     line = refused(["fit", *table_flags, "--data.source.time", "part"], capfd)
     assert line.startswith("--data.source.time: 'part': 'test' is neither a number nor a date")

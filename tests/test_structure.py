@@ -31,7 +31,6 @@ FLOORS = (
 STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
 ONE_USER = {
-    "common.nets.pretrained": "nets with heads of any kind, for classification's and lm's own weights to come",
     "common.nets.tables": "classification is to take tables too",
     "common.sources.tables": "classification is to take tables too",
 }

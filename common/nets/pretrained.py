@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
@@ -44,6 +43,28 @@ def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
             raise InputError(f"{key} {name!r}: has another tokenizer, {found}; take one of the same")
 
 
+def preprocessing(name: str) -> dict[str, Any]:
+    """What a net's ``preprocessor_config.json`` says, if it scales images by a mean and a deviation; else nothing.
+
+    Args:
+        name: folder or hub name of the net.
+
+    Raises:
+        InputError: it does not say by what, or speaks of images that are not in [0, 1].
+    """
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError):
+        return {}  # as of nets that were trained here
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not settings.get("do_normalize", mean is not None):
+        return {}
+    if not (isinstance(mean, list) and isinstance(std, list)) or not settings.get("do_rescale", True):
+        problem = "preprocessor_config.json needs image_mean and image_std for each channel of values in [0, 1]"
+        raise InputError(f"model.net name {name!r}: {problem}")
+    return settings
+
+
 class Pretrained(nn.Module):
     """A pretrained net of transformers with its head, such as a teacher.
 
@@ -69,27 +90,27 @@ class Pretrained(nn.Module):
             reason = str(error).splitlines()[0][:80]
             problem = f"neither a folder with such a net in safetensors nor a hub name ({reason})"
             raise InputError(f"{type(self).__name__} name {name!r}: {problem}") from error
-        self.scale: tuple[Tensor, Tensor] | None = None
-        if task == "image":
-            self._read_scale(name)
+        self.preprocessing = preprocessing(name) if task == "image" else {}
         self.num_classes, language = num_classes, task == "next token"
         found: int = self.model.config.vocab_size if language else self.model.config.num_labels  # type: ignore
         if found < num_classes or (found > num_classes and not language):
             raise InputError(f"{type(self).__name__} name {name!r}: has {found} classes, the data {num_classes}")
 
-    def _read_scale(self, name: str) -> None:
-        try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        except (OSError, ValueError):
-            return  # as nets that were trained here
-        if settings.get("do_normalize"):
-            mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
-            self.scale = mean, std
-
     def forward(self, **inputs: Tensor) -> Float[Tensor, "*batch classes"]:
-        """Logits of a batch."""
-        if self.scale is not None:
-            images = inputs["pixel_values"]
-            mean, std = (each.to(images) for each in self.scale)
+        """Logits of a batch.
+
+        Raises:
+            InputError: images have other channels, or another size, than the net takes.
+        """
+        if self.preprocessing:
+            images, each = inputs["pixel_values"], ("image_mean", "image_std")
+            mean, std = (images.new_tensor(self.preprocessing[name])[:, None, None] for name in each)
+            if images.shape[1] != len(mean):
+                problem = f"takes images of {len(mean)} channels, and the data have {images.shape[1]}"
+                raise InputError(f"model.net name {self.model.name_or_path!r}: {problem}; set data.source.mode")
             inputs["pixel_values"] = (images - mean) / std
-        return self.model(**inputs).logits[..., : self.num_classes]
+        try:
+            return self.model(**inputs).logits[..., : self.num_classes]
+        except ValueError as error:  # of its check of their size
+            reason = str(error).splitlines()[0][:90]
+            raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; set data.source.size") from error

@@ -321,6 +321,8 @@ class RecipeCLI(LightningCLI):
             raise  # the mistake is in what is given now
         self.config[self.subcommand].ckpt_path = str(checkpoint)
         if "facts_of" in self.config[self.subcommand].data:
+            if self.config[self.subcommand].data.facts_of is not None:
+                raise InputError("data.facts_of: the checkpoint of --ckpt_path has facts of its own; give one of them")
             self.config[self.subcommand].data.facts_of = str(checkpoint)
         self._set_folder()
         for key in ("optimizer", "lr_scheduler") if self.subcommand == "fit" else ():

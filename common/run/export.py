@@ -46,6 +46,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
             found.config.id2label = dict(enumerate(map(str, classes)))
             found.config.label2id = {str(name): number for number, name in enumerate(classes)}
         found.save_pretrained(folder)
+        if settings := getattr(net, "preprocessing", None):
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     else:
         save_model(net, str(folder / "model.safetensors"))
     if columns := checkpoint.get("hyper_parameters", {}).get("columns"):

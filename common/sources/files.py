@@ -140,6 +140,7 @@ class ImageTable(Source):
             raise InputError(f"data.source.size must be at least 1, got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, size, mode
         self.split, self.group = split, group
+        _refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
         parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split)
@@ -201,6 +202,7 @@ class TextTable(Source):
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
         self.split, self.group = split, group
+        _refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
         from transformers import AutoTokenizer
@@ -233,9 +235,16 @@ class TextTable(Source):
 
 def _plain(tokenizer: Any) -> dict[str, Any]:
     """What a tokenizer of transformers is made from again."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError("data.source.tokenizer: has no fast form, which runs keep; name one with a tokenizer.json")
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
     return {"json": json.dumps(how, sort_keys=True), **special}
+
+
+def _refuse_both(split: str | None, group: str | None) -> None:
+    if split and group:
+        raise InputError("data.source.group: the samples are already split by data.source.split; give one of them")
 
 
 def named_columns(parts: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -281,7 +290,7 @@ def load_splits(path: str, folder_reader: str | None = None, split: str | None =
     reader = READERS.get(local.suffix.lower())
     try:
         if local.is_dir() and folder_reader:
-            splits = datasets.load_dataset(folder_reader, data_dir=str(local))
+            splits = datasets.load_dataset(folder_reader, data_dir=str(local), data_files=_folders(local))
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local))
         elif local.exists():
@@ -307,6 +316,17 @@ def load_splits(path: str, folder_reader: str | None = None, split: str | None =
     return Splits([part for part, size in zip(parts, sizes, strict=True) if size], sizes[1], sizes[2])
 
 
+def _folders(path: Path) -> dict[str, list[str]]:
+    """The files of each split: the folders decide. ``datasets`` would look at the names of files too."""
+    names = [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
+    if not names or any(name.lower() not in PARTS for name in names):
+        return {"train": ["**"]}
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(("train", "validation", "test")[PARTS[name.lower()]], []).append(f"{name}/**")
+    return found
+
+
 def parts_named(values: Sequence[Any], name: str) -> np.ndarray:
     """Number of the part, 0 to 2, for each value of a column.
 
@@ -319,8 +339,15 @@ def parts_named(values: Sequence[Any], name: str) -> np.ndarray:
     return np.array([PARTS[str(value).lower()] for value in values])
 
 
-def hashed(values: Sequence[Any]) -> Int64[Tensor, " samples"]:
-    """A number for each value, the same for equal ones."""
+def hashed(values: Sequence[Any], key: str) -> Int64[Tensor, " samples"]:
+    """A number for each value, the same for equal ones; 1 equals 1.0, which a gap makes of it.
+
+    Raises:
+        InputError: a value is missing; ``key`` is for messages.
+    """
+    if missing := sum(value is None or value != value for value in values):
+        raise InputError(f"{key}: {missing} of {len(values)} values are missing; fill or drop those rows")
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     digests = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in values)
     return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
@@ -328,7 +355,8 @@ def hashed(values: Sequence[Any]) -> Int64[Tensor, " samples"]:
 def _groups(parts: Sequence[Any], name: str | None) -> Int64[Tensor, " samples"] | None:
     if name is None:
         return None
-    return hashed([value for part in parts for value in column(part, name, "data.source.group")])
+    values = [value for part in parts for value in column(part, name, "data.source.group")]
+    return hashed(values, f"data.source.group {name!r}")
 
 
 def column(table: Any, name: str, key: str) -> Sequence[Any]:

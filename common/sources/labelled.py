@@ -1,7 +1,7 @@
 """Batches of labelled samples, and their split into training, validation and test parts."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from textwrap import shorten
@@ -84,14 +84,14 @@ def check_split(val_fraction: float, test_fraction: float, seed: int) -> None:
 def split_by_class(
     data: Labelled, val_fraction: float, test_fraction: float, seed: int, keys: Int64[Tensor, " samples"]
 ) -> Parts:
-    """Split samples so that every part has the classes in the same proportion, and equal samples go together.
+    """Split samples so that every part has the classes in the same proportion, and samples of equal keys go together.
 
-    If the source has its own validation split, its splits and order stay; without a test split of its own, the
-    validation part also tests.
+    The source's own parts stay. Groups are split without regard to classes. Windows of a text without a test part of
+    their own are tested on the validation part.
 
     Args:
-        data: the samples; the source's own test split stays the test part.
-        val_fraction: share of all samples for validation.
+        data: the samples.
+        val_fraction: share of all samples for validation, if the source has no validation split of its own.
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         seed: seed of the split alone, so runs with other seeds test on the same samples.
         keys: of the samples, see :func:`keys_of`.
@@ -100,7 +100,7 @@ def split_by_class(
         InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
             has fewer than 3.
     """
-    if data.num_val:
+    if data.target.ndim > 1:
         train, val, test = torch.arange(len(data.target)).split(
             [len(data.target) - data.num_val - data.num_test, data.num_val, data.num_test]
         )
@@ -119,23 +119,26 @@ def split_by_class(
         raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
 
     def split(positions: Tensor, fraction: float) -> Any:
+        strata = data.target[positions] if data.groups is None else None
         try:
-            return train_test_split(positions, test_size=fraction, stratify=data.target[positions], random_state=seed)
+            return train_test_split(positions, test_size=fraction, stratify=strata, random_state=seed)
         except ValueError as error:
             raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
 
-    own_test = data.num_test
-    samples, test = torch.arange(len(data.target)).tensor_split([len(data.target) - own_test])
-    rest = one_of_each(keys[samples])
-    count = len(rest) + own_test
-    if not own_test:
-        rest, test = split(rest, test_fraction)
-    train, val = split(rest, val_fraction * count / len(rest))
-    if own_test:
-        train, val = together([train, val], keys[samples])
-    else:
-        train, val, test = together([train, val, test], keys)
-    return Parts(train, val, test)
+    ours = len(data.target) - data.num_val - data.num_test
+    _, val, test = torch.arange(len(data.target)).split([ours, data.num_val, data.num_test])
+    # Own parts count by samples, drawn ones by what is drawn.
+    rest, total = one_of_each(keys[:ours]), 0
+    total = len(rest) if not (data.num_val or data.num_test) else len(data.target) * len(rest) / ours
+    if not data.num_test:
+        rest, test = split(rest, test_fraction * total / len(rest) if data.num_val else test_fraction)
+    if not data.num_val:
+        rest, val = split(rest, val_fraction * total / len(rest))
+    drawn = [0, *[1] * (not data.num_val), *[2] * (not data.num_test)]
+    parts = [rest, val, test]
+    for number, part in zip(drawn, together([parts[number] for number in drawn], keys[:ours]), strict=True):
+        parts[number] = part
+    return Parts(*parts)
 
 
 def one_of_each(keys: Int64[Tensor, " samples"]) -> Int64[Tensor, " different"]:
@@ -159,17 +162,21 @@ def together(parts: Sequence[Tensor], keys: Int64[Tensor, " samples"]) -> list[T
 
 
 def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
-    """A number for each sample, by its inputs alone: equal samples have equal ones."""
-    generator, keys = torch.Generator().manual_seed(0), torch.zeros(len(data.target), dtype=torch.int64)
-    for name in sorted(data.inputs):
-        values = data.inputs[name].flatten(1)
-        width = -(-values.shape[1] * values.element_size() // 8)
-        factors = torch.randint(-(2**62), 2**62, (width,), generator=generator)
-        for place in range(0, len(values), 4096):  # in pieces, to hold little more than the samples
-            rows = values[place : place + 4096].contiguous().view(torch.uint8)
-            rows = nn.functional.pad(rows, (0, 8 * width - rows.shape[1])).view(torch.int64)
-            keys[place : place + 4096] += (rows * factors).sum(1)  # it wraps
-    return keys
+    """A number for each sample: that of its group, or else by its inputs alone, so that equal samples have equal ones.
+
+    Of texts the tokens count, not the padding, which hangs on the longest.
+    """
+    if data.groups is not None:
+        return data.groups
+    rows = {name: data.inputs[name].contiguous().numpy() for name in sorted(data.inputs)}
+    mask = rows.pop("attention_mask", None)
+    digests = bytearray()
+    for number in range(len(data.target)):
+        digest = hashlib.blake2b(digest_size=8)
+        for values in rows.values():
+            digest.update((values[number] if mask is None else values[number][mask[number] > 0]).tobytes())
+        digests += digest.digest()
+    return torch.frombuffer(digests, dtype=torch.int64)
 
 
 def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
@@ -188,51 +195,56 @@ def same_parts(
     keys: Int64[Tensor, " samples"],
     drawn: Parts,
     known: Mapping[str, Tensor],
+    own: Collection[int] = (),
     equal_together: bool = True,
-    own_test: bool = False,
-    fixed: bool = False,
 ) -> Parts:
-    """The parts, except that samples which a checkpoint knows keep their parts; says how many are new.
+    """The parts, except that samples which a checkpoint knows keep their parts and order; says how many are new.
 
     Args:
         keys: of the samples; equal samples have equal ones.
-        drawn: the parts that are drawn for all samples; new ones stay there.
+        drawn: the parts of all samples; new ones stay there.
         known: ``parts`` of a checkpoint's facts: ``keys`` of training, validation and test in turn, and the ``sizes``.
+        own: numbers of the parts that are the source's own, which are not drawn.
         equal_together: whether a new sample that equals a known one goes with it.
-        own_test: whether the test part is the source's own; it stays.
-        fixed: whether all parts are the user's own.
 
     Raises:
-        InputError: the checkpoint knows none of the samples, or the user has moved one to another part.
+        InputError: the checkpoint knows none of the samples, or knows one of a source's own part in another.
     """
-    if keys[torch.cat(drawn)].equal(known["keys"]):
+    if keys[torch.cat(drawn)].equal(known["keys"]) and [len(part) for part in drawn] == known["sizes"].tolist():
         return drawn
-    numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
-    parts_of: dict[int, list[int]] = {}
-    for key, part in zip(known["keys"].tolist(), numbers, strict=True):
-        parts_of.setdefault(key, []).append(part)
-    key_of, chosen, new = keys.tolist(), ([], [], []), [0, 0, 0]
+    places: dict[int, list[int]] = {}  # of each known sample, by key; several are equal
+    for key, part in zip(
+        known["keys"].tolist(), torch.arange(3).repeat_interleave(known["sizes"]).tolist(), strict=True
+    ):
+        places.setdefault(key, []).append(part)
+    key_of, new, moved = keys.tolist(), [0, 0, 0], 0
+    found: list[dict[int, list[int]]] = [{}, {}, {}]  # positions by key, in each part
     for part, positions in enumerate(drawn):
         for position in positions.tolist():
-            there = parts_of.get(key_of[position], [])
-            new[part] += not there
-            before = part
-            if there:
-                before = there[0] if equal_together and len(there) == 1 else there.pop(0)
-            stays = own_test and 2 in (part, before)
-            chosen[part if stays else before].append(position)
-    if sum(new) == len(keys):
+            key = key_of[position]
+            there = places.get(key, [])
+            if not there:
+                new[part] += 1
+            goes = part if part in there or not there else there[0]
+            if goes != part and (part in own or goes in own):
+                moved += 1
+            elif there and not (equal_together and len(there) == 1):
+                there.remove(goes)
+            found[goes].setdefault(key, []).append(position)
+    if sum(new) == sum(map(len, drawn)):
         problem = f"the checkpoint knows none of the {len(keys)} samples: they are others, or have changed"
-        raise InputError(f"data.source: {problem}; give those of the training, or fit without --ckpt_path")
-    parts = Parts(*(torch.tensor(positions, dtype=torch.int64) for positions in chosen))
-    ours, theirs = ([sorted(keys[part].tolist()) for part in each] for each in (parts, drawn))
-    if fixed and ours != theirs:
-        problem = "samples that the checkpoint knows are in another part now"
-        raise InputError(f"data.source: {problem}; put them back, or fit without --ckpt_path")
+        raise InputError(f"data.source: {problem}; give those of the training, or begin a new run")
+    if moved:
+        problem = f"{moved} samples that the checkpoint knows are in another part now"
+        raise InputError(f"data.source: {problem}; put them back, or begin a new run")
     if sum(new) and not rank_zero_only.rank:
         shares = "{} for training, {} for validation, {} for testing".format(*new)
         print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; all others stay", flush=True)
-    return parts
+    parts = []
+    for by_key, before in zip(found, known["keys"].split(known["sizes"].tolist()), strict=True):
+        order = [by_key[key].pop(0) for key in before.tolist() if by_key.get(key)]
+        parts.append(torch.tensor([*order, *(p for left in by_key.values() for p in left)], dtype=torch.int64))
+    return Parts(*parts)
 
 
 def parts_facts(keys: Int64[Tensor, " samples"], parts: Parts) -> dict[str, Tensor]:
@@ -266,8 +278,11 @@ class Samples:
     def __init__(self, source: Source, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]):
         if known and "shapes" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
-        made_by = {"val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed}
-        check_made_by(known, **made_by)
+        made_by = {
+            "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed,
+            "source.split": getattr(source, "split", None), "source.group": getattr(source, "group", None),
+        }  # fmt: skip
+        check_made_by(known, made_by)
         self._source, self._split = source, (val_fraction, test_fraction, seed)
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
         if not known:
@@ -276,23 +291,29 @@ class Samples:
     @cached_property
     def _read(self) -> tuple[Labelled, Parts]:
         data = self._source.read()
-        keys = keys_of(data) if data.groups is None else data.groups
-        parts = split_by_class(data, *self._split, keys)
-        if "parts" in self.facts:
+        keys, known = keys_of(data), self.facts.get("parts")
+        if known is None:
+            parts, images = split_by_class(data, *self._split, keys), data.inputs.get("pixel_values")
+            self.facts |= {
+                "class_names": [str(name) for name in data.class_names],
+                "shapes": _shapes(data),
+                "range": [] if images is None else [images.min().item(), images.max().item()],
+                "tokenizer": dict(data.tokenizer),
+            }
+            _check_own_parts(data, keys, parts)
+        else:
             self._check_alike(data)
-            own = data.num_val > 0
-            if not own or data.target.ndim == 1:  # windows of a text are others when it grows
-                known = self.facts["parts"]
-                parts = same_parts(keys, parts, known, own_test=data.num_test > 0 and not own, fixed=own)
             data = _as_known(data, self.facts["class_names"])
-        images = data.inputs.get("pixel_values")
-        self.facts |= {
-            "class_names": data.class_names,
-            "shapes": _shapes(data),
-            "range": [] if images is None else [images.min().item(), images.max().item()],
-            "tokenizer": dict(data.tokenizer),
-            "parts": parts_facts(keys, parts),
-        }
+            if data.target.ndim > 1:  # windows of a text are others when it grows
+                parts = split_by_class(data, *self._split, keys)
+            else:
+                # A class may have become rare since; the parts of what is known are not drawn.
+                every = torch.arange(len(keys))
+                all_known = bool(torch.isin(keys, known["keys"]).all()) and not (data.num_val or data.num_test)
+                drawn = Parts(every, every[:0], every[:0]) if all_known else split_by_class(data, *self._split, keys)
+                own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
+                parts = same_parts(keys, drawn, known, own)
+        self.facts["parts"] = parts_facts(keys, parts)
         return data, parts
 
     @property
@@ -338,13 +359,28 @@ class Samples:
             raise InputError(f"data.source.max_length: is {length}, and that of the training {before}; take that")
 
 
+def _check_own_parts(data: Labelled, keys: Tensor, parts: Parts) -> None:
+    """Refuse groups that lie in several of the source's own parts; say how many equal samples do."""
+    if data.target.ndim > 1 or not (data.num_val or data.num_test):
+        return
+    equal = int(torch.isin(keys[torch.cat(parts[1:])], keys[parts.train]).sum())
+    if equal and data.groups is not None:
+        problem = f"{equal} samples of validation and test have a group of the training samples"
+        raise InputError(f"data.source.group: {problem}; leave it out, or the split of its own")
+    if equal and not rank_zero_only.rank:
+        print(f"data.source: {equal} samples of its validation and test parts equal a training sample", flush=True)
+
+
 def _shapes(data: Labelled) -> dict[str, list[int]]:
     return {name: list(data.inputs[name].shape[1:]) for name in sorted(data.inputs)}
 
 
 def fingerprint(data: Labelled) -> str:
     """A hash of the samples, their classes and the class names."""
-    digest = hashlib.blake2b(repr([sorted(data.inputs), data.class_names]).encode(), digest_size=16)
+    shape = [sorted(data.inputs), data.class_names, data.num_val, data.num_test, data.groups is not None]
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+    if data.groups is not None:
+        digest.update(data.groups.numpy().data)
     for values in (*(data.inputs[name] for name in sorted(data.inputs)), data.target):
         digest.update(repr((values.shape, values.dtype)).encode())
         digest.update(values.contiguous().numpy().data)

@@ -6,7 +6,8 @@ values, so a checkpoint holds all that :func:`encode` needs for new rows.
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from common.errors import InputError, nearest
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
-from common.sources.labelled import Parts, check_split, one_of_each, together
+from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -112,11 +113,15 @@ class Table(TableSource):
             raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")
         if target is not None and target in (*categorical, *drop):
             raise InputError(f"data.source.target {target!r} is also listed in categorical or drop; remove it there")
+        if target is not None and target in (split, group, time):
+            raise InputError(f"data.source.target {target!r} also splits the rows; name another column for that")
         self.path, self.target, self.target_unit = path, target, target_unit
         self.categorical, self.drop = categorical, drop
         self.split, self.group, self.time = split, group, time
         if len(both := [key for key in ("split", "group", "time") if getattr(self, key)]) > 1:
             raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
+        if (by := split or group or time) in drop:
+            raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
 
     def read(self) -> DataFrame:  # noqa: D102
         _refuse_repeated_names(self.path)
@@ -125,8 +130,6 @@ class Table(TableSource):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
                 column(rows, name, f"data.source.{key}")
-        if not len(rows):
-            raise InputError(f"data.source.path {self.path}: has no rows")
         # A row's number tells its place in the file, which may be sorted by the target.
         for name in rows.column_names if self.target is not None else ():
             if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
@@ -229,46 +232,72 @@ def split_rows(
             column cannot split them.
     """
     check_split(val_fraction, test_fraction, seed)
-    keys, what = row_keys(frame.drop(columns=[source.split] if source.split else [])), "rows"
-    drawn, parts = np.arange(len(frame)), [np.arange(0)] * 3
+    parts, drawn, what = [np.arange(0)] * 3, np.arange(len(frame)), "rows"
+    keys = row_keys(frame.drop(columns=source.split or []))
     if source.split:
         of = parts_named(frame[source.split].tolist(), source.split)
         parts = [np.flatnonzero(of == number) for number in range(3)]
-        drawn = parts[0]
+        drawn, what = parts[0], f"rows for training by data.source.split {source.split!r}"
     elif source.group:
-        keys, what = hashed(frame[source.group].tolist()), f"values of {source.group!r}"
-        drawn = one_of_each(keys).numpy()
+        keys = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}")
+        drawn, what = one_of_each(keys).numpy(), f"values of data.source.group {source.group!r}"
     total = len(frame) if source.split else len(drawn)
-    if total * min(val_fraction, test_fraction, 1 - val_fraction - test_fraction) < 2:
-        raise InputError(f"data.source.path: {total} {what} are too few: each part needs at least 2; add rows")
+    shares = {2: test_fraction * (not len(parts[2])), 1: val_fraction * (not len(parts[1]))}
+    sizes = [len(drawn) - total * sum(shares.values()), *(total * share for share in shares.values() if share)]
+    if min(sizes) < 2:
+        raise InputError(f"data.source.path: {len(drawn)} {what} are too few: each part needs at least 2; add rows")
     if source.time:
-        order = np.argsort(_times(frame[source.time], f"data.source.time {source.time!r}"), kind="stable")
-        test, val = round(test_fraction * total), round(val_fraction * total)
-        train, val, test = np.split(order, [total - test - val, total - test])
+        times = _times(frame[source.time], f"data.source.time {source.time!r}")
+        order = np.argsort(times, kind="stable")
+        test = total - round(test_fraction * total)
+        ends = [test - round(val_fraction * total), test]
+        ends = [int(np.searchsorted(times[order], times[order][end])) for end in ends]  # equal times go together
+        if not 0 < ends[0] < ends[1]:
+            raise InputError(f"data.source.time {source.time!r}: too many rows have the same time; take another column")
+        train, val, test = np.split(order, ends)
         return Parts(*map(torch.from_numpy, (train, val, test))), keys
-    for number, fraction in ((2, test_fraction), (1, val_fraction)):
-        if not len(parts[number]):
-            if fraction * total >= len(drawn):
-                raise InputError(f"data.source.split {source.split!r}: leaves {len(drawn)} rows to train on; add some")
+    for number, fraction in shares.items():
+        if fraction:
             share = fraction if len(drawn) == total else fraction * total / len(drawn)
             rest, part = train_test_split(drawn, test_size=share, random_state=seed)
             drawn, parts[number] = np.asarray(rest), np.asarray(part)
-    parts[0] = drawn
-    chosen = [torch.from_numpy(part) for part in parts]
+    chosen = [torch.from_numpy(part) for part in (drawn, parts[1], parts[2])]
     return Parts(*(together(chosen, keys) if source.group else chosen)), keys
 
 
+def same_rows(
+    frame: DataFrame, source: TableSource, keys: Int64[Tensor, " rows"], parts: Parts, known: Mapping[str, Tensor]
+) -> Parts:
+    """The parts of :func:`split_rows`, except that rows which a checkpoint knows keep theirs.
+
+    Raises:
+        InputError: those of :func:`common.sources.labelled.same_parts`, or rows in order of time are new.
+    """
+    if source.time and (new := int((~torch.isin(keys, known["keys"])).sum())):
+        problem = f"{new} rows are new to the checkpoint, and the latest are there to test"
+        raise InputError(f"data.source.time {source.time!r}: {problem}; begin a new run, or predict them")
+    own = parts_named(frame[source.split].tolist(), source.split).tolist() if source.split else ()
+    return same_parts(keys, parts, known, {*own} - {0}, equal_together=source.group is not None)
+
+
 def _times(values: Series, key: str) -> np.ndarray:
-    """Numbers in the order of a column of numbers or dates."""
+    """Numbers in the order of a column of numbers or dates.
+
+    Raises:
+        InputError: a value is missing, or is neither; dates must all be written alike.
+    """
     import pandas
 
     pd: Any = pandas
+    if missing := int(values.isna().sum()):
+        raise InputError(f"{key}: {missing} of {len(values)} values are missing; fill or drop those rows")
     times = pd.to_numeric(values, errors="coerce")
     if times.isna().any():
-        times = pd.to_datetime(values, errors="coerce", format="mixed", utc=True)
+        with warnings.catch_warnings(action="ignore"):  # of dates without one format, which are refused
+            times = pd.to_datetime(values, errors="coerce", utc=True)  # by the format of the first
     if times.isna().any():
-        wrong = values[times.isna()].iloc[0]
-        raise InputError(f"{key}: {str(wrong)[:30]!r} is neither a number nor a date; mend it")
+        wrong = str(values[times.isna()].iloc[0])[:30]
+        raise InputError(f"{key}: {wrong!r} is neither a number nor a date as the others; write them as 2024-12-31")
     return times.to_numpy()
 
 

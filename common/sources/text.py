@@ -164,7 +164,7 @@ class Text:
     """
 
     def __init__(self, path: str | None, tokenizer: TokenizerSource, facts: Mapping[str, Any], **kwargs: Any):
-        if facts and "tokenizer" not in facts:
+        if facts and "eos_token" not in facts:
             raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
         kind = type(tokenizer).__qualname__
         given = {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}

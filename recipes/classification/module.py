@@ -66,6 +66,9 @@ class ClassificationModule(BaseModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.class_weight is not None:
             counts = self.data.class_counts()
+            if not counts.all():
+                name = self.class_names[int(counts.argmin())]
+                raise InputError(f"model.balance_classes: class {name!r} has no training sample; set it to false")
             self.class_weight.copy_(counts.sum() / (len(counts) * counts))
 
     @override

@@ -46,14 +46,16 @@ class DistillationData(BaseDataModule):
             raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
-        self.train_fraction, self.facts = train_fraction, self.samples.facts
+        self.train_fraction, self.split_seed, self.facts = train_fraction, split_seed, self.samples.facts
         self.class_names: list[str] = self.facts["class_names"]
         self.num_classes = len(self.class_names)
 
     @property
     def train_positions(self) -> torch.Tensor:
         """The training samples that are used."""
-        train = self.samples.parts.train
+        labelled, train = self.samples.labelled, self.samples.parts.train
+        if labelled.num_val and labelled.target.ndim == 1:  # in the order of a folder, which is that of classes
+            train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(self.split_seed))]
         return train[: max(round(len(train) * self.train_fraction), 1)]
 
     @override

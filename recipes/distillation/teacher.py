@@ -1,5 +1,6 @@
 """Frozen nets: the teacher, and the student trained without one, for comparison."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,18 @@ class FrozenNet:
         if theirs and theirs != data.class_names:
             problem = f"was trained on other classes, {shorten(', '.join(theirs), 80)}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
+        facts = checkpoint.get("facts", {})
+        if "parts" in facts:
+            trained = facts["parts"]["keys"][: facts["parts"]["sizes"][0]]
+            ours, others = data.facts["parts"]["keys"].tensor_split([int(data.facts["parts"]["sizes"][0])])
+            others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
+            if seen := int(torch.isin(others, trained).sum()):
+                problem = f"was trained on {seen} samples of this run's validation and test parts"
+                raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
+        then, now = facts.get("tokenizer") or {}, data.facts["tokenizer"]
+        then = then if isinstance(then, str) else then.get("json")  # lm keeps the text alone
+        if then and now and json.loads(then) != json.loads(now["json"]):
+            raise InputError(f"{self.checkpoint_key} {path}: has another tokenizer than data.source; name another")
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
         if not state.keys() & net.state_dict().keys():

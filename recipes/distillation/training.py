@@ -22,9 +22,9 @@ from common.run.layers import to_yaml
 from common.sources.labelled import fingerprint
 from common.sources.text import CACHE, make_cache
 
-FORMAT = 3  # bump when equal settings would train a different teacher, or keep it elsewhere
+FORMAT = 4  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
-LOADING = ("batch_size", "eval_batch_size", "num_workers", "facts_of")  # the teacher has its own
+LOADING = ("batch_size", "eval_batch_size", "num_workers")  # the teacher has its own
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from common.checkpoint import check_made_by, read_facts
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
-from common.sources.labelled import Parts, parts_facts, same_parts
+from common.sources.labelled import Parts, parts_facts
 from common.sources.tables import (
     Columns,
     Scaling,
@@ -24,6 +24,7 @@ from common.sources.tables import (
     fit_columns,
     known_target,
     read_target,
+    same_rows,
     split_rows,
     tell_equal,
 )
@@ -110,10 +111,11 @@ class RegressionData(BaseDataModule):
         if known and "columns" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on a table; name another, or null")
         made_by = {
-            "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed,
-            "scaling": scaling, "rare": rare,
+            "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed, "scaling": scaling,
+            "rare": rare, "source.categorical": list(source.categorical), "source.split": source.split,
+            "source.group": source.group, "source.time": source.time,
         }  # fmt: skip
-        check_made_by(known, **made_by)
+        check_made_by(known, made_by)
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
         # Read here: the module needs its facts, and mistakes show before ranks start.
         self.columns: Columns = known["columns"] if known else self.table.columns
@@ -125,18 +127,13 @@ class RegressionData(BaseDataModule):
         frame = source.read()
         target = read_target(frame, source)
         if "columns" in known:
-            check_source(frame, source, known["columns"])
-        parts, keys = split_rows(frame, source, *self._split)
-        if "columns" in known:
-            columns, parts = (
-                known["columns"],
-                same_parts(
-                    keys, parts, known["parts"], equal_together=source.group is not None, fixed=source.split is not None
-                ),
-            )
+            columns: Columns = known["columns"]
+            check_source(frame, source, columns)
+            parts, keys = split_rows(frame, source, *self._split)
+            parts = same_rows(frame, source, keys, parts, known["parts"])
         else:
-            if not source.split:
-                tell_equal(keys, parts)
+            parts, keys = split_rows(frame, source, *self._split)
+            tell_equal(keys, parts)
             columns = fit_columns(frame.iloc[parts.train], target[parts.train], source, self.scaling, self.rare)
         self.facts |= {"columns": columns, "parts": parts_facts(keys, parts)}
         return Rows(frame, target, columns, parts, _encoded(frame, target, columns, "data.source.path"))
