@@ -230,8 +230,9 @@ def _prepare_forks() -> None:
 
 def free_port() -> int:
     """A port below those that connections of other tests are given: they could take it before the ranks listen."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4  # each has ports of its own
     while True:
-        port = 20_000 + secrets.randbelow(12_000)  # `random` is seeded, the same in every worker
+        port = 20_000 + 3_000 * worker + secrets.randbelow(3_000)  # `random` is seeded, the same in every worker
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import torch
 from PIL import Image
 
-from common.sources.labelled import keys_of
+from common.errors import InputError
+from common.sources import Labelled
+from common.sources.labelled import Parts, keys_of, parts_facts, same_parts
+from common.sources.tables import Table, split_rows
 from tests.support import TINY, main_of
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -198,6 +203,56 @@ def test_folders_and_columns_split_images(work: Path, capfd: pytest.CaptureFixtu
     data = main_of("classification")([*args, str(work / "scenes"), "--data.source.group", "scene"]).datamodule
     scenes = [{int(position) // 4 for position in part} for part in data.samples.parts]
     assert sum(map(len, scenes)) == len(set.union(*scenes)) == 15
+
+
+def test_known_samples_keep_their_order() -> None:
+    """A run that goes on reads the same batches, whatever has been added before."""
+    keys = torch.tensor([5, 3, 8, 1, 9])
+    known = parts_facts(keys, Parts(torch.tensor([2, 0, 1]), torch.tensor([4]), torch.tensor([3])))
+    more = torch.tensor([1, 7, 8, 9, 3, 5])
+    drawn = Parts(torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([5]))
+    parts = same_parts(more, drawn, known)
+    assert [more[part].tolist() for part in parts] == [[8, 5, 3, 7], [9], [1]]
+
+
+@pytest.mark.parametrize("moved", [0, 5])
+def test_a_sample_that_the_user_moved_is_refused(moved: int) -> None:
+    """From training to a test part of the source's own, and back; sizes alone may have changed, not the order."""
+    keys = torch.arange(10)
+    parts = Parts(torch.arange(6), torch.arange(6, 8), torch.arange(8, 10))
+    train, test = parts.train, parts.test
+    if moved:
+        now = Parts(train[:-1], parts.val, torch.cat([train[-1:], test]))
+    else:
+        now = Parts(torch.cat([train, test[:1]]), parts.val, test[1:])
+    with pytest.raises(InputError, match="1 samples that the checkpoint knows are in another part now; put them back"):
+        same_parts(keys, now, parts_facts(keys, parts), own=[1, 2])
+
+
+def test_keys_of_texts_do_not_hang_on_the_longest() -> None:
+    ids, mask = torch.tensor([[4, 5, 0], [6, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    wide = torch.nn.functional.pad(ids, (0, 2), value=1), torch.nn.functional.pad(mask, (0, 2))
+    keys = [
+        keys_of(Labelled({"input_ids": i, "attention_mask": m}, torch.tensor([0, 1]), ["a", "b"])).tolist()
+        for i, m in ((ids, mask), wide)
+    ]
+    assert keys[0] == keys[1]
+    assert keys[0][0] != keys[0][1]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (["13/01/2024", "02/03/2024", "2024-02-25"] * 20, "neither a number nor a date as the others"),
+        ([1.0, None, 3.0] * 20, "20 of 60 values are missing; fill or drop those rows"),
+        ([1] * 60, "too many rows have the same time; take another column"),
+    ],
+)
+def test_times_that_give_no_order(values: list[Any], line: str) -> None:
+    source = Table("rows.csv", target="y", time="when")
+    frame = pandas.DataFrame({"y": range(60), "when": values})
+    with pytest.raises(InputError, match=line):
+        split_rows(frame, source, 0.2, 0.2, 0)
 
 
 def test_facts_come_from_a_checkpoint_of_the_same_kind(
