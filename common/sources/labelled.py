@@ -114,7 +114,7 @@ def split_by_class(
         )
     counts = torch.bincount(data.target, minlength=len(data.class_names))
     rare = int(counts.argmin())
-    if counts[rare] < 3:
+    if counts[rare] < 3 and not (data.num_val and data.num_test):
         name = data.class_names[rare]
         raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
 
@@ -127,8 +127,8 @@ def split_by_class(
 
     ours = len(data.target) - data.num_val - data.num_test
     _, val, test = torch.arange(len(data.target)).split([ours, data.num_val, data.num_test])
-    # Own parts count by samples, drawn ones by what is drawn.
-    rest, total = one_of_each(keys[:ours]), 0
+    rest = one_of_each(keys[:ours])
+    # What is drawn counts; samples of own parts count as so many of it.
     total = len(rest) if not (data.num_val or data.num_test) else len(data.target) * len(rest) / ours
     if not data.num_test:
         rest, test = split(rest, test_fraction * total / len(rest) if data.num_val else test_fraction)
@@ -213,9 +213,8 @@ def same_parts(
     if keys[torch.cat(drawn)].equal(known["keys"]) and [len(part) for part in drawn] == known["sizes"].tolist():
         return drawn
     places: dict[int, list[int]] = {}  # of each known sample, by key; several are equal
-    for key, part in zip(
-        known["keys"].tolist(), torch.arange(3).repeat_interleave(known["sizes"]).tolist(), strict=True
-    ):
+    numbers = torch.arange(3).repeat_interleave(known["sizes"]).tolist()
+    for key, part in zip(known["keys"].tolist(), numbers, strict=True):
         places.setdefault(key, []).append(part)
     key_of, new, moved = keys.tolist(), [0, 0, 0], 0
     found: list[dict[int, list[int]]] = [{}, {}, {}]  # positions by key, in each part
@@ -307,11 +306,12 @@ class Samples:
             if data.target.ndim > 1:  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
             else:
-                # A class may have become rare since; the parts of what is known are not drawn.
-                every = torch.arange(len(keys))
-                all_known = bool(torch.isin(keys, known["keys"]).all()) and not (data.num_val or data.num_test)
-                drawn = Parts(every, every[:0], every[:0]) if all_known else split_by_class(data, *self._split, keys)
                 own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
+                if not own and len(keys) < len(known["keys"]) and torch.isin(keys, known["keys"]).all():
+                    every = torch.arange(len(keys))  # none is new, and a class may have become too rare to draw
+                    drawn = Parts(every, every[:0], every[:0])
+                else:
+                    drawn = split_by_class(data, *self._split, keys)
                 parts = same_parts(keys, drawn, known, own)
         self.facts["parts"] = parts_facts(keys, parts)
         return data, parts
