@@ -102,8 +102,7 @@ def locate(
     for entry in (entry for layer in reversed(layers) for entry in layer):
         name, text = _plain(entry.key), getattr(entry.node, "value", entry.node)
         if not wanted or f"{name}.".startswith(f"{wanted}."):
-            points = 3 + 2 * (name.split(".")[-1] in names) + 3 * any(_is(text, value) for value in values)
-            points -= bool(wanted) and name != wanted  # it may have no part in it
+            points = 2 + 2 * (name.split(".")[-1] in names) + 3 * any(_is(text, value) for value in values)
         else:
             points = int(isinstance(text, str) and wanted.startswith(f"{name}."))
         if points > best:

@@ -128,6 +128,11 @@ def split_by_class(
     ours = len(data.target) - data.num_val - data.num_test
     _, val, test = torch.arange(len(data.target)).split([ours, data.num_val, data.num_test])
     rest = one_of_each(keys[:ours])
+    least = int(torch.bincount(data.target[rest], minlength=len(data.class_names)).min())
+    if data.groups is None and (least < 3 or len(rest) * min(val_fraction, test_fraction) < len(data.class_names)):
+        if not rank_zero_only.rank:
+            print("data.source: has too few different samples to keep equal ones in one part", flush=True)
+        keys, rest = torch.arange(len(keys)), torch.arange(ours)
     # What is drawn counts; samples of own parts count as so many of it.
     total = len(rest) if not (data.num_val or data.num_test) else len(data.target) * len(rest) / ours
     if not data.num_test:
