@@ -69,7 +69,7 @@ def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None
 
     Args:
         facts: of the checkpoint; ``made_by`` holds its settings. Empty if there is none.
-        settings: those that are given now.
+        settings: the present ones.
 
     Raises:
         InputError: a setting is another.

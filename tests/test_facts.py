@@ -43,6 +43,15 @@ def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> 
     return line
 
 
+def add_images(folder: Path, names: str, count: int, first: int = 0) -> None:
+    """Images of noise for each class; equal numbers make equal images."""
+    for kind, name in enumerate(names.split()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(first, first + count):
+            pixels = np.random.default_rng([kind, number]).integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
+
+
 @pytest.mark.parametrize("recipe", ["lm", "curriculum"])
 def test_the_tokenizer_of_a_run_stays(
     recipe: str, work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
@@ -74,16 +83,7 @@ def test_the_tokenizer_of_a_run_stays(
 def test_more_data_move_no_sample(recipe: str, work: Path) -> None:
     """Of a run that goes on, is tested, and goes on again."""
     images = work / "images"
-    generator = np.random.default_rng(2)
-
-    def add(first: int, count: int) -> None:
-        for name in ("ape", "bee", "cat"):
-            (images / name).mkdir(parents=True, exist_ok=True)
-            for number in range(first, first + count):
-                pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
-                Image.fromarray(pixels).save(images / name / f"{number:03d}.png")
-
-    add(0, 20)
+    add_images(images, "ape bee cat", 20)
     source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
     net = ["--model.teacher", "null"] if recipe == "distillation" else []
     args = [*source, "--data.source.size", "8", *net, "--data.batch_size", "4"]
@@ -91,7 +91,7 @@ def test_more_data_move_no_sample(recipe: str, work: Path) -> None:
     same = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert parts_of(same) == before
     for step, count in ((6, 10), (8, 7)):
-        add(step * 10, count)
+        add_images(images, "ape bee cat", count, first=step * 10)
         goes_on = ["fit", "--ckpt_path", "last", "--trainer.max_steps", str(step)]
         for command in (["test", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"], goes_on):
             after = parts_of(main_of(recipe)(command).datamodule)
@@ -109,12 +109,7 @@ def parts_of(data: Any) -> list[set[int]]:
 def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One that is gone changes no number; one that is new or renamed is refused."""
     images = work / "images"
-    generator = np.random.default_rng(1)
-    for name in ("ape", "bee", "cat"):
-        (images / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / name / f"{number}.png")
+    add_images(images, "ape bee cat", 20)
     source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
     net = ["--model.teacher", "null"] if recipe == "distillation" else []
     main_of(recipe)(["fit", *FIT, *source, "--data.source.size", "8", *net, "--data.batch_size", "4"])
@@ -135,12 +130,7 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
 @pytest.mark.parametrize("recipe", LABELLED)
 def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     images = work / "images"
-    generator = np.random.default_rng(3)
-    for name in ("ape", "bee"):
-        (images / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / name / f"{number}.png")
+    add_images(images, "ape bee", 20)
     source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
     net = ["--model.teacher", "null"] if recipe == "distillation" else []
     main_of(recipe)(["fit", *FIT, *source, "--data.source.size", "8", *net, "--data.batch_size", "4"])
@@ -179,26 +169,17 @@ def test_equal_samples_go_together(work: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_folders_and_columns_split_images(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Sub-folders train, val and test; a column of groups in the folder's metadata.csv."""
-    generator = np.random.default_rng(5)
-
-    def write(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(path)
-
-    for part, count in (("train", 20), ("val", 6), ("test", 8)):
-        for name in ("ape", "bee"):
-            for number in range(count):
-                write(work / f"parts/{part}/{name}/{number}.png")
+    for part, count, first in (("train", 20, 0), ("val", 6, 20), ("test", 8, 40)):
+        add_images(work / "parts" / part, "ape bee", count, first)
     source = [*FIT, "--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
     args = ["fit", *source, "--data.source.path"]
     data = main_of("classification")([*args, str(work / "parts")]).datamodule
     assert [len(part) for part in data.samples.parts] == [40, 12, 16]
-    shutil.move(work / "parts/test/ape/1.png", work / "parts/train/ape/moved.png")
+    shutil.move(work / "parts/test/ape/041.png", work / "parts/train/ape/moved.png")
     assert "that the checkpoint knows are in another part now" in refused("classification", ["test"], capfd)
+    add_images(work, "scenes", 60)
     lines = ["file_name,label,scene"]
-    for number in range(60):
-        write(work / f"scenes/{number}.png")
-        lines.append(f"{number}.png,{'ape' if number % 2 else 'bee'},{number // 4}")
+    lines += [f"{number:03d}.png,{'ape' if number % 2 else 'bee'},{number // 4}" for number in range(60)]
     (work / "scenes/metadata.csv").write_text("\n".join(lines))
     data = main_of("classification")([*args, str(work / "scenes"), "--data.source.group", "scene"]).datamodule
     scenes = [{int(position) // 4 for position in part} for part in data.samples.parts]
@@ -265,3 +246,8 @@ def test_facts_come_from_a_checkpoint_of_the_same_kind(
     )
     line = refused("lm", [*args, "runs/classification/default/checkpoints/last.ckpt"], capfd)
     assert line == "--data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null"
+    damaged = bytearray(Path("runs/classification/default/checkpoints/last.ckpt").read_bytes())
+    damaged[len(damaged) // 2] ^= 16
+    Path("damaged.ckpt").write_bytes(damaged)
+    line = refused("classification", ["fit", *FIT, "--data.facts_of", "damaged.ckpt"], capfd)
+    assert "damaged.ckpt: cut short, damaged or no checkpoint; name another with --data.facts_of" in line

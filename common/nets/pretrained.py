@@ -111,6 +111,8 @@ class Pretrained(nn.Module):
             inputs["pixel_values"] = (images - mean) / std
         try:
             return self.model(**inputs).logits[..., : self.num_classes]
-        except ValueError as error:  # of its check of their size
+        except ValueError as error:
+            if "pixel_values" not in inputs:
+                raise
             reason = str(error).splitlines()[0][:90]
             raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; set data.source.size") from error

@@ -358,6 +358,8 @@ class RecipeCLI(LightningCLI):
         for source, target in self.links.items():
             if config.get(target) is not None:
                 raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
+        if not config.get("ckpt_path") and (facts_of := config.data.get("facts_of")) and Path(facts_of).exists():
+            read_checkpoint(facts_of, hint="name another with --data.facts_of")  # the whole file, with its checksums
         for key in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch", "val_check_interval"):
             if isinstance(value := config.trainer[key], int | float) and value <= 0:
                 raise InputError(f"trainer.{key} must be above 0, got {value}")

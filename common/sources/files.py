@@ -43,7 +43,15 @@ class Labelled:
 
 
 class Source:
-    """A source of labelled samples."""
+    """A source of labelled samples.
+
+    Attributes:
+        split: name of the column that says the part of each sample; None if there is none.
+        group: name of the column whose equal values stay together in a split; None if there is none.
+    """
+
+    split: str | None = None
+    group: str | None = None
 
     def read(self) -> Labelled:
         """Read everything.

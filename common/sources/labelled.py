@@ -213,7 +213,7 @@ def same_parts(
         equal_together: whether a new sample that equals a known one goes with it.
 
     Raises:
-        InputError: the checkpoint knows none of the samples, or knows one of a source's own part in another.
+        InputError: most of the checkpoint's samples gave way to others, or one of a source's own part is in another.
     """
     if keys[torch.cat(drawn)].equal(known["keys"]) and [len(part) for part in drawn] == known["sizes"].tolist():
         return drawn
@@ -235,15 +235,18 @@ def same_parts(
             elif there and not (equal_together and len(there) == 1):
                 there.remove(goes)
             found[goes].setdefault(key, []).append(position)
-    if sum(new) == sum(map(len, drawn)):
-        problem = f"the checkpoint knows none of the {len(keys)} samples: they are others, or have changed"
-        raise InputError(f"data.source: {problem}; give those of the training, or begin a new run")
+    gone = int((~torch.isin(known["keys"], keys)).sum())
+    if sum(new) and 2 * gone > len(known["keys"]):  # growing data lose none
+        there = f"{gone} of the checkpoint's {len(known['keys'])} samples are gone, and {sum(new)} are new"
+        problem = "they are others, or have changed"
+        raise InputError(f"data.source: {there}: {problem}; give those of the training, or begin a new run")
     if moved:
         problem = f"{moved} samples that the checkpoint knows are in another part now"
         raise InputError(f"data.source: {problem}; put them back, or begin a new run")
-    if sum(new) and not rank_zero_only.rank:
+    if (sum(new) or gone) and not rank_zero_only.rank:
         shares = "{} for training, {} for validation, {} for testing".format(*new)
-        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}; all others stay", flush=True)
+        lost = f"; {gone} of its own are gone" if gone else ""
+        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}{lost}; all others stay", flush=True)
     parts = []
     for by_key, before in zip(found, known["keys"].split(known["sizes"].tolist()), strict=True):
         order = [by_key[key].pop(0) for key in before.tolist() if by_key.get(key)]
@@ -284,7 +287,7 @@ class Samples:
             raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
         made_by = {
             "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed,
-            "source.split": getattr(source, "split", None), "source.group": getattr(source, "group", None),
+            "source.split": source.split, "source.group": source.group,
         }  # fmt: skip
         check_made_by(known, made_by)
         self._source, self._split = source, (val_fraction, test_fraction, seed)

@@ -44,7 +44,7 @@ class ClassificationData(BaseDataModule):
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.source, self.predict_source, self.keep = source, predict_source, keep
-        # Read here: the module needs its facts, and mistakes show before ranks start.
+        # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
 

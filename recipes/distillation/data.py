@@ -44,7 +44,7 @@ class DistillationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if not 0 < train_fraction <= 1:
             raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
-        # Read here: the module needs its facts, and mistakes show before ranks start.
+        # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         self.train_fraction, self.split_seed, self.facts = train_fraction, split_seed, self.samples.facts
         self.class_names: list[str] = self.facts["class_names"]

@@ -117,7 +117,7 @@ class RegressionData(BaseDataModule):
         }  # fmt: skip
         check_made_by(known, made_by)
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
-        # Read here: the module needs its facts, and mistakes show before ranks start.
+        # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.columns: Columns = known["columns"] if known else self.table.columns
 
     @cached_property
