@@ -128,13 +128,15 @@ def test_diloco_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> Non
 
 
 def served_main(args: list[str], path: Path, delay: float) -> None:
-    """Train with a rank 1 that is slow, and keep what the server has counted."""
+    """Train with a rank 1 that waits ``delay`` of its own steps before each, and keep what the server has counted."""
     from common.module import BaseModule
 
-    start = BaseModule.on_train_batch_start
+    start, went_on = BaseModule.on_train_batch_start, 0.0
 
     def slow_start(self: BaseModule, batch: Any, batch_idx: int) -> None:
-        time.sleep(delay * self.global_rank)
+        nonlocal went_on
+        time.sleep(delay * self.global_rank * (time.perf_counter() - went_on if went_on else 0))
+        went_on = time.perf_counter()
         start(self, batch, batch_idx)
 
     BaseModule.on_train_batch_start = slow_start  # type: ignore[method-assign]  # in this forked process only
@@ -155,7 +157,7 @@ def in_step(args: list[str], path: Path) -> None:
 
 def with_a_slow_rank(args: list[str], path: Path) -> None:
     """Which takes several times as long for a step as the other."""
-    served_main(args, path, 0.1)
+    served_main(args, path, 9)
 
 
 @pytest.mark.matrix

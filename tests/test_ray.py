@@ -62,7 +62,7 @@ def start(*args: str) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit code, stdout, and lines of stderr."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err.splitlines()
 
 
