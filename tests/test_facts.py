@@ -67,6 +67,8 @@ def test_the_tokenizer_of_a_run_stays(
     tested = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert tested.corpus.tokenizer.to_str() == tested.tokenizer.to_str() == tokenizer
     goes_on = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"]
+    said = "documents: 2 for train (1 before), 1 for val (1 before), 0 for test (0 before); all that it knew stay in"
+    assert said in capfd.readouterr().out
     if recipe == "lm":
         assert main_of(recipe)(goes_on).datamodule.corpus.tokenizer.to_str() == tokenizer
     else:  # its order is that of the text
@@ -74,6 +76,12 @@ def test_the_tokenizer_of_a_run_stays(
     assert "the checkpoint was trained with BPE {'vocab_size': 300}, and this is another; remove it" in refused(
         recipe, ["test", "--data.tokenizer.vocab_size", "400"], capfd
     )
+    assert (
+        "val_fraction: 0.3: the checkpoint's text was split by 0.1, and its parts hold; give 0.1, or begin a"
+        in refused(recipe, ["test", "--data.val_fraction", "0.3"], capfd)
+    )
+    own = main_of(recipe)(["test", "--data.test_path", str(texts / "second.txt")]).datamodule
+    assert own.corpus.documents == {"train": 1, "val": 1, "test": 1, "duplicates": 1}
     shutil.rmtree(texts)
     for command in ("predict", "export") if recipe == "lm" else ("export",):
         assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.sources import text
 from common.sources.text import Corpus, Windows, prepare
-from common.sources.tokenizers import BPE, EOS, Characters, PretrainedTokenizer, TokenizerSource
+from common.sources.tokenizers import BPE, EOS, Characters, KnownTokenizer, PretrainedTokenizer, TokenizerSource
 
 SAMPLE = "def f(x):\n\n    return 'naïve – 🙂'\t# 東京\r\n\n" + "Once upon a time, there was a word. " * 5
 WORDS = sorted({word for word in SAMPLE.split() if word.isascii()} | {f"word{i}" for i in range(15)})
@@ -157,7 +157,7 @@ def test_single_file_is_cut_by_characters(tmp_path: Path) -> None:
     assert corpus.tokenizer.decode(corpus.train.tolist()) == content[:cut]
     assert (len(corpus.train), len(corpus.val)) == (cut, len(content) - cut)
     assert corpus.train.dtype == np.uint16
-    assert corpus.documents == {"train": 1, "val": 1, "duplicates": 0}
+    assert corpus.documents == {"train": 1, "val": 1, "test": 0, "duplicates": 0}
     assert corpus.eos_id not in corpus.train
 
 
@@ -172,7 +172,7 @@ def test_documents_are_kept_whole_on_one_side(tmp_path: Path, source: TokenizerS
     else:  # a character of the validation split may be unknown
         assert sorted(train) == sorted(set(train) & set(documents))
     assert not set(train) & set(val)
-    assert corpus.documents == {"train": len(train), "val": len(val), "duplicates": 7}
+    assert corpus.documents == {"train": len(train), "val": len(val), "test": 0, "duplicates": 7}
     assert 8 <= len(val) <= 35
     again = prepare(path, source, val_fraction=0.2, cache_dir=tmp_path / "elsewhere")
     assert np.array_equal(again.train, corpus.train)
@@ -194,7 +194,58 @@ def test_tiny_corpus_has_both_sides(tmp_path: Path) -> None:
         for fraction in (0.01, 0.99):
             path = str(write_folder(tmp_path / "text", write_documents(2)))
             corpus = prepare(path, BPE(300), val_fraction=fraction, seed=seed, cache_dir=tmp_path / "cache")
-            assert corpus.documents == {"train": 1, "val": 1, "duplicates": 0}
+            assert corpus.documents == {"train": 1, "val": 1, "test": 0, "duplicates": 0}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_growing_text_moves_none(tmp_path: Path, count: int) -> None:
+    """Ten times, by a document and at the end of one, from one that is cut, or whose side their number says."""
+    documents, folder = write_documents(60), tmp_path / "text"
+    folder.mkdir()
+    (folder / "grows.txt").write_text("".join(write_documents(20, seed=9)))
+    for number in range(1, count):
+        (folder / f"{number}.txt").write_text(documents[number])
+    source, cache = Bytes(), tmp_path / "cache"
+    corpus = prepare(str(folder), source, val_fraction=0.1, cache_dir=cache)
+    known = KnownTokenizer(corpus.tokenizer.to_str(), source.eos_token)
+    for step in range(10):
+        before = [read_documents(corpus, tokens) for tokens in (corpus.train, corpus.val)]
+        (folder / f"new{step}.txt").write_text(documents[count + step])
+        if count == 1:
+            with (folder / "grows.txt").open("a") as file:
+                file.write(f"added {step}")
+        corpus = prepare(str(folder), source, val_fraction=0.1, cache_dir=cache, known=known, held=corpus.held)
+        train, val = ([*read_documents(corpus, tokens)] for tokens in (corpus.train, corpus.val))
+        if count > 1:
+            assert set(before[0]) <= set(train)
+        assert set(before[1]) <= set(val)
+        assert not set(train) & set(val)
+        assert not any(text in other for text in before[1] for other in train)
+
+
+def test_texts_of_their_own_for_validation_and_testing(tmp_path: Path) -> None:
+    documents, cache = write_documents(30), tmp_path / "cache"
+    paths = [str(write_folder(tmp_path / name, part)) for name, part in zip(
+        ("train", "val", "test"), (documents, documents[3:5], [documents[7], "one more"]), strict=True
+    )]  # fmt: skip
+    corpus = prepare(paths[0], Bytes(), val_path=paths[1], test_path=paths[2], cache_dir=cache)
+    found = [read_documents(corpus, tokens) for tokens in (corpus.train, corpus.val, corpus.test)]
+    assert [sorted(part) for part in found] == [
+        sorted(text for text in documents if text not in (*documents[3:5], documents[7])),
+        sorted(documents[3:5]),
+        sorted([documents[7], "one more"]),
+    ]
+    assert corpus.documents == {"train": 27, "val": 2, "test": 2, "duplicates": 3}
+    for side, part in zip(("val", "test"), found[1:], strict=True):
+        tokens = len(getattr(corpus, side))
+        assert corpus.bytes_per_token[side] == sum(len(text.encode()) for text in part) / tokens
+    tested = prepare(paths[0], Bytes(), test_path=paths[2], cache_dir=cache)
+    assert sorted(read_documents(tested, tested.test)) == sorted(found[2])
+    assert not set(read_documents(tested, tested.val)) & {documents[7], "one more"}
+    plain = prepare(paths[0], Bytes(), cache_dir=cache)
+    assert np.array_equal(plain.test, plain.val)
+    with pytest.raises(InputError, match="all its documents are for validation or testing as well; add text"):
+        prepare(paths[1], Bytes(), val_path=paths[1], cache_dir=cache)
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -208,7 +259,7 @@ def test_bytes_per_token_is_exact(tmp_path: Path) -> None:
     corpus = prepare(str(write_folder(tmp_path / "text", documents)), BPE(400), cache_dir=tmp_path / "cache")
     val = read_documents(corpus, corpus.val)
     assert len(val) > 1
-    assert corpus.bytes_per_token == sum(len(document.encode()) for document in val) / len(corpus.val)
+    assert corpus.bytes_per_token["val"] == sum(len(document.encode()) for document in val) / len(corpus.val)
 
 
 def test_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource
 
-FORMAT = 2  # bump when the same source and settings would give other tokens
+FORMAT = 3  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
 PIECE = 1 << 16  # characters of a document to encode at a time
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
@@ -44,27 +46,31 @@ FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$
 # character before it; byte-level ones never join white space to a letter before it, nor a line end to a word after it.
 CUT = re.compile(r"(?s:.*\S(?= )|.*(?:[^\W_](?=\s)|\S\n(?=\w)))")
 Piece = tuple[bool, str]  # whether a document begins here, and some of its text
-SplitPiece = tuple[str, bool, str]  # "train" or "val", and a piece
-AnyPiece = TypeVar("AnyPiece", Piece, SplitPiece)
+SplitPiece = tuple[str, bool, str]  # "train", "val" or "test", and a piece
+Held = Mapping[str, Sequence[int]]  # by its hash a document's length, and how much of it trains, in characters
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus on disk: documents joined by the end-of-text token.
 
-    ``bytes_per_token`` is UTF-8 bytes per token of the validation split: bits per byte are nats per token / ln 2 /
-    ``bytes_per_token``. ``documents`` counts ``train``, ``val`` and dropped ``duplicates``; a single document is cut in
-    two and counts on both sides.
+    Without a text of its own for testing, ``test`` is ``val``. ``bytes_per_token`` is UTF-8 bytes per token of ``val``
+    and ``test``: bits per byte are nats per token / ln 2 / ``bytes_per_token``. ``documents`` counts those of each side
+    and dropped ``duplicates``; a single document is cut in two and counts on both sides. ``fingerprint`` is of
+    those of ``train`` and ``val``, in any order. ``held`` are those whose side their hash alone does not say.
     """
 
     folder: Path
     tokenizer: Tokenizer
     train: Integer[np.ndarray, " train"]
     val: Integer[np.ndarray, " val"]
+    test: Integer[np.ndarray, " test"]
     eos_id: int
     vocab_size: int
-    bytes_per_token: float
+    bytes_per_token: dict[str, float]
     documents: dict[str, int]
+    fingerprint: str
+    held: Held
 
 
 def make_cache(folder: Path) -> None:
@@ -88,14 +94,18 @@ def prepare(
     val_fraction: float = 0.1,
     seed: int = 0,
     cache_dir: Path,
+    val_path: str | None = None,
+    test_path: str | None = None,
     known: KnownTokenizer | None = None,
+    held: Held | None = None,
 ) -> Corpus:
     """Read, split and tokenize a corpus into ``cache_dir``, or open the result of an earlier call.
 
-    Exact duplicates are dropped. A document's side of the split depends on its text and ``seed`` alone; each side gets
-    at least one. A single document is cut by characters; its last ``val_fraction`` is for validation. Long documents
-    are encoded in pieces, cut where byte-level, character and Metaspace tokenizers give the same tokens as for the
-    whole. Several processes may call at once: one prepares, the others wait.
+    Exact duplicates are dropped, those of ``val_path`` and ``test_path`` from the training text. A document's side of
+    the split depends on its text and ``seed`` alone; each side gets at least one. A single document is cut by
+    characters; its last ``val_fraction`` is for validation. Long documents are encoded in pieces, cut where byte-level,
+    character and Metaspace tokenizers give the same tokens as for the whole. Several processes may call at once: one
+    prepares, the others wait.
 
     Args:
         path: a text file; a table (JSON lines, JSON, CSV, Parquet), one document per row; a folder of these,
@@ -106,29 +116,37 @@ def prepare(
         val_fraction: share of the documents for validation, in (0, 1).
         seed: another seed gives another split.
         cache_dir: a folder for prepared corpora.
+        val_path: the text for validation, given like ``path``; None for a share of the text.
+        test_path: the text for testing; None to test on that for validation.
         known: the tokenizer of a checkpoint; it is taken where the text would now give another one.
+        held: ``held`` of a checkpoint's corpus: these documents stay on their sides; text that one got since trains.
 
     Raises:
         InputError: no such path or column, a file that cannot be read, or too little text.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
-    source = _find(path, column)
+    # Of equal documents the first stays.
+    paths = {"test": test_path, "val": val_path}
+    sources = {side: _find(own, column) for side, own in paths.items() if own is not None}
+    sources["train"] = _find(path, column)
 
-    def folder_of(maker: TokenizerSource) -> Path:
+    def folder_of(maker: TokenizerSource, held: Held) -> Path:
         kind = f"{type(maker).__module__}.{type(maker).__qualname__}"
-        facts = [FORMAT, source.stamp, column, kind, maker.settings(), val_fraction, seed]
+        stamps = {side: source.stamp for side, source in sources.items()}
+        facts = [FORMAT, stamps, column, kind, maker.settings(), val_fraction, seed, dict(held)]
         return Path(cache_dir) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    folder = folder_of(tokenizer)
-    if known and not (folder.exists() and _tokenizer_of(folder).to_str() == known.text):
-        tokenizer, folder = known, folder_of(known)
+    held = held or {}
+    folder = folder_of(tokenizer, {})
+    if known and not (folder.exists() and _is_of(folder, known, held)):
+        tokenizer, folder = known, folder_of(known, held)
     try:
         if not folder.exists():
             make_cache(folder.parent)
             with FileLock(folder.with_suffix(".lock")):
                 if not folder.exists():
-                    _build(source, tokenizer, val_fraction, seed, folder)
+                    _build(sources, tokenizer, val_fraction, seed, held, folder)
     finally:
         # A worker process forked after the threads were in use would warn, or hang using them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -136,8 +154,15 @@ def prepare(
     check_files(folder, fix=fix)
     meta = json.loads((folder / "meta.json").read_text())
     dtype = meta.pop("dtype")
-    train, val = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "val"))
-    return Corpus(folder, _tokenizer_of(folder), train, val, **meta)
+    parts = {side: np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", *meta["bytes_per_token"])}
+    parts["test"] = parts.get("test", parts["val"])
+    meta["bytes_per_token"].setdefault("test", meta["bytes_per_token"]["val"])
+    return Corpus(folder, _tokenizer_of(folder), **parts, **meta)
+
+
+def _is_of(folder: Path, tokenizer: KnownTokenizer, held: Held) -> bool:
+    found = json.loads((folder / "meta.json").read_text())["held"]
+    return _tokenizer_of(folder).to_str() == tokenizer.text and found == {key: list(held[key]) for key in held}
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
@@ -151,19 +176,28 @@ class Text:
         path: of the text.
         tokenizer: how to get the tokenizer.
         facts: those of the checkpoint that a command is about, whose tokenizer holds; empty if there is none.
+        val_fraction: see :func:`prepare`.
         kwargs: further arguments of :func:`prepare`.
 
     Attributes:
         tokenizer: the tokenizer.
         eos_id: the token that ends a text.
         vocab_size: number of tokens.
-        facts: the tokenizer, which token ends a text, and by what the tokenizer was made, as plain values.
+        facts: the tokenizer, which token ends a text, and by what the tokenizer was made; of the corpus ``documents``,
+            ``fingerprint`` and ``held``, and the ``val_fraction`` it is split by. All are plain values.
 
     Raises:
-        InputError: those of :func:`prepare`, or another tokenizer than that of the checkpoint is given.
+        InputError: those of :func:`prepare`, or another tokenizer or share than that of the checkpoint is given.
     """
 
-    def __init__(self, path: str | None, tokenizer: TokenizerSource, facts: Mapping[str, Any], **kwargs: Any):
+    def __init__(
+        self,
+        path: str | None,
+        tokenizer: TokenizerSource,
+        facts: Mapping[str, Any],
+        val_fraction: float = 0.1,
+        **kwargs: Any,
+    ):
         if facts and "eos_token" not in facts:
             raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
         kind = type(tokenizer).__qualname__
@@ -176,19 +210,34 @@ class Text:
         if facts and by != facts["made_by"]:
             problem = "the checkpoint was trained with {} {}, and this is another".format(*facts["made_by"])
             raise InputError(f"data.tokenizer: {problem}; remove it")
+        if (before := facts.get("val_fraction", val_fraction)) != val_fraction:
+            problem = f"the checkpoint's text was split by {before}, and its parts hold"
+            raise InputError(f"data.val_fraction {val_fraction}: {problem}; give {before}, or begin a new run")
         known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
-        self._prepare = partial(prepare, path, tokenizer, known=known, **kwargs)
+        kwargs |= {"val_fraction": val_fraction, "known": known, "held": facts.get("held")}
+        self._prepare = partial(prepare, path, tokenizer, **kwargs)
+        self.facts: dict[str, Any] = {**facts, "made_by": by, "val_fraction": val_fraction}
         self.tokenizer = known.build([]) if known else self.corpus.tokenizer
         vocab = self.tokenizer.get_vocab()
         self.eos_id, self.vocab_size = vocab[known.eos_token] if known else self.corpus.eos_id, max(vocab.values()) + 1
-        self.facts = {
-            "tokenizer": self.tokenizer.to_str(), "eos_token": self.tokenizer.id_to_token(self.eos_id), "made_by": by,
-        }  # fmt: skip
+        self.facts |= {"tokenizer": self.tokenizer.to_str(), "eos_token": self.tokenizer.id_to_token(self.eos_id)}
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The prepared text."""
-        return self._prepare()
+        """The prepared text; says if it is another than that of the checkpoint."""
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        corpus = self._prepare()
+        if self.facts.get("fingerprint", corpus.fingerprint) != corpus.fingerprint and not rank_zero_only.rank:
+            then, now = self.facts["documents"], corpus.documents
+            counts = ", ".join(f"{now[side]} for {side} ({then[side]} before)" for side in ("train", "val", "test"))
+            stays = "all that it knew stay in their parts"
+            if self.facts["held"] and not any(key in corpus.held for key in self.facts["held"]):
+                stays = "the one that it knew is gone or has changed, and parts are drawn anew"
+            print(f"data.path: the text has changed since the checkpoint; documents: {counts}; {stays}", flush=True)
+        kept = {name: getattr(corpus, name) for name in ("documents", "fingerprint")}
+        self.facts |= kept | {"held": {key: list(value) for key, value in corpus.held.items()}}
+        return corpus
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -378,33 +427,45 @@ def _pieces(document: io.TextIOBase) -> Iterator[Piece]:
 
 
 class _Plan(NamedTuple):
-    cuts: np.ndarray  # characters of each document for training, the rest is for validation; -1 if dropped
+    cuts: np.ndarray  # characters of each document for training; -1 if it is dropped
+    ends: np.ndarray  # characters up to which what follows them is for evaluation; what comes then trains again
     total: int  # characters kept
     documents: dict[str, int]
+    fingerprint: str
+    held: dict[str, list[int]]
 
 
-def _build(source: _Source, wanted: TokenizerSource, val_fraction: float, seed: int, folder: Path) -> None:
+def _read(sources: Mapping[str, _Source]) -> Iterator[SplitPiece]:
+    for side, source in sources.items():
+        for begins, text in source.read():
+            yield side, begins, text
+
+
+def _build(
+    sources: Mapping[str, _Source], wanted: TokenizerSource, val_fraction: float, seed: int, held: Held, folder: Path
+) -> None:
     # A forked process lacks its parent's threads and would wait for them forever.
     forked = multiprocessing.parent_process() is not None
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if forked else "true"
     look = TextColumn("{task.description:>18}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*look) as progress:
-        plan = _plan(_track(source.read(), progress, "reading", None), source.name, val_fraction, seed)
-        texts = _track(_split(source.read(), plan), progress, "training tokenizer", plan.total)
+        plan = _plan(_track(_read(sources), progress, "reading", None), sources, val_fraction, seed, held)
+        texts = _track(_split(_read(sources), plan), progress, "training tokenizer", plan.total)
         tokenizer = wanted.build(_sample(texts, plan.total, wanted.sample_chars))
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours
         part.mkdir()
-        pieces = _track(_split(source.read(), plan), progress, "encoding", plan.total)
-        meta = _encode(pieces, source.name, tokenizer, wanted.eos_token, part)
+        pieces = _track(_split(_read(sources), plan), progress, "encoding", plan.total)
+        meta = _encode(pieces, sources, tokenizer, wanted.eos_token, part)
     tokenizer.save(str(part / "tokenizer.json"))
-    (part / "meta.json").write_text(json.dumps({**meta, "documents": plan.documents}))
+    meta |= {"documents": plan.documents, "fingerprint": plan.fingerprint, "held": plan.held}
+    (part / "meta.json").write_text(json.dumps(meta))
     sums = checksums(part, [path.name for path in part.iterdir()])
     (part / CHECKSUMS).write_text(json.dumps(sums))
     part.rename(folder)
 
 
-def _track(pieces: Iterable[AnyPiece], bars: Progress, what: str, total: int | None) -> Iterator[AnyPiece]:
+def _track(pieces: Iterable[SplitPiece], bars: Progress, what: str, total: int | None) -> Iterator[SplitPiece]:
     task = bars.add_task(what, total=total)
     for piece in pieces:
         yield piece
@@ -412,44 +473,88 @@ def _track(pieces: Iterable[AnyPiece], bars: Progress, what: str, total: int | N
     bars.update(task, total=bars.tasks[task].completed)
 
 
-def _plan(pieces: Iterable[Piece], name: str, val_fraction: float, seed: int) -> _Plan:
-    digest, digests, lengths = hashlib.blake2b(), bytearray(), array("q")
-    for begins, text in pieces:
+def _plan(
+    pieces: Iterable[SplitPiece], sources: Mapping[str, _Source], val_fraction: float, seed: int, held: Held
+) -> _Plan:
+    digest, digests, lengths, marks = hashlib.blake2b(), bytearray(), array("q"), sorted({n for n, _ in held.values()})
+    numbers = dict.fromkeys(sources, 0)
+    known: dict[int, str] = {}  # the hash of a held document, by the number of the one that begins like it
+    for side, begins, text in pieces:
         if begins:
             digest = hashlib.blake2b(digest_size=16, key=str(seed).encode())
             digests += bytes(16)
             lengths.append(0)
+            numbers[side] += 1
+        for mark in marks:
+            if lengths[-1] < mark <= lengths[-1] + len(text):
+                head = digest.copy()
+                head.update(text[: mark - lengths[-1]].encode())
+                if held.get(head.hexdigest(), [0])[0] == mark:
+                    known[len(lengths) - 1] = head.hexdigest()
         digest.update(text.encode())
         digests[-16:] = digest.digest()
         lengths[-1] += len(text)
-    if not lengths:
-        raise InputError(f"{name}: there is no text in it; name a file, a folder or a column with text")
+    for side, number in numbers.items():
+        if not number:
+            raise InputError(
+                f"{sources[side].name}: there is no text in it; name a file, a folder or a column with text"
+            )
     keys, length = np.frombuffer(digests, "<u8").reshape(-1, 2), np.array(lengths)
     order = np.lexsort(keys.T)  # stable: of equal documents the first stays
     repeated = order[1:][(keys[order[1:]] == keys[order[:-1]]).all(axis=1)]
+    own = len(length) - numbers["train"]  # how many have a part of their own
     share = keys[:, 0] / 2.0**64  # uniform in [0, 1), from text and seed
-    cuts = np.where(share < val_fraction, 0, length)
+    cuts, ends = np.where(share < val_fraction, 0, length), length.copy()
+    if "val" in sources:
+        cuts, known = length.copy(), {}
+    cuts[:own] = 0
+    for number, key in known.items():
+        ends[number], cuts[number] = held[key]
     cuts[repeated] = -1
-    kept = np.flatnonzero(cuts >= 0)
-    if len(kept) == 1:
+    kept = own + np.flatnonzero(cuts[own:] >= 0)
+    if not len(kept):
+        raise InputError(f"{sources['train'].name}: all its documents are for validation or testing as well; add text")
+    fixed = {int(number) for number in kept if number in known}
+    if "val" not in sources and len(kept) == 1 and not fixed:
         cuts[kept] = int(length[kept[0]] * (1 - val_fraction))
-    else:  # both sides of a small corpus get a document
-        first, last = kept[share[kept].argmin()], kept[share[kept].argmax()]
-        cuts[first], cuts[last] = 0, length[last]
-    counts = {"train": cuts > 0, "val": (cuts >= 0) & (cuts < length), "duplicates": cuts < 0}
-    return _Plan(cuts, int(length[kept].sum()), {key: int(count.sum()) for key, count in counts.items()})
+        fixed.add(int(kept[0]))
+    elif "val" not in sources:  # both sides of a small corpus get a document
+        free = kept[[number not in fixed for number in kept]]
+        if len(free) and not (cuts[kept] < ends[kept]).any():
+            first = int(free[share[free].argmin()])
+            cuts[first] = 0
+            fixed.add(first)
+        if len(free) and not (cuts[kept] > 0).any():
+            last = int(free[share[free].argmax()])
+            cuts[last] = length[last]
+            fixed.add(last)
+    trains, evaluates = (cuts > 0) | ((cuts == 0) & (ends < length)), (cuts >= 0) & (cuts < ends)
+    test = numbers.get("test", 0)
+    counts = {"train": trains, "val": evaluates[test:], "test": evaluates[:test], "duplicates": cuts < 0}
+    return _Plan(
+        cuts,
+        ends,
+        int(length[cuts >= 0].sum()),
+        {key: int(count.sum()) for key, count in counts.items()},
+        f"{keys[test:][cuts[test:] >= 0, 0].sum(dtype=np.uint64):016x}",
+        {
+            known.get(number, digests[16 * number : 16 * number + 16].hex()): [int(ends[number]), int(cuts[number])]
+            for number in sorted(fixed)
+        },
+    )
 
 
-def _split(pieces: Iterable[Piece], plan: _Plan) -> Iterator[SplitPiece]:
-    cuts, cut, position = iter(plan.cuts.tolist()), 0, 0
-    for begins, text in pieces:
+def _split(pieces: Iterable[SplitPiece], plan: _Plan) -> Iterator[SplitPiece]:
+    cuts, ends, cut, end, position = iter(plan.cuts.tolist()), iter(plan.ends.tolist()), 0, 0, 0
+    for side, begins, text in pieces:
         if begins:
-            cut, position = next(cuts), 0
-        head = min(max(cut - position, 0), len(text))
-        if cut >= 0 and head:
-            yield "train", begins, text[:head]
-        if cut >= 0 and head < len(text):
-            yield "val", begins, text[head:]
+            cut, end, position = next(cuts), next(ends), 0
+        if cut >= 0 and side != "train":
+            yield side, begins, text
+        elif cut >= 0:
+            for part, first, last in (("train", 0, cut), ("val", cut, end), ("train", end, sys.maxsize)):
+                if some := text[max(first - position, 0) : max(last - position, 0)]:
+                    yield part, position <= first, some
         position += len(text)
 
 
@@ -464,14 +569,15 @@ def _sample(pieces: Iterable[SplitPiece], total: int, limit: float) -> Iterator[
 
 
 def _encode(
-    pieces: Iterable[SplitPiece], name: str, tokenizer: Tokenizer, eos_token: str, folder: Path
+    pieces: Iterable[SplitPiece], sources: Mapping[str, _Source], tokenizer: Tokenizer, eos_token: str, folder: Path
 ) -> dict[str, Any]:
     eos_id, vocab_size = tokenizer.token_to_id(eos_token), max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     tokenizer.encode_special_tokens = True  # a text that spells out the end-of-text token does not end there
-    tokens, val_bytes = {"train": 0, "val": 0}, 0
-    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-        files = {"train": train, "val": val}
+    sides = {"train", "val", *sources}
+    tokens, read = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0)
+    with ExitStack() as opened:
+        files = {side: opened.enter_context((folder / f"{side}.bin").open("wb")) for side in sides}
         for batch in _batches(pieces):
             texts = [text for _, _, text in batch]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -479,10 +585,11 @@ def _encode(
                 ids = [eos_id, *encoding.ids] if begins and tokens[side] else encoding.ids
                 files[side].write(np.array(ids, dtype).tobytes())
                 tokens[side] += len(ids)
-                val_bytes += len(text.encode()) if side == "val" else 0
-    if min(tokens.values()) < 2:
+                read[side] += len(text.encode())
+    if tokens[least := min(tokens, key=lambda side: tokens[side])] < 2:
+        name = sources.get(least, sources["train"]).name
         raise InputError(f"{name}: {sum(tokens.values())} tokens are too few to train and validate; add text")
-    bytes_per_token = val_bytes / tokens["val"]
+    bytes_per_token = {side: read[side] / tokens[side] for side in ("val", "test") if side in sides}
     return {"eos_id": eos_id, "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": bytes_per_token}
 
 

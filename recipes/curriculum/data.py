@@ -36,6 +36,8 @@ class CurriculumData(BaseDataModule):
         competence: share of the windows, easiest first, that a step draws from; None for all of them.
         difficulty: the windows' scores, by name: ``DocumentLength``, ``Rarity``, ``ReferenceLoss`` or ``ScoreFile``.
         val_fraction: share of the documents for validation; of a single document, its end.
+        val_path: a text for validation, given like ``path``, in place of that share.
+        test_path: a text for testing, given like ``path``; None to test on that for validation.
         cache_dir: folder of prepared corpora.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
             ``export``.
@@ -55,6 +57,8 @@ class CurriculumData(BaseDataModule):
         competence: Pacing | None = None,
         difficulty: Difficulty | None = None,
         val_fraction: float = 0.1,
+        val_path: str | None = None,
+        test_path: str | None = None,
         cache_dir: str = CACHE,
         facts_of: str | None = None,
         batch_size: int = 32,
@@ -76,7 +80,8 @@ class CurriculumData(BaseDataModule):
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
             path, tokenizer, read_facts(facts_of),
-            column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
+            column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
+            cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
         self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
@@ -101,9 +106,10 @@ class CurriculumData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        val = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
         self.train_data = TokenDataset(self.windows)
-        self.val_data = self.test_data = self.predict_data = val
+        self.val_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
+        self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))
+        self.predict_data = self.test_data
         if stage == "fit":
             if self.difficulty:
                 self.difficulty.check(self.tokenizer.get_vocab())

@@ -86,7 +86,7 @@ class CurriculumModule(BaseModule):
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token[stage])
         self.log_dict(scores, sync_dist=True)
 
     @override

@@ -41,6 +41,8 @@ class LMData(BaseDataModule):
         column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
         val_fraction: share of the documents for validation; of a single document, its end.
+        val_path: a text for validation, given like ``path``, in place of that share.
+        test_path: a text for testing, given like ``path``; None to test on that for validation.
         prompts: texts for ``predict`` to continue.
         cache_dir: folder of prepared corpora.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
@@ -57,6 +59,8 @@ class LMData(BaseDataModule):
         column: str = "text",
         context: int = 128,
         val_fraction: float = 0.1,
+        val_path: str | None = None,
+        test_path: str | None = None,
         prompts: list[str] = ["def "],  # noqa: B006
         cache_dir: str = CACHE,
         facts_of: str | None = None,
@@ -71,7 +75,8 @@ class LMData(BaseDataModule):
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
             path, tokenizer, read_facts(facts_of),
-            column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
+            column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
+            cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
         self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
@@ -99,4 +104,5 @@ class LMData(BaseDataModule):
             return
         self._check_context()
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
-        self.val_data = self.test_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
+        self.val_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
+        self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))

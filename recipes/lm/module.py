@@ -67,7 +67,7 @@ class LMModule(BaseModule):
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token)
+        scores = text_scores(stage, self.mean_loss[stage].compute(), self.data.corpus.bytes_per_token[stage])
         self.log_dict(scores, sync_dist=True)
 
     def generate(self, prompt: Tensor) -> list[int]:
