@@ -108,7 +108,9 @@ def small_args(recipe: str, text: Path) -> list[str]:
 
 
 def text_args(recipe: str, text: Path) -> list[str]:
-    """The same for recipes that read a text; nothing for the others, whose default nets are quick."""
+    """The same for recipes that read a text, and a quick teacher; nothing for the others, whose nets are quick."""
+    if "teacher_training" in CONFIGS[recipe]["model"]:
+        return ["--model.teacher_training", "small_teacher.yaml"]
     return small_args(recipe, text) if recipe in TEXT else []
 
 

@@ -404,7 +404,7 @@ def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], smal
     fit(*text_args(small_text), "--model.teacher_checkpoint", "runs/lm/default/checkpoints/best.ckpt")
 
 
-@pytest.mark.parametrize("loss", ["AttentionTransfer", "SimilarityPreserving"])
+@pytest.mark.parametrize("loss", [pytest.param("AttentionTransfer", marks=pytest.mark.matrix), "SimilarityPreserving"])
 def test_features_teach(loss: str, work: Path) -> None:
     """Their loss comes on top of the other, with the weight that is given, and training lowers it."""
     args = ["--data.batch_size", "32", "--model.alpha", "0", "--trainer.limit_val_batches", "0"]

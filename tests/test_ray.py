@@ -145,7 +145,7 @@ def cluster_of_half_a_core() -> None:
         print(error)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ranks_that_are_lost_or_never_start(work: Path) -> None:
     pytest.importorskip("ray")
     command = [sys.executable, "-c", "from tests.test_ray import cluster_of_half_a_core as main; main()"]

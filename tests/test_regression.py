@@ -497,7 +497,9 @@ def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> 
     assert {path.stem for path in (run / "figures").glob("val-*.png")} == {"val-predictions", "val-residuals"}
 
 
-@pytest.mark.parametrize("net", ["MLP", "ResNet", "FTTransformer"])
+@pytest.mark.parametrize(
+    "net", ["MLP", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ResNet", "FTTransformer"))]
+)
 def test_every_net_learns(net: str, houses: Path, work: Path) -> None:
     flags = ["--model.net", f"common.nets.tables.{net}", "--trainer.max_steps", "60", "--data.batch_size", "32"]
     main(["fit", *SMALL, *TABLE, *flags, "--trainer.limit_val_batches", "1.0", "--model.optimizer.lr", "0.003"])

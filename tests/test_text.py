@@ -486,6 +486,7 @@ for name in ("small", "large"):
 """
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
 def test_memory_stays_flat(tmp_path: Path) -> None:
     for name, count in (("small", 2_000), ("large", 16_000)):
