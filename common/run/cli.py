@@ -95,7 +95,8 @@ MISFITS = {
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a frozen body
 # stays in eval mode, DeepSpeed clips and goes backward by itself, fp16 on a CPU is refused, FSDP on one rank has
-# nothing to shard and leaves batch norm in fp32. A picture shows a box for a character that its font does not have.
+# nothing to shard and leaves batch norm in fp32. A picture shows a box for a character that its font does not have. A
+# run may go on with another metric for its best.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -115,6 +116,7 @@ NO_WARNINGS = (
     "Glyph \\d+ .* missing from",
     "Both mixed precision and an auto_wrap_policy were specified to FSDP",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
+    "Be aware that when using `ckpt_path`, callbacks .*: \\[.BestCheckpoint",
     "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
 )
 

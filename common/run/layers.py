@@ -9,7 +9,14 @@ import yaml
 
 from common.errors import InputError, nearest
 
-COMMANDS = ("fit", "validate", "test", "predict", "preflight", "export")
+COMMANDS = {
+    "fit": "train; with --ckpt_path last go on",
+    "validate": "measure a checkpoint, by default the best, on the validation part",
+    "test": "measure it on the test part",
+    "predict": "write a table of predictions",
+    "preflight": "print parameters, memory per rank and steps, before anything is allocated",
+    "export": "write a checkpoint's net as safetensors, which transformers loads",
+}
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("configs/**/*.yaml", "recipes/*/*.yaml")
 GROUPS = ("best", "last", "media", "trainer", "model", "data")

@@ -62,7 +62,7 @@ def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: 
         problem = ": ".join(part for part in (where, key if where not in (key, f"--{key}") else "", problem) if part)
     text = " ".join(problem.split())
     remedy = re.search(r"; (?:(?!; ).)*$", text)
-    kept = remedy[0] if remedy and len(remedy[0]) <= LIMIT // 2 else ""
+    kept = remedy[0] if remedy and len(remedy[0]) <= LIMIT * 3 // 4 else ""
     line, room = text.removesuffix(kept), LIMIT - len(kept)
     return (line if len(line) <= room else f"{line[: room - 1]}…") + kept
 

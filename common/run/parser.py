@@ -13,7 +13,7 @@ import jsonargparse._typehints as _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from common.run.layers import GROUPS
+from common.run.layers import COMMANDS, GROUPS
 
 TRAINER_HELP = "--trainer.help"
 # What the help shows, in this order: the recipe's own arguments, and those of the run. What libraries say of the latter
@@ -70,13 +70,18 @@ class RecipeParser(LightningArgumentParser):
     @override
     def format_help(self, *args: Any) -> str:
         """Text of ``--help``: of a command first what is about its recipe, and of the trainer only the names."""
-        if not {"trainer", "model", "data"} <= {action.dest for action in self._actions}:  # all commands, or one class
-            return super().format_help(*args)
-        defaults = self.get_defaults()
+        dests, defaults = {action.dest for action in self._actions}, self.get_defaults()
+        if "subcommand" in dests:
+            lines = [f"usage: {self.prog} COMMAND [--config FILE] [--KEY VALUE] ...", "", "commands"]
+            lines += [line for name, text in COMMANDS.items() for line in _row(name, text)]
+            return "\n".join([*lines, "", f"{self.prog} fit --help tells the recipe's arguments.", ""])
+        if "trainer" not in dests:  # one class
+            titles = [str(group.title) for group in (self.groups or {}).values()]
+            return "\n".join([*titles, *self._rows(None, defaults), ""])
         if TRAINER_HELP in (self.args or ()):
             return "\n".join(["the arguments of Lightning's trainer", *self._rows("trainer", defaults), ""])
-        lines = [f"usage: {self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE] ...", ""]
-        lines += [*textwrap.wrap(self.description or "", _width()), ""]
+        prog = self.prog.replace(" [options]", "")
+        lines = [f"usage: {prog} [--config FILE] [--KEY VALUE] ...", "", COMMANDS.get(prog.split()[-1], ""), ""]
         for group, title in TITLES.items():
             lines += [title, *self._rows(group, defaults), ""]
         names = [action.dest.removeprefix("trainer.") for action in self._of("trainer")]
@@ -85,27 +90,29 @@ class RecipeParser(LightningArgumentParser):
         lines += ["", "more", *(line for flag, text in MORE.items() for line in _row(flag, text)), ""]
         return "\n".join(lines)
 
-    def _of(self, group: str) -> list[argparse.Action]:
-        """The arguments of a group; those of the run and of its callbacks if it is empty."""
+    def _of(self, group: str | None) -> list[argparse.Action]:
+        """The arguments of a group; those of the run and of its callbacks if it is empty, all for None."""
         found = []
         for action in self._actions:
             top = action.dest.partition(".")[0]
             shown = action.option_strings and action.option_strings[0][0] == "-" and action.help != argparse.SUPPRESS
             if shown and not action.dest.endswith("help") and action.dest not in GROUPS:
-                found += [action] if top == group or (not group and top not in TITLES and top != "trainer") else []
+                of_run = top not in TITLES and top != "trainer"
+                found += [action] if top == group or group is None or (not group and of_run) else []
         first = [*RUN, *(action.dest for action in found)]
         return sorted(found, key=lambda action: first.index(action.dest))
 
-    def _rows(self, group: str, defaults: Any) -> list[str]:
+    def _rows(self, group: str | None, defaults: Any) -> list[str]:
         lines = []
         for action in self._of(group):
             text = " ".join((RUN.get(action.dest) or action.help or "").split())
             text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text).replace("``", "`")
-            text = re.sub(r" Default: [^.]*?(\.\d+)?`?\.(?= |$)", "", text).rstrip(".")
-            said = {"one of": _choice(action), "default": _shown(defaults.get(action.dest))}
+            text = re.sub(r" (Default: [^.]*?(\.\d+)?`?\.(?= |$)|\(default: [^)]*\))", "", text).rstrip(".")
+            value = defaults.get(action.dest)
+            said = {"one of": "" if isinstance(value, float | int) else _choice(action), "default": _shown(value)}
             notes = "; ".join(f"{what} {words}" for what, words in said.items() if words)
             flag = "--monitor" if action.dest == "best.monitor" else f"--{action.dest}"
-            lines += _row(flag, f"{text} ({notes})" if notes else text)
+            lines += _row(flag, f"{text} ({notes})" if notes else f"{text} (required)" if action.required else text)
         return lines
 
 

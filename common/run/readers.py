@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import nearest
+from common.errors import nearest, short_path
 from common.run.layers import from_here
 
 ROWS = 50  # of a file, to tell a table from texts
@@ -101,17 +101,20 @@ def reading(key: str, value: str, known: Mapping[str, Any], recipe: Path) -> str
         folder = place.parent if place.parent.is_dir() else Path()
         fix = f"; for a hub name give --{source} too, one of {names}" if names else f"; give --{flag}"
         hint = nearest(place.name, os.listdir(folder)) or fix
-        return f"{value}: no such file or folder{hint}"
+        return f"{short_path(value)}: no such file or folder{hint}"
     kind = kind_of(place)
     if source not in known:
         if kind not in (TEXT, LABELLED_TEXT, None):
             return _elsewhere(value, kind, recipe)
         return f"give --{flag} {value}" if key != flag else ""
     if kind is None:
-        return f"{value} says not what it holds; give --{source} one of {names}, and --{flag}"
+        return f"{short_path(value)} does not show what it holds; give --{source} one of {names}, and --{flag}"
     fitting = next((reader for reader in readers if kind.sign in inspect.signature(reader).parameters), None)
     if fitting is None:
-        return _elsewhere(value, kind, recipe) or f"{value} holds {kind.name}, which no reader of {recipe.name} takes"
+        return (
+            _elsewhere(value, kind, recipe)
+            or f"{short_path(value)} holds {kind.name}, which no reader of {recipe.name} takes"
+        )
     preset = recipe / kind.preset
     name = fitting.__name__ if fitting.__module__.startswith("recipes.") else f"common.sources.{fitting.__name__}"
     if not hasattr(pkgutil.resolve_name("common.sources"), fitting.__name__):
@@ -123,7 +126,7 @@ def reading(key: str, value: str, known: Mapping[str, Any], recipe: Path) -> str
         if (each.default is each.empty and each.name != "path" and "--config" not in told)
         or (each.name in ("target", "label") and each.default is None and source == "data.source")
     ]
-    return f"{value} holds {kind.name}; give {' '.join([told, f'--{flag} {value}', *more])}"
+    return f"{short_path(value)} holds {kind.name}; give {' '.join([told, f'--{flag} {value}', *more])}"
 
 
 def _readers(action: Any) -> list[type]:
@@ -138,4 +141,6 @@ def _elsewhere(value: str, kind: Kind | None, recipe: Path) -> str:
     if kind is None or not train.is_file() or recipe.name == kind.recipe:
         return ""
     flag = "--data.path" if kind is TEXT else "--data.source.path"
-    return f"{value} holds {kind.name}, for another recipe: python {from_here(train)} fit {flag} {value}"
+    return (
+        f"{short_path(value)} holds {kind.name}; another recipe takes it: python {from_here(train)} fit {flag} {value}"
+    )
