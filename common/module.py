@@ -123,11 +123,19 @@ class BaseModule(L.LightningModule):
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
+        self.higher_is_better: dict[str, bool] = {}  # of the metrics of torchmetrics that were logged, by name
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
         self.writes_row = False
         self._lr = 0.0
         self.grad_norm = torch.tensor(0.0)
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        higher = getattr(value, "higher_is_better", None)
+        if higher is not None:
+            self.higher_is_better[name] = higher
+        super().log(name, value, *args, **kwargs)
 
     def build_net(self) -> nn.Module:
         """Make the net; called once, in the strategy's context."""

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import io
 import logging
 import os
 import random
@@ -339,6 +340,103 @@ def test_refused_before_the_run_starts(
     assert os.listdir(f"runs/{recipe}") == ["default"]
 
 
+TABLE_ROWS = "rooms,area,price\n" + "1,2.5,3\n" * 20
+REVIEWS = "text,label\n" + "a thing that one may well see,a\n" * 20
+PHOTOS: dict[str, str | bytes] = {"photos/1.png": b"", "photos/2.png": b""}
+CLASSIFY, TABLES, WORDS = (f"python {ROOT}/recipes/{name}/train.py fit" for name in (CLASSES, "regression", LM))
+IMAGE, ROWS = "--data.source common.sources.ImageTable", "--data.source Table"
+# fmt: off
+READERS = [  # files, flags, and the whole line
+    (CLASSES, PHOTOS, "--data.source.path photos",
+     f"--data.source.path: photos holds images; give {IMAGE} --data.source.path photos"),
+    (CLASSES, PHOTOS, "photos", f"command line: photos holds images; give {IMAGE} --data.source.path photos"),
+    (CLASSES, PHOTOS, "--data.source.path phots",
+     "--data.source.path: phots: no such file or folder; did you mean 'photos'?"),
+    (CLASSES, {}, "--data.source.path me/photos",
+     "--data.source.path: me/photos: no such file or folder; for a hub name give --data.source too, one of "),
+    (CLASSES, {"reviews.csv": REVIEWS}, "--data reviews.csv",
+     f"--data: reviews.csv holds text in a table; give --config {ROOT}/recipes/classification/text.yaml "
+     "--data.source.path reviews.csv"),
+    (CLASSES, {"files/train-images-idx3-ubyte": b""}, "--data.source files",
+     "--data.source: files holds images in IDX files; give --data.source common.sources.IDX --data.source.path files "
+     "--data.source.class_names CLASS_NAMES"),
+    (CLASSES, {"book.txt": "words"}, "--data.source.path book.txt",
+     f"--data.source.path: book.txt holds text; another recipe takes it: {WORDS} --data.path book.txt"),
+    (LM, {"book.txt": "words"}, "--data.source.path book.txt", "--data.source.path: give --data.path book.txt"),
+    (LM, PHOTOS, "--data.path photos",
+     f"--data.path: photos holds images; another recipe takes it: {CLASSIFY} --data.source.path photos"),
+    ("regression", {"house.csv": TABLE_ROWS}, "--path house.csv",
+     f"--path: house.csv holds a table; give {ROWS} --data.source.path house.csv --data.source.target COLUMN"),
+    ("multitask", {"house.csv": TABLE_ROWS}, "--data.source.path house.csv",
+     f"--data.source.path: house.csv holds a table; another recipe takes it: {TABLES} --data.source.path house.csv"),
+    (CLASSES, {}, "--data.source common.sources.TextTable --data.source.path table.csv",
+     "--data.source: common.sources.TextTable needs tokenizer; give --data.source.tokenizer"),
+]
+# What a line says next where a first try is wrong.
+NEXT = [
+    (CLASSES, "--lr 0.1", "--lr: no such key; did you mean 'model.optimizer.lr'?"),
+    (CLASSES, "--batch-size 3", "--batch-size: no such key; did you mean 'data.batch_size'?"),
+    (LM, "--trainer.gpus 1", "--trainer.gpus: no such key; did you mean 'trainer.devices'?"),
+    (CLASSES, "--zzzz 1", "--zzzz: no such key; --help lists them"),
+    (LM, "--config tiny", f"--config tiny: no such file; there is {ROOT}/configs/tiny.yaml"),
+    (CLASSES, "--model.net.widths 4,5", "--model.net.widths: expected list, got '4,5'; write [4,5]"),
+    (CLASSES, "--data.keep [a", "--data.keep: expected list or null, got '[a'"),
+    (CLASSES, "--model.net timm.models.ResNet",
+     "--model.net: timm is not installed; if you trust it, run pip install timm and set RECIPES_ALLOW=timm"),
+    (LM, "--monitor", "--monitor: needs a value"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("recipe", "files", "flags", "line"), [*READERS, *((r, {}, f, line) for r, f, line in NEXT)])
+def test_a_line_says_the_next_command(
+    recipe: str, files: dict[str, str | bytes], flags: str, line: str,
+    work: Path, fit_only: None, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write(files)
+    assert refused(recipe, ["fit", *shlex.split(flags)], capfd).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "flags", "line"),
+    [
+        (REVIEWS, CLASSES, "--data.source.path data.parquet", "holds text in a table; give --config"),
+        (TABLE_ROWS, "regression", "--data.path data.parquet", "holds a table; give --data.source Table"),
+    ],
+)
+def test_parquet_is_looked_into(
+    rows: str, recipe: str, flags: str, line: str, work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import pandas
+
+    pandas.read_csv(io.StringIO(rows)).to_parquet("data.parquet")
+    assert line in refused(recipe, ["fit", *flags.split()], capfd)
+
+
+def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """In flags and files, for words, numbers and classes; a text with commas or spaces stays one."""
+    Path("name").write_text("a file is not read")
+    Path("layer.yaml").write_text("data:\n  keep: name\nmodel:\n  net:\n    init_args: {widths: 4}\n")
+    flip = "kornia.augmentation.RandomHorizontalFlip"
+    for recipe, args, found in (
+        (CLASSES, ["--data.keep", "a, b "], {"keep": ["a, b "]}),
+        (CLASSES, ["--data.keep", "[a, b]"], {"keep": ["a", "b"]}),
+        (CLASSES, ["--config", "layer.yaml"], {"keep": ["name"], "widths": [4]}),
+        (CLASSES, ["--model.net.widths", "8", "--model.augmentation", flip], {"widths": [8], "augmentation": [flip]}),
+        (CLASSES, ["--trainer.devices", "2"], {"devices": "2"}),  # as before: a number, not the list of one GPU
+        (LM, ["--data.prompts", "def "], {"prompts": ["def "]}),
+        (LM, ["--data.prompts", "3"], {"prompts": ["3"]}),
+    ):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            main_of(recipe)(["fit", *args, "--print_config"])
+        config = yaml.safe_load(capfd.readouterr().out)
+        net = config["model"].get("net", {}).get("init_args", {})
+        augmentation = [each["class_path"] for each in config["model"].get("augmentation") or ()]
+        everything = config["data"] | config["trainer"] | net | {"augmentation": augmentation}
+        assert {key: everything[key] for key in found} == found, args
+
+
 MONITOR = CALLBACK + "{}\n      init_args: {{monitor: val/los}}\n"
 # fmt: off
 WRONG_RUNS = [
@@ -363,6 +461,11 @@ WRONG_RUNS = [
     built(CLASSES, {}, "--model.net torch.nn.Identity", "", "model: every parameter is frozen"),
     built(LM, {"bad.yaml": MONITOR.format("EarlyStopping")}, "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.monitor: EarlyStopping monitors 'val/los'", "val/loss"),
+    built(CLASSES, {}, "--monitor val/f", "--monitor", "'val/f' is not logged", "val/f1"),
+    built(CLASSES, {}, "--monitor val/f1 --best.mode min", "--best.mode", "val/f1 is best where it is largest; set it"),
+    built(CLASSES, {}, "--monitor step", "", "best.mode: nothing says whether a small or a large step is the best; "),
+    built(CLASSES, {"bad.yaml": MONITOR.format("EarlyStopping").replace("los", "auroc")}, "--config bad.yaml",
+         "bad.yaml:2", "trainer.callbacks: mode of EarlyStopping: val/auroc is best where it is largest; set it to"),
     built(CLASSES, {"bad.yaml": MONITOR.format("ModelCheckpoint")}, "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.monitor: ModelCheckpoint monitors 'val/los'", "val/loss"),
 ]

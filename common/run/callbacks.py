@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -160,23 +161,70 @@ class RunProgressBar(RichProgressBar):
         self._stop_progress()
 
 
+# Words in the names of metrics of which the smallest, and of which the largest, value is the best.
+LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "bits"}
+HIGHER = {"accuracy", "f1", "auroc", "r2"}
+
+
+def mode_of(metric: str, pl_module: L.LightningModule | None) -> Literal["min", "max"] | None:
+    """Whether the smallest or the largest value of a metric is the best; None if nothing says so.
+
+    Args:
+        metric: its logged name.
+        pl_module: the module, once it has logged metrics of torchmetrics, which know it.
+    """
+    higher = getattr(pl_module, "higher_is_better", {}).get(metric)
+    if higher is not None:
+        return "max" if higher else "min"
+    words = set(re.split(r"\W|_", metric))
+    return "min" if LOWER & words else "max" if HIGHER & words else None
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/best.ckpt``: that of the validation with the best value of a metric.
 
     Args:
         monitor: the metric.
-        mode: whether its smallest or its largest value is the best.
+        mode: whether its smallest or its largest value is the best; None where the metric says so itself.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"):
+    def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] | None = None):
         settings = {"save_on_train_epoch_end": False, "enable_version_counter": False}
-        super().__init__(filename="best", monitor=monitor, mode=mode, **settings)  # type: ignore[arg-type]
+        super().__init__(filename="best", monitor=monitor, mode=mode or "min", **settings)  # type: ignore[arg-type]
+        self.is_decided = mode is not None
+
+    def decide(self, pl_module: L.LightningModule) -> None:
+        """Take the direction of the metric, if none is given.
+
+        Raises:
+            InputError: nothing says which one it is.
+        """
+        if self.is_decided:
+            return
+        if (mode := mode_of(str(self.monitor), pl_module)) is None:
+            problem = f"nothing says whether a small or a large {self.monitor} is the best"
+            raise InputError(f"best.mode: {problem}; give --best.mode min or max")
+        self.mode, self.kth_value = mode, torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.is_decided = True
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoints_of(trainer))
         self._trainer = trainer  # which knows the checkpoint when it is read
+        if mode_of(str(self.monitor), None):
+            self.decide(pl_module)
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self.decide(pl_module)  # no validation comes first
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.decide(pl_module)
+        super().on_validation_end(trainer, pl_module)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,16 +46,12 @@ from common.run.faults import Endings, lost_rank
 from common.run.folder import RunFolder, make
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
-from common.run.messages import explain
+from common.run.messages import LIBRARIES, explain
 from common.run.output import lasting_output, spare
+from common.run.parser import TRAINER_HELP, RecipeParser
 from common.run.record import Media, PredictionWriter, RunRecord, RunReport
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
-
-# A class path in a config runs that class: only these packages, the recipes, and those in RECIPES_ALLOW may be named.
-LIBRARIES = (
-    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "torchjd", "common",
-)  # fmt: skip
 
 # What every recipe repeats.
 DEFAULTS = Path(__file__).resolve().parents[2] / "configs/defaults.yaml"
@@ -99,7 +95,8 @@ MISFITS = {
 # Lightning's warnings about what is right here: a run goes on in its own folder, the loader's position is derived from
 # the trainer's counters, arrays in memory need no reading processes, predictions know their own order, a frozen body
 # stays in eval mode, DeepSpeed clips and goes backward by itself, fp16 on a CPU is refused, FSDP on one rank has
-# nothing to shard and leaves batch norm in fp32. A picture shows a box for a character that its font does not have.
+# nothing to shard and leaves batch norm in fp32. A picture shows a box for a character that its font does not have. A
+# run may go on with another metric for its best.
 NO_WARNINGS = (
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
@@ -119,6 +116,7 @@ NO_WARNINGS = (
     "Glyph \\d+ .* missing from",
     "Both mixed precision and an auto_wrap_policy were specified to FSDP",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
+    "Be aware that when using `ckpt_path`, callbacks .*: \\[.BestCheckpoint",
     "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
 )
 
@@ -159,14 +157,6 @@ def _subclasses(*args: Any, **settings: Any) -> list[str]:
 
 
 _typehints.get_all_subclass_paths = _subclasses
-
-
-class RecipeParser(LightningArgumentParser):
-    """A parser that raises instead of printing its usage."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise jsonargparse.ArgumentError(None, message) from ex
 
 
 class RecipeCLI(LightningCLI):
@@ -249,7 +239,9 @@ class RecipeCLI(LightningCLI):
             "--name", type=str, default="default", help="Name of the run, its folder in runs/<recipe>/."
         )
         for key, kind in CALLBACKS.items():
-            parser.add_class_arguments(kind, key)
+            parser.add_class_arguments(kind, key, skip={"monitor"})
+        parser.add_argument("--best.monitor", "--monitor", type=str, default="val/loss")
+        parser.add_argument(TRAINER_HELP, action="help")
         for source, target in self.links.items():
             parser.link_arguments(source, target, apply_on="instantiate")
 
@@ -320,6 +312,9 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"--ckpt_path: {problem}") from error
             raise  # the mistake is in what is given now
         self.config[self.subcommand].ckpt_path = str(checkpoint)
+        best, was = self.config[self.subcommand].best, before.get("best", {})
+        if best.monitor != was.get("monitor", best.monitor) and "best.mode" not in layers.keys(flags):
+            best.mode = None  # that of the run is of another metric
         if "facts_of" in self.config[self.subcommand].data:
             if self.config[self.subcommand].data.facts_of is not None:
                 raise InputError("data.facts_of: the checkpoint of --ckpt_path has facts of its own; give one of them")

@@ -81,17 +81,24 @@ class RunFolder:
         return found
 
     def find(self, name: str) -> Path:
-        """The checkpoint that ``last``, ``best`` or a path names.
+        """The checkpoint of the run that a name means, with or without its ending, or that at a path.
 
         Raises:
             InputError: there is no such file.
         """
-        if "/" not in name and (kept := self.path / "checkpoints" / f"{name}.ckpt").exists():
+        folder = self.path / "checkpoints"
+        if "/" not in name and (kept := folder / f"{name}.ckpt").exists():
             return kept
         if name not in ("last", "best"):
-            if not Path(name).exists():
-                raise InputError(f"--ckpt_path {name}: no such file; give last, best, auto or the path of one")
-            return Path(name).absolute()
+            if Path(name).exists():
+                return Path(name).absolute()
+            if "/" not in name and (kept := folder / name).exists():
+                return kept
+            names = sorted(each.stem for each in folder.glob("*.ckpt"))
+            found = f" nor checkpoint of the run (found: {', '.join(names)})" if names and "/" not in name else ""
+            hint = nearest(name, names) if found else ""
+            fix = hint or "; give last, best, auto or the path of one"
+            raise InputError(f"--ckpt_path {name}: no such file{found}{fix}")
         path = self.path / "checkpoints" / f"{name}.ckpt"
         if not path.exists():
             found = ", ".join(sorted(each.stem for each in path.parent.glob("*.ckpt"))) or "none"

@@ -9,8 +9,18 @@ import yaml
 
 from common.errors import InputError, nearest
 
-COMMANDS = ("fit", "validate", "test", "predict", "preflight", "export")
+COMMANDS = {
+    "fit": "train; with --ckpt_path last go on",
+    "validate": "measure a checkpoint, by default the best, on the validation part",
+    "test": "measure it on the test part",
+    "predict": "write a table of predictions",
+    "preflight": "print parameters, memory per rank and steps, before anything is allocated",
+    "export": "write a checkpoint's net as safetensors, which transformers loads",
+}
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("configs/**/*.yaml", "recipes/*/*.yaml")
 GROUPS = ("best", "last", "media", "trainer", "model", "data")
+SHORT = {"c": "config", "monitor": "best.monitor"}  # flags with a short name
 
 # Names of arguments whose value must not be seen; that of `eos_token` may.
 SECRET = re.compile(
@@ -65,6 +75,11 @@ def check(argv: list[str]) -> None:
             seen[key] = where
         if flag == "config" and value and (not seen or "[0]" in seen):
             raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
+
+
+def keys(argv: list[str]) -> set[str]:
+    """All keys that flags and their files give."""
+    return {key for flag, value in flags(argv) for key in (flag, *(entry.key for entry in _read(flag, value)))}
 
 
 def classes(argv: list[str]) -> dict[str, set[str]]:
@@ -127,7 +142,7 @@ def flags(argv: list[str]) -> Iterator[tuple[str, str]]:
     for arg, after in zip(argv, [*argv[1:], ""], strict=False):
         if arg.startswith("-"):
             flag, equals, value = arg.lstrip("-").partition("=")
-            yield "config" if flag == "c" else flag.removesuffix("+"), value if equals else after
+            yield SHORT.get(flag, flag.removesuffix("+")), value if equals else after
 
 
 def _read(flag: str, value: str) -> list[Entry]:
@@ -144,8 +159,9 @@ def _read(flag: str, value: str) -> list[Entry]:
         return _entries(path, str(path), prefix)
     if flag == "config" and value:
         names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
-        problem = "is a folder" if path.is_dir() else f"no such file{nearest(path.name, names)}"
-        raise InputError(f"--config {value}: {problem}")
+        there = sorted(each for kind in LAYERS for each in ROOT.glob(kind) if each.stem == path.stem)
+        hint = f"; there is {', '.join(map(from_here, there))}" if there else nearest(path.name, names)
+        raise InputError(f"--config {value}: {'is a folder' if path.is_dir() else f'no such file{hint}'}")
     return []
 
 
@@ -178,6 +194,11 @@ def _walk(node: yaml.Node | None, prefix: str, place: str) -> Iterator[Entry]:
         for number, value in enumerate(node.value):
             yield Entry(_where(place, value.start_mark.line), f"{prefix}[{number}]", value)
             yield from _walk(value, f"{prefix}[{number}]", place)
+
+
+def from_here(path: Path) -> str:
+    """A path from the current directory, if it is below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _where(place: str, line: int) -> str:

@@ -3,6 +3,7 @@
 jsonargparse explains a mistake in nested paragraphs. The frequent ones get few words; of others its own line is shown.
 """
 
+import difflib
 import inspect
 import pkgutil
 import re
@@ -15,36 +16,71 @@ import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.errors import InputError, closest, nearest
-from common.run.layers import GROUPS, locate
+from common.run.layers import GROUPS, flags, locate
+from common.run.readers import reading
 
 LIMIT = 240
 SHORT = {  # what jsonargparse says, in few words
     r"expected one argument": "needs a value",
-    r"unrecognized arguments: (?!--)(\S+)": r"command line: '\1' is no flag; arguments look like --data.batch_size 3",
+    r"unrecognized arguments: (?!--)(\S+)": r"command line: '\1' is no flag; arguments look like --data.batch_size 3, "
+    "lists like --trainer.devices '[0, 1]'",
     r'(?:must be given via "|argument )([\w.]+)(?:"| --> )': r"is taken from \1 and cannot be set; remove it",
-    r"Unable to load config '([^']+)'": r"no such file '\1', nor a mapping of keys",
+    r"Unable to load config '([^']+)'": r"no such file '\1', nor a mapping of keys; its keys are flags, see --help",
     r"Option 'class_path' is not accepted": "the arguments of a class belong in init_args, beside class_path",
     r"Importing '((\w+)\S*)' is not allowed": r"\1 may not be imported; allow your own package with RECIPES_ALLOW=\2",
     r"No module named '(\w+)'": r"\1 is not installed; run pip install \1",
     r"(?:Import path |Expected ')([\w.]+)'? .*a subclass of (?:<class ')?(\w+)": r"\1 is no \2",
     r"Option .* is not accepted before subcommand '(\w+)'": r"is a key of \1; give this --config after the command",
-    r"(?:class_path '(.*)':\s+)?the following arguments are required: ([\w, ]+)": r"\1 needs \2",
 }
+
+
+# A class path in a config runs that class: only these packages, the recipes, and those in RECIPES_ALLOW may be named.
+LIBRARIES = (
+    "torch", "lightning", "torchmetrics", "transformers", "kornia", "pytorch_optimizer", "torchjd", "common",
+)  # fmt: skip
+# What other programs call a key.
+ELSEWHERE = {
+    "lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr", "weight_decay": "model.optimizer.weight_decay",
+    "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs", "steps": "trainer.max_steps",
+    "gpus": "trainer.devices", "device": "trainer.accelerator", "grad_clip": "trainer.gradient_clip_val",
+    "fp16": "trainer.precision", "bf16": "trainer.precision", "workers": "data.num_workers", "resume": "ckpt_path",
+    "checkpoint": "ckpt_path", "output": "trainer.default_root_dir", "output_dir": "trainer.default_root_dir",
+}  # fmt: skip
 
 
 def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]) -> str:
     """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
+    if told := _data(error, key, argv, defaults, known):
+        key, problem = told
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
         names = re.findall(r"\w+", problem)[: None if key else 1]
         where, key = locate(argv, defaults, key, names, values)
+        if where == "--best.monitor" and not any(arg.startswith(where) for arg in argv):
+            where = key = "--monitor"  # as it was given
         problem = problem.removeprefix(f"{key}: ")
-        problem = ": ".join(part for part in (where, key if f"--{key}" != where else "", problem) if part)
+        problem = ": ".join(part for part in (where, key if where not in (key, f"--{key}") else "", problem) if part)
     text = " ".join(problem.split())
     remedy = re.search(r"; (?:(?!; ).)*$", text)
-    kept = remedy[0] if remedy and len(remedy[0]) <= LIMIT // 2 else ""
+    kept = remedy[0] if remedy and len(remedy[0]) <= LIMIT * 3 // 4 else ""
     line, room = text.removesuffix(kept), LIMIT - len(kept)
     return (line if len(line) <= room else f"{line[: room - 1]}…") + kept
+
+
+def _data(
+    error: Exception, key: str, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]
+) -> tuple[str, str] | None:
+    """The flag, and what to give instead, where data are given without their reader or by another recipe's key."""
+    recipe = defaults[-1].parent
+    alone = re.search(r"unrecognized arguments: (?!--)(\S+)", str(error))
+    if alone and Path(alone[1]).exists() and (told := reading("", alone[1], known, recipe)):
+        return "", f"command line: {told}"
+    for flag, value in flags(argv):
+        meant = f"data.{flag}" if flag == "path" else flag
+        mistaken = flag in (key, f"{key}.path") if isinstance(error, ArgumentError) else "no text files" in str(error)
+        if mistaken and value and re.fullmatch(r"data(\.(predict_)?source)?(\.path)?", meant):
+            return (flag, told) if (told := reading(meant, value, known, recipe)) else None
+    return None
 
 
 def _read_other(error: Exception) -> tuple[str, str, list[str]]:
@@ -63,11 +99,11 @@ def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list
     """Return the same for what jsonargparse says."""
     if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
         return m[1], "is null; it needs a value", []
-    keys = re.findall(r"""(?:Parser key "|Linked "|--> |[Oo]ption '|arguments?:? (?:-c/)?--)([\w.]+)""", text)[:1]
+    keys = re.findall(r"""(?:Parser key "|Linked "|--> |[Oo]ption '|arguments?:? (?:-c/)?--)(\w[\w.-]*)""", text)[:1]
     # Of the alternatives of a union, the one that went into a class says more than those that did not.
     if m := re.search(r"\n( *)- Problem with given class_path.*?(?=\n\1- |\Z)", text, re.DOTALL):
         text = m[0]
-    inner = dict.fromkeys(re.findall(r"""(?:Parser key "|Option '|arguments: --)(\w+)""", text))
+    inner = dict.fromkeys(re.findall(r"""(?:Parser key "|Option '|arguments: --)(\w[\w-]*)""", text))
     keys += [name for name in inner if name not in keys[0].split(".")]
     given = re.findall(r"(?:Given value:|Got value:|but got) (.*?)\.?(?: Got value|$)", text, re.MULTILINE)[:1]
     text = text.partition("Given value type")[0]
@@ -79,7 +115,11 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
     if len(keys) == 1 and re.search(r"arguments: --|does not accept option", text):
         return f"no such key{_nearest_key(keys[0], known)}"
     if (m := re.search(r"Importing '(\w+)[\w.]*' is not allowed", text)) and not find_spec(m[1]):
-        return f"no module named {m[1]!r}{nearest(m[1], (info.name for info in pkgutil.iter_modules()))}"
+        return _not_there(m[1])
+    if m := re.search(r"(?:class_path '(.*)':\s+)?the following arguments are required: ([\w, ]+)", text):
+        flags = [f"--{keys[0]}.{name}" for name in m[2].split(", ")] if keys and keys[0] in known else []
+        in_list = keys and keys[0] in ("trainer.callbacks", "trainer.logger")
+        return f"{m[1]} needs {m[2]}" + (f"; give {' and '.join(flags)}" if flags and not in_list else "")
     for said, short in SHORT.items():
         if m := re.search(said, text):
             return m.expand(short)
@@ -109,7 +149,9 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
     if re.search("Not a valid subclass|a subclass spec", text):
         types = ["a class path"]
     if set(types) - {"NoneType"}:
-        return f"expected {' or '.join(dict.fromkeys(types))}, got {given[:60]!r}".replace("NoneType", "null")
+        kinds = " or ".join(dict.fromkeys(types)).replace("NoneType", "null").replace("Sequence", "list")
+        several = "list" in kinds and re.fullmatch(r"[^\s,\[\]]+(,[^\s,\[\]]+)+", given)
+        return f"expected {kinds}, got {given[:60]!r}" + (f"; write [{given}]" if several else "")
     line = (text.partition("Errors:\n")[2] or text.strip().rpartition("\n")[2]).partition("\n")[0]
     return re.sub(r"^[ -]*(Parser key \S+:|argument -\S+:|Type .* callable class:)?|\. Got value: .*", "", line)
 
@@ -123,11 +165,25 @@ def _names(path: str) -> list[str]:
     return add(thing, fail_untyped=False)
 
 
+def _not_there(package: str) -> str:
+    """Return what to do about a package that is not installed: a slip of the hand, the user's own, or another's."""
+    slips = difflib.get_close_matches(package, [*LIBRARIES, "recipes"], 1, 0.8)
+    if slips and not package.startswith(slips[0]):
+        return f"no module named {package!r}; did you mean {slips[0]!r}?"
+    if Path(f"{package}.py").exists() or Path(package).is_dir():
+        return f"{package} is in this folder; set PYTHONPATH=. and RECIPES_ALLOW={package} to use it"
+    return f"{package} is not installed; if you trust it, run pip install {package} and set RECIPES_ALLOW={package}"
+
+
 def _nearest_key(key: str, known: Iterable[str]) -> str:
     """Return the nearest key as a hint; it may be one of another group."""
+    key = key.replace("-", "_")
     group, *names = key.split(".")
+    name = names[0] if names else group
+    if name in ELSEWHERE and group in (*GROUPS, name):
+        return f"; did you mean {ELSEWHERE[name]!r}?"
     if group not in GROUPS:
-        return nearest(key, known) or nearest(group, known)
+        return nearest(key, known) or nearest(group, known) or "; --help lists them"
     own = {each.split(".")[-1]: each for each in known}
-    right = closest(names[0], own)
-    return f"; did you mean {'.'.join([own[right], *names[1:]])!r}?" if right else ""
+    right = closest(name, own)
+    return f"; did you mean {'.'.join([own[right], *names[1:]])!r}?" if right else "; --help lists them"

@@ -37,7 +37,7 @@ from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
-from common.run.callbacks import BestCheckpoint
+from common.run.callbacks import BestCheckpoint, mode_of
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
@@ -163,9 +163,7 @@ class RunRecord(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
-        written.write_text(to_yaml(self.config), encoding="utf-8")
-        os.replace(written, self.folder / "config.yaml")
+        self._write_config(self.folder)
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         start = {
@@ -179,12 +177,18 @@ class RunRecord(Callback):
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
                 logger.log_hyperparams({**self.config, "environment": environment})
 
+    def _write_config(self, folder: Path) -> None:
+        written = folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
+        written.write_text(to_yaml(self.config), encoding="utf-8")
+        os.replace(written, folder / "config.yaml")
+
     def _settle(self, trainer: L.Trainer) -> None:
         """Begin to keep what the run makes."""
         if self._settled or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._settled = True
         self.run.settle()
+        self._keep_mode(trainer)
         self._summarize(trainer, "running")
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
@@ -192,6 +196,14 @@ class RunRecord(Callback):
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
                 logger.experiment.metrics_file_path = str(path)  # type: ignore[attr-defined]
                 logger.experiment.metrics_keys = next(csv.reader(lines), [])
+
+    def _keep_mode(self, trainer: L.Trainer) -> None:
+        """Write which value of the metric is the best, where it has said so itself: a run that goes on keeps it."""
+        best, kept = _best(trainer), self.config["best"]
+        if best is not None and best.is_decided and kept["mode"] != best.mode:
+            kept["mode"] = best.mode
+            if trainer.is_global_zero:
+                self._write_config(self.run.path)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: BaseModule, *_: Any) -> None:  # type: ignore[override]
@@ -201,6 +213,8 @@ class RunRecord(Callback):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._settle(trainer)  # a resumed run may begin with a validation
+        if self._settled:
+            self._keep_mode(trainer)  # without the check before training
         if trainer.state.fn == "validate":
             self._summarize(trainer, "complete", checkpoint=self.checkpoint)
 
@@ -210,6 +224,11 @@ class RunRecord(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        metrics = self.run.path / "metrics.csv"
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()[:1] if metrics.exists() else []
+        logged = next(csv.reader(lines), [])
+        if any(name.startswith("val/") for name in logged):
+            _monitoring(trainer, logged)  # no validation comes first
         states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and callback.state_key in states:
@@ -219,21 +238,19 @@ class RunRecord(Callback):
 
     @override
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = (
-                getattr(callback, "monitor", None) if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
-            )
-            known = [*trainer.callback_metrics, "train/loss", "step", "epoch"]
-            if monitor is not None and monitor not in known:
-                hint = nearest(monitor, known)
-                if isinstance(callback, BestCheckpoint):
-                    raise InputError(f"best.monitor {monitor!r} is not logged{hint}")
+        for callback in _monitoring(trainer, [*trainer.callback_metrics]):
+            if isinstance(callback, BestCheckpoint):
+                callback.decide(pl_module)
+            mode = mode_of(str(callback.monitor), pl_module)
+            if mode is not None and mode != callback.mode:
                 name = type(callback).__name__
-                raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{hint}")
+                key = "best.mode" if isinstance(callback, BestCheckpoint) else f"trainer.callbacks: mode of {name}"
+                problem = f"{callback.monitor} is best where it is {'smallest' if mode == 'min' else 'largest'}"
+                raise InputError(f"{key}: {problem}; set it to {mode}, not {callback.mode}")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+        best = _best(trainer)
         if best is not None and best.best_model_score is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
@@ -249,7 +266,7 @@ class RunRecord(Callback):
         """Write what other programs ask of a run to ``summary.json``."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+        best = _best(trainer)
         values = {name: value.item() for name, value in trainer.callback_metrics.items()}
         score = best.best_model_score if best else None
         summary = {
@@ -274,6 +291,28 @@ class RunRecord(Callback):
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._summarize(trainer, "complete", checkpoint=self.checkpoint)
+
+
+def _best(trainer: L.Trainer) -> BestCheckpoint | None:
+    return next((each for each in trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint)), None)
+
+
+def _monitoring(trainer: L.Trainer, logged: Sequence[str]) -> list[ModelCheckpoint | EarlyStopping]:
+    """The callbacks that monitor a metric.
+
+    Raises:
+        InputError: it is not among those that are logged.
+    """
+    kinds, known = ModelCheckpoint | EarlyStopping, [*logged, "train/loss", "step", "epoch"]
+    found = [each for each in trainer.callbacks if isinstance(each, kinds) and each.monitor]  # type: ignore[attr-defined]
+    for callback in found:
+        if callback.monitor not in known:
+            monitor, hint = callback.monitor, nearest(callback.monitor, known)
+            if isinstance(callback, BestCheckpoint):
+                raise InputError(f"best.monitor {monitor!r} is not logged{hint}")
+            name = type(callback).__name__
+            raise InputError(f"trainer.callbacks: {name} monitors {monitor!r}, which is not logged{hint}")
+    return found
 
 
 class RunReport(Callback):
