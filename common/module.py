@@ -18,7 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from common.data import data_ranks, geometry, global_seed, move_position, seed_draws, step_seed, total_steps
+from common.data import (
+    BatchDataset,
+    data_ranks,
+    geometry,
+    global_seed,
+    move_position,
+    seed_draws,
+    step_seed,
+    total_steps,
+)
 from common.errors import InputError, nearest
 from common.losses import StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
@@ -123,6 +132,7 @@ class BaseModule(L.LightningModule):
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
+        self._facts: Mapping[str, Any] = {}
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
         self.writes_row = False
@@ -145,6 +155,33 @@ class BaseModule(L.LightningModule):
         """Pictures and texts of the net's progress, by name; called after evaluation, on every rank."""
         return {}
 
+    def encode(self, samples: Any) -> BatchDataset:
+        """Samples in memory as batches for :meth:`predict`, by the :attr:`facts` of the data.
+
+        Raises:
+            InputError: the net takes others, or the recipe has no such form.
+        """
+        raise InputError(f"{type(self).__name__} predicts by the command line alone; define its encode")
+
+    def predict(self, samples: Any, batch_size: int = 64) -> dict[str, list[Any]]:
+        """Predict samples in memory, in evaluation mode and without a run: the columns of ``predictions.csv``.
+
+        Args:
+            samples: see :meth:`encode` of the recipe's module.
+            batch_size: samples at a time.
+
+        Raises:
+            InputError: those of :meth:`encode`.
+        """
+        data, columns = self.encode(samples), {}
+        with evaluating(self), torch.inference_mode():
+            for first in range(0, len(data), batch_size):
+                batch = data[list(range(first, min(first + batch_size, len(data))))]
+                found: Any = self.predict_step(self.transfer_batch_to_device(batch, self.device, 0))
+                for name, values in found.items():
+                    columns.setdefault(name, []).extend(values)
+        return columns
+
     def train_metrics(self) -> "Mapping[str, float | Tensor]":
         """Further values to log with the training loss, by name; called on steps that write a row."""
         return {}
@@ -161,6 +198,11 @@ class BaseModule(L.LightningModule):
     def data(self) -> Any:
         """The recipe's data module."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The facts of the data, see :class:`common.data.BaseDataModule`; without a run those of the checkpoint."""
+        return self._facts if self._trainer is None else self.data.facts
 
     @property
     def run_dir(self) -> Path:
@@ -286,7 +328,11 @@ class BaseModule(L.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if self._trainer is None:  # load_from_checkpoint
+            self._facts = checkpoint.get("facts", {})
+            self.eval()
+            return
+        if self.trainer.state.fn != "fit":
             return
         self._losses.restore(checkpoint["losses"], self.device)
         before, now = checkpoint["geometry"], geometry(self.trainer)

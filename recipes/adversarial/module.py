@@ -11,6 +11,8 @@ from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
+from common.sources.labelled import LabelledDataset
+from common.sources.memory import unlabelled
 
 from .attacks import Attack, UnderAttack, input_embeddings, under_attack
 from .data import Batch
@@ -104,6 +106,11 @@ class AdversarialModule(BaseModule):
             shown = batch.inputs["pixel_values"], batch.target, found[RADII.index(1.0)]
             figures["adversarial_examples"] = adversarial_examples(*shown, self.class_names)
         return figures
+
+    @override
+    def encode(self, samples: Any) -> LabelledDataset:
+        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
+        return unlabelled(samples, self.facts)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

@@ -10,7 +10,8 @@ from typing_extensions import override
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
-from common.sources.labelled import augmented
+from common.sources.labelled import LabelledDataset, augmented
+from common.sources.memory import unlabelled
 
 from .compare import Scores, compare_models, flat_target, predictions
 from .data import Batch
@@ -114,5 +115,10 @@ class DistillationModule(BaseModule):
         return compare_models(self, stage) if self.teacher else {}
 
     @override
+    def encode(self, samples: Any) -> LabelledDataset:
+        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
+        return unlabelled(samples, self.facts)
+
+    @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        return predictions(self(batch), batch, self.data.class_names)
+        return predictions(self(batch), batch, self.facts["class_names"])
