@@ -33,6 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
+from common.checkpoint import readable_facts
 from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
@@ -168,6 +169,9 @@ class RunRecord(Callback):
         os.replace(written, self.folder / "config.yaml")
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+        if stage == "fit":
+            facts = json.dumps(readable_facts(trainer.datamodule.facts), indent=1)  # type: ignore[attr-defined]
+            (self.folder / "facts.json").write_text(facts, encoding="utf-8")
         start = {
             "time": self._began.isoformat(timespec="seconds"), "command": self.command, "host": platform.node(),
             "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,

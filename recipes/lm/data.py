@@ -133,7 +133,7 @@ class LMData(BaseDataModule):
             path, tokenizer, read_facts(facts_of),
             column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
-        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.tokenizer, self.facts = self.text.tokenizer, {**self.text.facts, "context": context}
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
 
         if facts_of is None:
