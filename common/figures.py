@@ -2,12 +2,13 @@
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,3 +109,29 @@ def plot_lines(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool =
     values = [value for _, values in lines.values() for value in values]
     if noisy and 0 < 100 * min(values) < max(values):
         axes.set_yscale("log")
+
+
+def captioned_images(
+    images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
+) -> "Figure":
+    """Images in rows of six with a caption each, in orange if a prediction is wrong.
+
+    Args:
+        images: grey or RGB, in [0, 1].
+        captions: one or more lines for each image.
+        right: whether all predictions for an image are right.
+        title: title of the figure.
+    """
+    columns = min(6, len(images))
+    rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
+    figure = new_figure(1.6 * columns, rows * (1.3 + 0.19 * lines) + 0.4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, caption, good in zip(panels, images.float().cpu(), captions, right, strict=False):
+        axes.imshow(image.movedim(0, -1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_xlabel(caption, fontsize=7.5, color=INK if good else PALETTE[1])
+    for number, axes in enumerate(figure.axes):
+        axes.set(xticks=[], yticks=[])
+        axes.set_visible(number < len(images))
+        axes.spines[:].set_color("#cccccc")
+    return figure

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -20,6 +21,7 @@ from typing_extensions import override
 
 from common.data import (
     BatchDataset,
+    EvalSampler,
     data_ranks,
     geometry,
     global_seed,
@@ -29,7 +31,7 @@ from common.data import (
     total_steps,
 )
 from common.errors import InputError, nearest
-from common.losses import StepLosses, precise
+from common.losses import HighestLosses, StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
 from common.parts import blocks, facts_of, plain_name, share, to_float8
 
@@ -52,6 +54,10 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else shorten(str(value), 24)
 
 
 class _StepOnPlateau(Callback):
@@ -133,6 +139,7 @@ class BaseModule(L.LightningModule):
         self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
         self._facts: Mapping[str, Any] = {}
+        self.highest_losses, self._eval_batch = HighestLosses(), 0
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
         self.writes_row = False
@@ -356,11 +363,11 @@ class BaseModule(L.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", batch_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", batch_idx)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -373,7 +380,23 @@ class BaseModule(L.LightningModule):
     def on_evaluation_end(self, stage: Stage) -> None:
         """Log values that need the metrics of all batches; called on every rank."""
 
-    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
+    def note_losses(self, losses: Float[Tensor, " samples"]) -> None:
+        """Note the loss of each real sample of a batch in evaluation: the report shows those with the highest."""
+        loader = getattr(self.trainer, f"{'val' if self.trainer.state.fn != 'test' else 'test'}_dataloaders")
+        if isinstance(sampler := getattr(loader, "sampler", None), EvalSampler):
+            positions = sampler.positions(self._eval_batch, len(losses))
+            self.highest_losses.add(losses, torch.tensor(positions, dtype=torch.int64))
+
+    def captions(self, batch: Any) -> list[str]:
+        """What the report says of each sample of a batch; by default what ``predict_step`` says of its class."""
+        columns: Any = self.predict_step(batch)
+        pairs = zip(columns.get("target", []), columns.get("prediction", []), strict=True)
+        return [f"{_short(target)} → {_short(prediction)}" for target, prediction in pairs]
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"], batch_idx: int) -> None:
+        self._eval_batch = batch_idx
+        if not batch_idx:
+            self.highest_losses.clear()
         loss, count = self.shared_step(batch, stage)
         # A rank whose whole batch is padding has a mean over nothing.
         self.mean_loss[stage].update(torch.where(count > 0, loss, 0.0), count)

@@ -44,13 +44,19 @@ from common.run.folder import RunFolder
 from common.run.layers import to_yaml
 from common.run.loop import is_out_of_time
 from common.run.output import spared
+from common.run.samples import FirstBatch, draw_samples, labels, worst_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+WORST = "worst_samples"
+
+
 class Media(Callback):
     """Sends a module's pictures and texts to the run's folder and to every logger.
+
+    It adds the first batch that the net gets, and, after training and test, the samples with the highest losses.
 
     Args:
         every_n_validations: how often during training; that of the last validation is always sent when training ends.
@@ -64,6 +70,28 @@ class Media(Callback):
         self._validations = 0
         self._waits = False  # whether the state of the last validation is to be sent
         self._step = 0  # that of the metrics that were logged last
+        self._first: FirstBatch | None = None
+        self._worst: tuple[dict[str, torch.Tensor], list[str]] | None = None  # samples of the last evaluation
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        wanted = self.every_n_validations and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if wanted and trainer.is_global_zero and not trainer.global_step:
+            self._first = FirstBatch(pl_module.net)
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first is None:
+            return
+        with spared("the first batch"):
+            if not batch_idx:
+                self._labels = labels(batch, pl_module.facts)
+            if pl_module.ends_step:  # the run's folder is there
+                first, self._first = self._first, None
+                shown = draw_samples(first.take(), self._labels, pl_module.facts, "a batch as the net sees it")
+                _write(trainer, "train-first_batch", shown, 0)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
@@ -80,6 +108,7 @@ class Media(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         if self._waits:
             self._publish(trainer, pl_module, "val")
+        self._send_worst(trainer, pl_module, "val")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -102,9 +131,27 @@ class Media(Callback):
             with trainer.precision_plugin.forward_context():  # as in validation
                 media = module.media(stage) | facts_of(trainer.strategy).media()
             for name, item in media.items() if trainer.is_global_zero else ():
-                with spared(f"the picture {name}"):
-                    write = _write_text if isinstance(item, str) else _write_figure
-                    write(trainer, f"{stage}-{name}", item, self._step)  # type: ignore[arg-type]
+                _write(trainer, f"{stage}-{name}", item, self._step)
+        with spared("the worst samples"), trainer.precision_plugin.forward_context():
+            self._worst = worst_samples(module, stage)
+        if trainer.state.fn != "fit":
+            self._send_worst(trainer, module, stage)
+
+    def _send_worst(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
+        """Draw the samples with the highest losses; in training once, at its end."""
+        worst, self._worst = self._worst, None
+        if worst is not None and trainer.is_global_zero:
+            with spared("the worst samples"):
+                shown = draw_samples(*worst, module.facts, "the highest losses: target → prediction")
+                _write(trainer, f"{stage}-{WORST}", shown, self._step)
+
+
+def _write(trainer: L.Trainer, name: str, item: "Figure | str | None", step: int) -> None:
+    with spared(f"the picture {name}"):
+        if isinstance(item, str):
+            _write_text(trainer, name, item, step)
+        elif item is not None:
+            _write_figure(trainer, name, item, step)
 
 
 def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
@@ -312,6 +359,8 @@ class RunReport(Callback):
                 table.add_row(escape(name), f"{value.item():.4f}")
         console.print(table)
         for text in sorted((folder / "texts").glob(f"{stage}-*.txt")):
+            if text.stem.endswith(WORST):
+                continue  # a page for the report
             console.print(f"\n{text.stem}", style="bold", markup=False)
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         if report:

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
 from common.sources.labelled import LabelledDataset
 from common.sources.memory import unlabelled
@@ -93,6 +93,7 @@ class AdversarialModule(BaseModule):
             if len(target):
                 self.metrics[f"{stage}/{name}"].update(logits[batch.mask], target)
             self.log(f"{stage}/{name}", self.metrics[f"{stage}/{name}"], prog_bar=True)
+        self.note_losses(item_cross_entropy(found.logits[batch.mask], target))
         return cross_entropy(found.logits[batch.mask], target), batch.mask.sum()
 
     @override

@@ -11,7 +11,7 @@ from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
@@ -92,6 +92,7 @@ class ClassificationModule(BaseModule):
             probabilities = logits.float().softmax(-1)
             self.metrics[stage].update(probabilities, target)
             self.confusion.update(probabilities, target)
+            self.note_losses(item_cross_entropy(logits, target))
         self.log_dict(self.metrics[stage], prog_bar=False)
         return cross_entropy(logits, target), batch.mask.sum()
 

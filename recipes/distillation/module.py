@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
@@ -103,6 +103,11 @@ class DistillationModule(BaseModule):
         loss = cross_entropy(logits, target)
         if stage != "train":
             self.scores[stage].record(logits, theirs, self.alone and self.alone(batch.inputs)[0], target)
+            each, known = (
+                values.view(len(batch.mask), -1)[batch.mask]
+                for values in (item_cross_entropy(logits, target), target != -100)
+            )
+            self.note_losses(each.sum(1) / known.sum(1))
             self.log_dict({f"{stage}/{name}": metric for name, metric in self.scores[stage].items()})
         elif theirs is not None:
             loss = (1 - self.alpha) * loss + self.alpha * self.loss(logits, theirs, target != -100)

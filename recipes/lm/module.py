@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from common.data import global_seed, seed_draws, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy, text_scores
+from common.losses import cross_entropy, item_cross_entropy, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
 from common.parts import gathered
@@ -64,9 +64,16 @@ class LMModule(BaseModule):
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
-        loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
-        return loss, (target != -100).sum()
+        if stage == "train":
+            return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
+        target = batch.target.masked_fill(~batch.mask[:, None], -100)
+        each, count = item_cross_entropy(self(batch), target), (target != -100).sum(1)
+        self.note_losses((each.sum(1) / count)[batch.mask])
+        return each.sum() / count.sum(), count.sum()
+
+    @override
+    def captions(self, batch: Batch) -> list[str]:
+        return []  # the text says it
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:

@@ -67,6 +67,7 @@ class RegressionModule(BaseModule):
         if stage == "train":
             return self.head.loss(outputs, batch.target), batch.mask.sum()
         values = torch.cat([batch.target[:, None], self.head.predict(outputs)], 1)
+        self.note_losses((values[:, 1] - values[:, 0])[batch.mask].square())
         self.outcomes.update(torch.cat([self.in_units(values), batch.mask[:, None]], 1))
         return self.head.loss(outputs[batch.mask], batch.target[batch.mask]), batch.mask.sum()
 
