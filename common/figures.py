@@ -124,14 +124,21 @@ def captioned_images(
     """
     columns = min(6, len(images))
     rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
-    figure = new_figure(1.6 * columns, rows * (1.3 + 0.19 * lines) + 0.4)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, image, caption, good in zip(panels, images.float().cpu(), captions, right, strict=False):
-        axes.imshow(image.movedim(0, -1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_xlabel(caption, fontsize=7.5, color=INK if good else PALETTE[1])
-    for number, axes in enumerate(figure.axes):
-        axes.set(xticks=[], yticks=[])
-        axes.set_visible(number < len(images))
-        axes.spines[:].set_color("#cccccc")
+    shape = images.shape[2] / images.shape[3]
+    height = 1.45 * shape + 0.17 * lines + 0.1  # of a row, in inches
+    figure = new_figure(1.6 * columns, rows * height + 0.35)
+    figure.set_layout_engine("none")  # it would take longer than all the rest
+    figure.text(
+        0.08, rows * height + 0.12, title, fontsize=10, fontweight="bold", color=INK, transform=figure.dpi_scale_trans
+    )
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1.6 * columns), ylim=(0, rows * height + 0.35))
+    for number, (image, caption, good) in enumerate(zip(images.float().cpu(), captions, right, strict=False)):
+        left, top = 1.6 * (number % columns) + 0.075, (rows - number // columns) * height
+        pixels, place = image.movedim(0, -1).clamp(0, 1).numpy(), (left, left + 1.45, top - 1.45 * shape, top)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=place, aspect="auto", interpolation="nearest")
+        color = INK if good else PALETTE[1]
+        axes.text(left + 0.725, place[2] - 0.05, caption, fontsize=7.5, color=color, ha="center", va="top")
+    axes.set(xlim=(0, 1.6 * columns), ylim=(0, rows * height + 0.35))
     return figure

@@ -142,7 +142,8 @@ class Media(Callback):
         worst, self._worst = self._worst, None
         if worst is not None and trainer.is_global_zero:
             with spared("the worst samples"):
-                shown = draw_samples(*worst, module.facts, "the highest losses: target → prediction")
+                how = ": target → prediction" if any("→" in caption for caption in worst[1]) else ""
+                shown = draw_samples(*worst, module.facts, f"the highest losses{how}")
                 _write(trainer, f"{stage}-{WORST}", shown, self._step)
 
 
@@ -221,7 +222,8 @@ class RunRecord(Callback):
             (self.folder / "facts.json").write_text(facts, encoding="utf-8")
         start = {
             "time": self._began.isoformat(timespec="seconds"), "command": self.command, "host": platform.node(),
-            "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,
+            "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step,
+            "parts": _sizes(trainer.datamodule), **environment,  # type: ignore[attr-defined]
         }  # fmt: skip
         earlier = self.run.path / "starts.jsonl"
         starts = earlier.read_bytes() if stage == "fit" and self.run.goes_on and earlier.exists() else b""
@@ -376,6 +378,11 @@ def without_secrets(command: Sequence[str]) -> list[str]:
     return words
 
 
+def _sizes(data: Any) -> dict[str, int]:
+    """Samples of each part that a data module has read."""
+    return {part: len(found) for part in ("train", "val", "test") if (found := getattr(data, f"{part}_data", None))}
+
+
 def _code(recipe: type) -> str:
     """A hash of the code of a module's recipe and of ``common``."""
     sha = hashlib.sha256()
@@ -386,7 +393,7 @@ def _code(recipe: type) -> str:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, the machine and the git commit."""
+    """Versions of Python and of the packages that decide a result, the machine, the git commit and what it lacks."""
     packages = (
         "torch",
         "lightning",
@@ -411,8 +418,10 @@ def describe_environment() -> dict[str, str]:
         command = [git, "-c", "safe.directory=*"]
         about = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).resolve().parents[2]}
         commit = subprocess.run([*command, "rev-parse", "HEAD"], **about).stdout.strip()
-        if commit and subprocess.run([*command, "status", "--porcelain"], **about).stdout.strip():
+        if commit and (changed := subprocess.run([*command, "status", "--porcelain"], **about).stdout.rstrip()):
             commit += "-dirty"
+            names = [line[3:] for line in changed.splitlines()]
+            versions["uncommitted"] = ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
 

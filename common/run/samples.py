@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 12  # samples at most
-COLUMNS = 8  # of a table, at most
+COLUMNS = 12  # of a table, at most
 LETTERS = 400  # of a text, at most
 NO_INPUTS = ("target", "index", "mask")  # fields of a batch
 
@@ -51,9 +52,10 @@ def labels(batch: Any, facts: Mapping[str, Any]) -> list[str]:
     names, words = facts.get("class_names"), []
     for name, target in targets.items():
         if target.ndim == 1 and target.is_floating_point():
-            words.append([f"{name} {value:.3g}".strip() for value in target.tolist()])
+            words.append([f"{name or 'target'} {value:.3g}" for value in target.tolist()])
         elif target.ndim == 1:
-            words.append([f"{name} {names[value] if names else value}".strip() for value in target.tolist()])
+            called = [names[number] if names else str(number) for number in target.tolist()]
+            words.append([f"{name} {shorten(each, 22)}".strip() for each in called])
     return ["\n".join(each) for each in zip(*words, strict=True)]
 
 
@@ -75,9 +77,9 @@ def worst_samples(module: BaseModule, stage: str) -> tuple[dict[str, Tensor], li
     with evaluating(module), torch.no_grad():
         captions = module.captions(batch) or [""] * len(pairs)
     captions = [f"loss {short_number(loss)}\n{each}".strip() for (loss, _), each in zip(pairs, captions, strict=True)]
-    if hasattr(batch, "index"):
-        captions = [f"#{index} {each}" for index, each in zip(batch.index.tolist(), captions, strict=True)]
     fields = batch._asdict()
+    if "index" in fields:
+        captions = [f"#{index} {each}" for index, each in zip(fields["index"].tolist(), captions, strict=True)]
     inputs = fields["inputs"] if "inputs" in fields else {k: v for k, v in fields.items() if k not in NO_INPUTS}
     return {name: value.cpu() for name, value in inputs.items()}, captions
 
@@ -91,7 +93,7 @@ def draw_samples(
         inputs: the net's arguments.
         captions: for each sample; empty if there is nothing to say.
         facts: of the data, see :class:`common.data.BaseDataModule`.
-        title: of the picture.
+        title: of all.
     """
     if not inputs:
         return None
@@ -101,9 +103,9 @@ def draw_samples(
         scaled = (images[:SHOWN].float() - low) / max(high - low, 1e-12)
         return captioned_images(scaled, captions[:SHOWN], [True] * len(captions), title)
     if "input_ids" in inputs and inputs["input_ids"].ndim == 2 and facts.get("tokenizer"):
-        return _texts(inputs, captions, facts["tokenizer"])
+        return f"{title}\n\n{_texts(inputs, captions, facts['tokenizer'])}"
     if {"numeric", "categorical"} <= inputs.keys() and "columns" in facts:
-        return _rows(inputs["numeric"], inputs["categorical"], captions, facts["columns"])
+        return f"{title}\n\n{_rows(inputs['numeric'], inputs['categorical'], captions, facts['columns'])}"
     return None
 
 
