@@ -64,6 +64,16 @@ def read_facts(path: str | None) -> dict[str, Any]:
     return facts if "made_by" in facts else {}
 
 
+def readable_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the data for a JSON file: of the parts their sizes, of a tokenizer how it is used, not its own file."""
+    readable = {name: value for name, value in facts.items() if name not in ("parts", "tokenizer")}
+    if "parts" in facts:
+        readable["parts"] = dict(zip(("train", "val", "test"), facts["parts"]["sizes"].tolist(), strict=True))
+    if isinstance(tokenizer := facts.get("tokenizer"), Mapping) and tokenizer:
+        readable["tokenizer"] = {name: value for name, value in tokenizer.items() if name != "json"}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in readable.items()}
+
+
 def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse settings of the data that do not hold, as their result comes from a checkpoint.
 

@@ -195,6 +195,11 @@ class EvalSampler(Sampler[Positions]):
     def __len__(self) -> int:
         return -(-self.num_samples // (self.batch_size * data_ranks(self.trainer)[0]))
 
+    def positions(self, batch: int, samples: int) -> list[int]:
+        """Where the first samples of this rank's n-th batch are in the data set."""
+        world, rank = data_ranks(self.trainer)
+        return [rank + world * (batch * self.batch_size + k) for k in range(samples)]
+
     def __iter__(self) -> Iterator[Positions]:
         world, rank = data_ranks(self.trainer)
         per_rank = -(-self.num_samples // world)
@@ -321,8 +326,13 @@ class BaseDataModule(L.LightningDataModule):
 def read_batch(trainer: L.Trainer, stage: str, first: int, count: int) -> Any:
     """Up to ``count`` samples of a stage from ``first`` on, as a batch on the run's device and in its precision."""
     data = getattr(trainer.datamodule, f"{stage}_data")  # type: ignore[attr-defined]
-    batch = trainer.strategy.batch_to_device(data[list(range(first, min(first + count, len(data))))])
-    return trainer.precision_plugin.convert_input(batch)
+    return read_samples(trainer, stage, list(range(first, min(first + count, len(data)))))
+
+
+def read_samples(trainer: L.Trainer, stage: str, positions: list[int]) -> Any:
+    """The samples at some positions of a stage, likewise."""
+    data = getattr(trainer.datamodule, f"{stage}_data")  # type: ignore[attr-defined]
+    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(data[positions]))
 
 
 def total_steps(trainer: L.Trainer) -> int:

@@ -2,12 +2,13 @@
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,3 +109,36 @@ def plot_lines(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool =
     values = [value for _, values in lines.values() for value in values]
     if noisy and 0 < 100 * min(values) < max(values):
         axes.set_yscale("log")
+
+
+def captioned_images(
+    images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
+) -> "Figure":
+    """Images in rows of six with a caption each, in orange if a prediction is wrong.
+
+    Args:
+        images: grey or RGB, in [0, 1].
+        captions: one or more lines for each image.
+        right: whether all predictions for an image are right.
+        title: title of the figure.
+    """
+    columns = min(6, len(images))
+    rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
+    shape = images.shape[2] / images.shape[3]
+    height = 1.45 * shape + 0.17 * lines + 0.1  # of a row, in inches
+    figure = new_figure(1.6 * columns, rows * height + 0.35)
+    figure.set_layout_engine("none")  # it would take longer than all the rest
+    figure.text(
+        0.08, rows * height + 0.12, title, fontsize=10, fontweight="bold", color=INK, transform=figure.dpi_scale_trans
+    )
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1.6 * columns), ylim=(0, rows * height + 0.35))
+    for number, (image, caption, good) in enumerate(zip(images.float().cpu(), captions, right, strict=False)):
+        left, top = 1.6 * (number % columns) + 0.075, (rows - number // columns) * height
+        pixels, place = image.movedim(0, -1).clamp(0, 1).numpy(), (left, left + 1.45, top - 1.45 * shape, top)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=place, aspect="auto", interpolation="nearest")
+        color = INK if good else PALETTE[1]
+        axes.text(left + 0.725, place[2] - 0.05, caption, fontsize=7.5, color=color, ha="center", va="top")
+    axes.set(xlim=(0, 1.6 * columns), ylim=(0, rows * height + 0.35))
+    return figure

@@ -43,6 +43,36 @@ def cross_entropy(
     return total / (target != -100).sum()
 
 
+def item_cross_entropy(
+    logits: Float[Tensor, "*items classes"], target: Int64[Tensor, "*items"]
+) -> Float[Tensor, "*items"]:
+    """Cross-entropy of each item in nats, 0 where its target is -100, computed in at least fp32."""
+    return F.cross_entropy(precise(logits).flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+
+class HighestLosses:
+    """Positions of the samples of an evaluation whose losses are the highest, and these.
+
+    Args:
+        count: how many are kept at most.
+    """
+
+    def __init__(self, count: int = 12):
+        self.count = count
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.losses, self.positions = torch.empty(0), torch.empty(0, dtype=torch.int64)
+
+    def add(self, losses: Float[Tensor, " samples"], positions: Int64[Tensor, " samples"]) -> None:
+        """Take samples into account; losses that are no number come last."""
+        losses = torch.cat([self.losses.to(losses.device), precise(losses.detach()).nan_to_num(-math.inf)])
+        positions = torch.cat([self.positions.to(losses.device), positions.to(losses.device)])
+        self.losses, chosen = losses.topk(min(self.count, len(losses)))
+        self.positions = positions[chosen]
+
+
 class StepLosses:
     """Losses of micro-batches, kept on the device until a row is logged: to read each one would stall the device."""
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -18,9 +19,19 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from common.data import data_ranks, geometry, global_seed, move_position, seed_draws, step_seed, total_steps
+from common.data import (
+    BatchDataset,
+    EvalSampler,
+    data_ranks,
+    geometry,
+    global_seed,
+    move_position,
+    seed_draws,
+    step_seed,
+    total_steps,
+)
 from common.errors import InputError, nearest
-from common.losses import StepLosses, precise
+from common.losses import HighestLosses, StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
 from common.parts import blocks, facts_of, plain_name, share, to_float8
 
@@ -43,6 +54,10 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else shorten(str(value), 24)
 
 
 class _StepOnPlateau(Callback):
@@ -124,6 +139,8 @@ class BaseModule(L.LightningModule):
         self.matmul_precision, self.float8 = matmul_precision, float8
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
         self.higher_is_better: dict[str, bool] = {}  # of the metrics of torchmetrics that were logged, by name
+        self._facts: Mapping[str, Any] = {}
+        self.highest_losses, self._eval_batch = HighestLosses(), 0
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
         self.writes_row = False
@@ -153,6 +170,33 @@ class BaseModule(L.LightningModule):
         """Pictures and texts of the net's progress, by name; called after evaluation, on every rank."""
         return {}
 
+    def encode(self, samples: Any) -> BatchDataset:
+        """Samples in memory as batches for :meth:`predict`, by the :attr:`facts` of the data.
+
+        Raises:
+            InputError: the net takes others, or the recipe has no such form.
+        """
+        raise InputError(f"{type(self).__name__} predicts by the command line alone; define its encode")
+
+    def predict(self, samples: Any, batch_size: int = 64) -> dict[str, list[Any]]:
+        """Predict samples in memory, in evaluation mode and without a run: the columns of ``predictions.csv``.
+
+        Args:
+            samples: see :meth:`encode` of the recipe's module.
+            batch_size: samples at a time.
+
+        Raises:
+            InputError: those of :meth:`encode`.
+        """
+        data, columns = self.encode(samples), {}
+        with evaluating(self), torch.inference_mode():
+            for first in range(0, len(data), batch_size):
+                batch = data[list(range(first, min(first + batch_size, len(data))))]
+                found: Any = self.predict_step(self.transfer_batch_to_device(batch, self.device, 0))
+                for name, values in found.items():
+                    columns.setdefault(name, []).extend(values)
+        return columns
+
     def train_metrics(self) -> "Mapping[str, float | Tensor]":
         """Further values to log with the training loss, by name; called on steps that write a row."""
         return {}
@@ -169,6 +213,11 @@ class BaseModule(L.LightningModule):
     def data(self) -> Any:
         """The recipe's data module."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The facts of the data, see :class:`common.data.BaseDataModule`; without a run those of the checkpoint."""
+        return self._facts if self._trainer is None else self.data.facts
 
     @property
     def run_dir(self) -> Path:
@@ -294,7 +343,11 @@ class BaseModule(L.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if self._trainer is None:  # load_from_checkpoint
+            self._facts = checkpoint.get("facts", {})
+            self.eval()
+            return
+        if self.trainer.state.fn != "fit":
             return
         self._losses.restore(checkpoint["losses"], self.device)
         before, now = checkpoint["geometry"], geometry(self.trainer)
@@ -318,11 +371,11 @@ class BaseModule(L.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", batch_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", batch_idx)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -335,7 +388,23 @@ class BaseModule(L.LightningModule):
     def on_evaluation_end(self, stage: Stage) -> None:
         """Log values that need the metrics of all batches; called on every rank."""
 
-    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> None:
+    def note_losses(self, losses: Float[Tensor, " samples"]) -> None:
+        """Note the loss of each real sample of a batch in evaluation: the report shows those with the highest."""
+        loader = getattr(self.trainer, f"{'val' if self.trainer.state.fn != 'test' else 'test'}_dataloaders")
+        if isinstance(sampler := getattr(loader, "sampler", None), EvalSampler):
+            positions = sampler.positions(self._eval_batch, len(losses))
+            self.highest_losses.add(losses, torch.tensor(positions, dtype=torch.int64))
+
+    def captions(self, batch: Any) -> list[str]:
+        """What the report says of each sample of a batch; by default what ``predict_step`` says of its class."""
+        columns: Any = self.predict_step(batch)
+        pairs = zip(columns.get("target", []), columns.get("prediction", []), strict=True)
+        return [f"{_short(target)} → {_short(prediction)}" for target, prediction in pairs]
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"], batch_idx: int) -> None:
+        self._eval_batch = batch_idx
+        if not batch_idx:
+            self.highest_losses.clear()
         loss, count = self.shared_step(batch, stage)
         # A rank whose whole batch is padding has a mean over nothing.
         self.mean_loss[stage].update(torch.where(count > 0, loss, 0.0), count)

@@ -94,8 +94,17 @@ def code_hash(*files: Path) -> str:
 
 
 def main_of(recipe: str) -> Callable[[list[str]], Any]:
-    """The recipe's ``main(args)``."""
-    return importlib.import_module(f"recipes.{recipe}.train").main
+    """The recipe's command line, in this process: it takes the arguments, and a mistake ends it with a code."""
+    script = ROOT / f"recipes/{recipe}/train.py"
+
+    def run(args: list[str]) -> Any:
+        before, sys.argv = sys.argv, [str(script), *args]
+        try:
+            return importlib.import_module(f"recipes.{recipe}.train").main()
+        finally:
+            sys.argv = before
+
+    return run
 
 
 def small_args(recipe: str, text: Path) -> list[str]:

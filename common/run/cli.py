@@ -172,6 +172,9 @@ class RecipeCLI(LightningCLI):
         datamodule_class: the recipe's DataModule.
         links: facts of the built DataModule that become arguments of the module, by their full keys.
         args: command-line arguments; None for the process's own.
+
+    Raises:
+        InputError: a mistake in ``args``, or in what they name. In the process's own arguments it ends the process.
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class RecipeCLI(LightningCLI):
         args: list[str] | None = None,
     ):
         argv = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in argv
+        self.ends_process, debug = args is None, "--debug" in argv
         self.argv = [arg for arg in argv if arg != "--debug"]
         self.links = links
         self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
@@ -608,7 +611,8 @@ def _trainer_mistake(message: str) -> str:
 def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
     """Turn an anticipated mistake into one line on stderr and exit code 2; ``--debug`` keeps its traceback.
 
-    Any other exception passes: people edit recipes, and their own bugs need a traceback.
+    Where Python has given the arguments, the mistake is raised with that line, and Ctrl-C as it is. Any other exception
+    passes: people edit recipes, and their own bugs need a traceback.
     """
     try:
         yield
@@ -622,10 +626,12 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not is_torchelastic_launched():
             # Lightning's first rank has started this one, has mostly found the same, and then ends it.
             time.sleep(5.0)
-        print(explain(error, cli.argv, cli.defaults, known), file=sys.stderr)
+        line = explain(error, cli.argv, cli.defaults, known)
+        if cli.ends_process:
+            print(line, file=sys.stderr)
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-        raise SystemExit(2) from None
+        raise (SystemExit(2) if cli.ends_process else InputError(line)) from None
     except Stopped as error:
         if debug:
             traceback.print_exc()
@@ -637,6 +643,8 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
             process.kill()
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
+        if not cli.ends_process:
+            raise
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
 

@@ -7,25 +7,31 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, readable_facts
 from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
+
+OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
 
 
 def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder: Path) -> None:
     """Write a checkpoint's net to a folder: safetensors, as ``from_pretrained`` reads it, and checksums of all files.
 
+    ``facts.json`` says what its inputs and outputs mean: class names, columns and their encoding, shapes and range of
+    images, length of texts; and of a net that transformers does not know by which class and arguments it was made. A
+    head of our own on a net of transformers is in ``head.safetensors``.
+
     Args:
         model: the module.
-        datamodule: its data; its tokenizer is written beside the net, as is what encodes the columns of a table.
+        datamodule: its data; its tokenizer is written beside the net.
         ckpt_path: the checkpoint.
         folder: where to; made anew.
 
     Raises:
         InputError: the checkpoint cannot be read.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file, save_model
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
@@ -40,20 +46,24 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     net: nn.Module = model.net
     # A classifier of common.nets holds the net of transformers that others can load.
     inner = [net, *net.children()]
-    classes = checkpoint.get("hyper_parameters", {}).get("class_names")
+    settings = checkpoint.get("hyper_parameters", {})
+    facts = readable_facts(checkpoint.get("facts") or {k: v for k, v in settings.items() if k in OLD})
+    classes = facts.get("class_names")
     if found := next((module for module in inner if isinstance(module, PreTrainedModel)), None):
         if classes and found.config.num_labels == len(classes):
             found.config.id2label = dict(enumerate(map(str, classes)))
             found.config.label2id = {str(name): number for number, name in enumerate(classes)}
         found.save_pretrained(folder)
-        if settings := getattr(net, "preprocessing", None):
-            (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        place = next(name for name, module in net.named_modules() if module is found)
+        rest = {name: values for name, values in net.state_dict().items() if not name.startswith(place)}
+        if rest:  # a head of our own
+            save_file(rest, folder / "head.safetensors")
+        if scaling := getattr(net, "preprocessing", None):
+            (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1), encoding="utf-8")
     else:
         save_model(net, str(folder / "model.safetensors"))
-    if columns := checkpoint.get("hyper_parameters", {}).get("columns"):
-        (folder / "columns.json").write_text(json.dumps(columns, indent=1), encoding="utf-8")
-    if classes:
-        (folder / "classes.json").write_text(json.dumps(classes, indent=1), encoding="utf-8")
+        facts["net"] = settings.get("net")
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
         eos_id = getattr(datamodule, "eos_id", None)
         ends = tokenizer.id_to_token(eos_id) if eos_id is not None else None

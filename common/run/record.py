@@ -33,6 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
+from common.checkpoint import readable_facts
 from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
@@ -43,13 +44,19 @@ from common.run.folder import RunFolder
 from common.run.layers import to_yaml
 from common.run.loop import is_out_of_time
 from common.run.output import spared
+from common.run.samples import FirstBatch, draw_samples, labels, worst_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+WORST = "worst_samples"
+
+
 class Media(Callback):
     """Sends a module's pictures and texts to the run's folder and to every logger.
+
+    It adds the first batch that the net gets, and, after training and test, the samples with the highest losses.
 
     Args:
         every_n_validations: how often during training; that of the last validation is always sent when training ends.
@@ -63,6 +70,28 @@ class Media(Callback):
         self._validations = 0
         self._waits = False  # whether the state of the last validation is to be sent
         self._step = 0  # that of the metrics that were logged last
+        self._first: FirstBatch | None = None
+        self._worst: tuple[dict[str, torch.Tensor], list[str]] | None = None  # samples of the last evaluation
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
+        wanted = self.every_n_validations and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if wanted and trainer.is_global_zero and not trainer.global_step:
+            self._first = FirstBatch(pl_module.net)
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first is None:
+            return
+        with spared("the first batch"):
+            if not batch_idx:
+                self._labels = labels(batch, pl_module.facts)
+            if pl_module.ends_step:  # the run's folder is there
+                first, self._first = self._first, None
+                shown = draw_samples(first.take(), self._labels, pl_module.facts, "a batch as the net sees it")
+                _write(trainer, "train-first_batch", shown, 0)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
@@ -79,6 +108,7 @@ class Media(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         if self._waits:
             self._publish(trainer, pl_module, "val")
+        self._send_worst(trainer, pl_module, "val")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -101,9 +131,28 @@ class Media(Callback):
             with trainer.precision_plugin.forward_context():  # as in validation
                 media = module.media(stage) | facts_of(trainer.strategy).media()
             for name, item in media.items() if trainer.is_global_zero else ():
-                with spared(f"the picture {name}"):
-                    write = _write_text if isinstance(item, str) else _write_figure
-                    write(trainer, f"{stage}-{name}", item, self._step)  # type: ignore[arg-type]
+                _write(trainer, f"{stage}-{name}", item, self._step)
+        with spared("the worst samples"), trainer.precision_plugin.forward_context():
+            self._worst = worst_samples(module, stage)
+        if trainer.state.fn != "fit":
+            self._send_worst(trainer, module, stage)
+
+    def _send_worst(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
+        """Draw the samples with the highest losses; in training once, at its end."""
+        worst, self._worst = self._worst, None
+        if worst is not None and trainer.is_global_zero:
+            with spared("the worst samples"):
+                how = ": target → prediction" if any("→" in caption for caption in worst[1]) else ""
+                shown = draw_samples(*worst, module.facts, f"the highest losses{how}")
+                _write(trainer, f"{stage}-{WORST}", shown, self._step)
+
+
+def _write(trainer: L.Trainer, name: str, item: "Figure | str | None", step: int) -> None:
+    with spared(f"the picture {name}"):
+        if isinstance(item, str):
+            _write_text(trainer, name, item, step)
+        elif item is not None:
+            _write_figure(trainer, name, item, step)
 
 
 def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
@@ -166,9 +215,13 @@ class RunRecord(Callback):
         self._write_config(self.folder)
         environment = describe_environment()
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+        if stage == "fit":
+            facts = json.dumps(readable_facts(trainer.datamodule.facts), indent=1)  # type: ignore[attr-defined]
+            (self.folder / "facts.json").write_text(facts, encoding="utf-8")
         start = {
             "time": self._began.isoformat(timespec="seconds"), "command": self.command, "host": platform.node(),
-            "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step, **environment,
+            "ranks": trainer.world_size, "checkpoint": self.checkpoint, "step": self.run.first_step,
+            "parts": _sizes(trainer.datamodule), **environment,  # type: ignore[attr-defined]
         }  # fmt: skip
         earlier = self.run.path / "starts.jsonl"
         starts = earlier.read_bytes() if stage == "fit" and self.run.goes_on and earlier.exists() else b""
@@ -347,6 +400,8 @@ class RunReport(Callback):
                 table.add_row(escape(name), f"{value.item():.4f}")
         console.print(table)
         for text in sorted((folder / "texts").glob(f"{stage}-*.txt")):
+            if text.stem.endswith(WORST):
+                continue  # a page for the report
             console.print(f"\n{text.stem}", style="bold", markup=False)
             console.print(text.read_text(encoding="utf-8"), markup=False, highlight=False)
         if report:
@@ -362,6 +417,11 @@ def without_secrets(command: Sequence[str]) -> list[str]:
     return words
 
 
+def _sizes(data: Any) -> dict[str, int]:
+    """Samples of each part that a data module has read."""
+    return {part: len(found) for part in ("train", "val", "test") if (found := getattr(data, f"{part}_data", None))}
+
+
 def _code(recipe: type) -> str:
     """A hash of the code of a module's recipe and of ``common``."""
     sha = hashlib.sha256()
@@ -372,7 +432,7 @@ def _code(recipe: type) -> str:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, the machine and the git commit."""
+    """Versions of Python and of the packages that decide a result, the machine, the git commit and what it lacks."""
     packages = (
         "torch",
         "lightning",
@@ -397,8 +457,10 @@ def describe_environment() -> dict[str, str]:
         command = [git, "-c", "safe.directory=*"]
         about = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).resolve().parents[2]}
         commit = subprocess.run([*command, "rev-parse", "HEAD"], **about).stdout.strip()
-        if commit and subprocess.run([*command, "status", "--porcelain"], **about).stdout.strip():
+        if commit and (changed := subprocess.run([*command, "status", "--porcelain"], **about).stdout.rstrip()):
             commit += "-dirty"
+            names = [line[3:] for line in changed.splitlines()]
+            versions["uncommitted"] = ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
 

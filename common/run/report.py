@@ -4,7 +4,9 @@ import base64
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable
+from datetime import timedelta
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -51,6 +53,7 @@ img { display: block; max-width: 100%; height: auto }
 table { border-collapse: collapse }
 td, th { padding: .3rem .8rem; text-align: right; font-variant-numeric: tabular-nums }
 th { text-align: left }
+.run td { text-align: left; overflow-wrap: anywhere }
 tbody tr { border-top: 1px solid var(--line) }
 pre { width: 100%; max-height: 32rem; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .8125rem/1.5 ui-monospace, monospace }
@@ -150,6 +153,25 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="table">{table}</div>' if body else ""
 
 
+def _run(run_dir: Path) -> str:
+    """What was run, when, for how long and on how many samples, as a table."""
+    if not (starts := run_dir / "starts.jsonl").exists():
+        return ""
+    lines = starts.read_text(encoding="utf-8").splitlines()
+    start, path = json.loads(lines[-1]), run_dir / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = [("command", shlex.join(start["command"])), ("start", f"{start['time']}, number {len(lines)} of the run")]
+    if summary:
+        duration = timedelta(seconds=round(summary["seconds"]))
+        rows.append(("duration of this start", f"{duration}, {summary['state']} at step {summary['step']:,}"))
+    if parts := start.get("parts"):
+        rows.append(("samples", ", ".join(f"{name} {size:,}" for name, size in parts.items())))
+    rows.append(("commit", start.get("commit") or "none"))
+    if changed := start.get("uncommitted"):
+        rows.append(("uncommitted changes", changed))
+    return _table(["", ""], rows).replace('class="table"', 'class="table run"')
+
+
 def _metrics(run_dir: Path, series: Series, best: Best) -> str:
     """Last, best, validated and tested values as a table, and the speed as another."""
 
@@ -208,7 +230,8 @@ def write_report(run_dir: Path, title: str, best: Best = LOWEST_LOSS) -> Path:
             save_figure(figure, figures / f"{name}.png")
     # The curves stand first; the recipe's own pictures follow by name.
     pictures = sorted(figures.glob("*.png"), key=lambda path: ("learning_" not in path.stem, path.stem))
-    parts = {"Metrics": _metrics(run_dir, series, best), "Pictures": "".join(map(_picture, pictures))}
+    parts = {"Run": _run(run_dir)}
+    parts |= {"Metrics": _metrics(run_dir, series, best), "Pictures": "".join(map(_picture, pictures))}
     for path in sorted(run_dir.glob("texts/*.txt")):
         parts[_label(path)] = f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
     folded = {}

@@ -176,11 +176,16 @@ class ImageTable(Source):
             for image in part.cast_column(self.image, datasets.Image(mode=self.mode))[self.image]:
                 if image is None:
                     raise InputError(f"data.source.image {self.image!r}: a row has no image; drop it")
-                array = np.asarray(image.resize((self.size, self.size)), np.float32) / 255
-                yield torch.from_numpy(array.reshape(self.size, self.size, -1)).permute(2, 0, 1)
+                yield image_pixels(image, (self.size, self.size))
         except (TypeError, NotImplementedError, ValueError, OSError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
             raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
+
+
+def image_pixels(image: Any, size: tuple[int, int]) -> Float32[Tensor, "channels height width"]:
+    """A picture of Pillow, resized to a width and height, in [0, 1]."""
+    array = np.asarray(image.resize(size), np.float32) / 255
+    return torch.from_numpy(array.reshape(size[1], size[0], -1)).permute(2, 0, 1)
 
 
 class TextTable(Source):
@@ -226,19 +231,20 @@ class TextTable(Source):
             raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
         made_from = _plain(tokenizer) | {"model_max_length": self.max_length}
-        encoded = tokenizer(
-            [str(text) for text in texts],
-            truncation=True,
-            max_length=self.max_length,
-            padding="longest",
-            return_tensors="pt",
-        )
-        inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        inputs = tokenize(tokenizer, texts, self.max_length)
         groups = _groups(parts, self.group)
         return Labelled(inputs, target, names, num_test, num_val, tokenizer=made_from, groups=groups)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns(load_splits(self.path, split=self.split).parts, names)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str, Int64[Tensor, "texts time"]]:
+    """Texts as a net takes them, padded to the longest, by a tokenizer of transformers."""
+    encoded = tokenizer(
+        [str(text) for text in texts], truncation=True, max_length=max_length, padding="longest", return_tensors="pt"
+    )
+    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
 def _plain(tokenizer: Any) -> dict[str, Any]:

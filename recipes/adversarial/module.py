@@ -9,8 +9,10 @@ from typing_extensions import override
 
 from common.data import global_seed, read_batch, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
+from common.sources.labelled import LabelledDataset
+from common.sources.memory import unlabelled
 
 from .attacks import Attack, UnderAttack, input_embeddings, under_attack
 from .data import Batch
@@ -91,6 +93,7 @@ class AdversarialModule(BaseModule):
             if len(target):
                 self.metrics[f"{stage}/{name}"].update(logits[batch.mask], target)
             self.log(f"{stage}/{name}", self.metrics[f"{stage}/{name}"], prog_bar=True)
+        self.note_losses(item_cross_entropy(found.logits[batch.mask], target))
         return cross_entropy(found.logits[batch.mask], target), batch.mask.sum()
 
     @override
@@ -104,6 +107,11 @@ class AdversarialModule(BaseModule):
             shown = batch.inputs["pixel_values"], batch.target, found[RADII.index(1.0)]
             figures["adversarial_examples"] = adversarial_examples(*shown, self.class_names)
         return figures
+
+    @override
+    def encode(self, samples: Any) -> LabelledDataset:
+        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
+        return unlabelled(samples, self.facts)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

@@ -11,9 +11,10 @@ from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
-from common.sources.labelled import augmented
+from common.sources.labelled import LabelledDataset, augmented
+from common.sources.memory import unlabelled
 
 from .data import Batch
 from .pictures import confusion_matrix
@@ -91,6 +92,7 @@ class ClassificationModule(BaseModule):
             probabilities = logits.float().softmax(-1)
             self.metrics[stage].update(probabilities, target)
             self.confusion.update(probabilities, target)
+            self.note_losses(item_cross_entropy(logits, target))
         self.log_dict(self.metrics[stage], prog_bar=False)
         return cross_entropy(logits, target), batch.mask.sum()
 
@@ -102,6 +104,11 @@ class ClassificationModule(BaseModule):
     @override
     def media(self, stage: str) -> dict[str, Any]:
         return {"confusion_matrix": confusion_matrix(self._counts, self.class_names)}
+
+    @override
+    def encode(self, samples: Any) -> LabelledDataset:
+        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
+        return unlabelled(samples, self.facts)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

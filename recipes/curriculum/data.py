@@ -83,7 +83,7 @@ class CurriculumData(BaseDataModule):
             column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
             cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
-        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.tokenizer, self.facts = self.text.tokenizer, {**self.text.facts, "context": context}
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
         if facts_of is None:
             len(self.windows)  # too little text shows before ranks start

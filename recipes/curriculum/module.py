@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from common.data import data_ranks
-from common.losses import cross_entropy, precise, text_scores
+from common.losses import cross_entropy, item_cross_entropy, precise, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
 
@@ -74,9 +74,16 @@ class CurriculumModule(BaseModule):
             each = self.window_losses(batch)
             easy = each.detach() <= each.detach().quantile(share)  # the same number in each micro-batch, up to ties
             return (each * easy).sum() / easy.sum(), easy.sum()
-        target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
-        loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
-        return loss, (target != -100).sum()
+        if stage == "train":
+            return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
+        target = batch.target.masked_fill(~batch.mask[:, None], -100)
+        each, count = item_cross_entropy(self(batch), target), (target != -100).sum(1)
+        self.note_losses((each.sum(1) / count)[batch.mask])
+        return each.sum() / count.sum(), count.sum()
+
+    @override
+    def captions(self, batch: Batch) -> list[str]:
+        return []  # the text says it
 
     @override
     def train_metrics(self) -> dict[str, float]:

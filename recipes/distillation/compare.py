@@ -151,9 +151,10 @@ def predictions(
     def spell(numbers: Tensor) -> list[str]:
         return ["".join(names[n] for n in row if n >= 0) for row in numbers.reshape(len(numbers), -1).tolist()]
 
+    known = {"target": spell(batch.target[batch.mask])} if (batch.target >= 0).any() else {}
     return {
         "index": batch.index[batch.mask].tolist(),
-        "target": spell(batch.target[batch.mask]),
+        **known,
         "prediction": spell(preds),
         "probability": probability.flatten(1).mean(1).tolist() if probability.ndim > 1 else probability.tolist(),
     }

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy
+from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
-from common.sources.labelled import augmented
+from common.sources.labelled import LabelledDataset, augmented
+from common.sources.memory import unlabelled
 
 from .compare import Scores, compare_models, flat_target, predictions
 from .data import Batch
@@ -102,6 +103,11 @@ class DistillationModule(BaseModule):
         loss = cross_entropy(logits, target)
         if stage != "train":
             self.scores[stage].record(logits, theirs, self.alone and self.alone(batch.inputs)[0], target)
+            each, known = (
+                values.view(len(batch.mask), -1)[batch.mask]
+                for values in (item_cross_entropy(logits, target), target != -100)
+            )
+            self.note_losses(each.sum(1) / known.sum(1))
             self.log_dict({f"{stage}/{name}": metric for name, metric in self.scores[stage].items()})
         elif theirs is not None:
             loss = (1 - self.alpha) * loss + self.alpha * self.loss(logits, theirs, target != -100)
@@ -114,5 +120,10 @@ class DistillationModule(BaseModule):
         return compare_models(self, stage) if self.teacher else {}
 
     @override
+    def encode(self, samples: Any) -> LabelledDataset:
+        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
+        return unlabelled(samples, self.facts)
+
+    @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        return predictions(self(batch), batch, self.data.class_names)
+        return predictions(self(batch), batch, self.facts["class_names"])

@@ -2,33 +2,84 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Int64
+from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
-from common.errors import InputError
+from common.errors import InputError, speaking_of
+from common.sources.files import column, load_splits, named_columns
 from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
 
 Batch = TokenBatch
 
 
-class PromptDataset(Dataset[Batch]):
-    """Reads prompts one at a time, so that none needs padding."""
+class PromptBatch(NamedTuple):
+    """A single prompt, its position among all, and whether it is a real one."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]):
-        self.prompts = prompts
+    input_ids: Int64[Tensor, "1 time"]
+    index: Int64[Tensor, " 1"]
+    mask: Bool[Tensor, " 1"]
+
+
+class PromptDataset(Dataset[PromptBatch]):
+    """Reads prompts one at a time, so that none needs padding.
+
+    Args:
+        prompts: the texts.
+        tokenizer: of the net.
+
+    Raises:
+        InputError: there is none, or one has no token; ``key`` is for messages.
+    """
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, key: str):
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"{key}: at least one text is needed, and each must be a text; try '[\"def \"]'")
+        self.prompts = [each.ids for each in tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+        if not all(self.prompts):
+            raise InputError(f"{key}: none may be empty, as number {self.prompts.index([])} is, counted from 0")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
+    def __getitem__(self, indices: Sequence[int]) -> PromptBatch:
         (index,) = indices
-        input_ids = torch.tensor([self.prompts[index]])
-        return Batch(input_ids, torch.full_like(input_ids, -100), torch.ones(1, dtype=torch.bool))
+        return PromptBatch(torch.tensor([self.prompts[index]]), torch.tensor([index]), torch.ones(1, dtype=torch.bool))
+
+
+def read_prompts(path: str, name: str, keep: Sequence[str] | None) -> tuple[list[str], dict[str, list[Any]]]:
+    """Prompts of a file, and further columns of it.
+
+    Args:
+        path: a text file with a prompt in each line, or CSV, JSONL or Parquet files.
+        name: the prompts' column.
+        keep: names of the other columns.
+
+    Raises:
+        InputError: the file cannot be read, or has no such column.
+    """
+    if Path(path).suffix.lower() == ".txt":
+        if keep:
+            raise InputError("data.keep: a text file has no columns; remove it, or give a table of prompts")
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines(), {}
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise InputError(f"data.prompts_path {path}: cannot be read ({reason}); name another file") from error
+    with speaking_of("data.prompts_path", instead_of="data.source.path"):
+        parts = load_splits(path).parts[:1]
+    prompts = list(column(parts[0], name, "data.prompts_column"))
+    if missing := sum(prompt is None for prompt in prompts):
+        raise InputError(f"data.prompts_column {name!r}: {missing} of {len(prompts)} are missing; drop those rows")
+    return [str(prompt) for prompt in prompts], named_columns(parts, keep or ())
 
 
 class LMData(BaseDataModule):
@@ -44,6 +95,9 @@ class LMData(BaseDataModule):
         val_path: a text for validation, given like ``path``, in place of that share.
         test_path: a text for testing, given like ``path``; None to test on that for validation.
         prompts: texts for ``predict`` to continue.
+        prompts_path: a file of prompts in their place: one in each line of a text file, or CSV, JSONL or Parquet.
+        prompts_column: the prompts' column in such a table.
+        keep: its columns that ``predict`` writes beside the texts.
         cache_dir: folder of prepared corpora.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
             ``predict`` and ``export``.
@@ -62,6 +116,9 @@ class LMData(BaseDataModule):
         val_path: str | None = None,
         test_path: str | None = None,
         prompts: list[str] = ["def "],  # noqa: B006
+        prompts_path: str | None = None,
+        prompts_column: str = "prompt",
+        keep: list[str] | None = None,
         cache_dir: str = CACHE,
         facts_of: str | None = None,
         batch_size: int = 32,
@@ -71,14 +128,17 @@ class LMData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if context < 1:
             raise InputError(f"data.context must be at least 1, got {context}")
+        if keep and prompts_path is None:
+            raise InputError("data.keep: names columns of data.prompts_path; give that, or remove it")
         self.context, self.prompts = context, prompts
+        self.prompts_path, self.prompts_column, self.keep = prompts_path, prompts_column, keep
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
             path, tokenizer, read_facts(facts_of),
             column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
             cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
-        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.tokenizer, self.facts = self.text.tokenizer, {**self.text.facts, "context": context}
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
 
         if facts_of is None:
@@ -97,10 +157,11 @@ class LMData(BaseDataModule):
     def setup(self, stage: str) -> None:
         if stage == "predict":
             self.eval_batch_size = 1
-            encoded = self.tokenizer.encode_batch(self.prompts, add_special_tokens=False)
-            if not encoded or not all(prompt.ids for prompt in encoded):
-                raise InputError("data.prompts: at least one is needed, and none may be empty; try '[\"def \"]'")
-            self.predict_data = PromptDataset([prompt.ids for prompt in encoded])
+            if self.prompts_path is None:
+                self.predict_data = PromptDataset(self.prompts, self.tokenizer, "data.prompts")
+                return
+            prompts, self.kept = read_prompts(self.prompts_path, self.prompts_column, self.keep)
+            self.predict_data = PromptDataset(prompts, self.tokenizer, "data.prompts_path")
             return
         self._check_context()
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))

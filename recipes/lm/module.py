@@ -1,20 +1,23 @@
 """The module: a language model trained with next-token prediction, and text samples of it."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import override
 
+from common.data import global_seed, seed_draws, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy, text_scores
+from common.losses import cross_entropy, item_cross_entropy, text_scores
 from common.module import BaseModule, Stage
 from common.nets import causal_lm, check_context
 from common.parts import gathered
 
-from .data import Batch
+from .data import Batch, PromptBatch, PromptDataset
 
 
 class LMModule(BaseModule):
@@ -61,9 +64,16 @@ class LMModule(BaseModule):
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        target = batch.target if stage == "train" else batch.target.masked_fill(~batch.mask[:, None], -100)
-        loss = cross_entropy(self(batch).flatten(0, 1), target.flatten())
-        return loss, (target != -100).sum()
+        if stage == "train":
+            return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
+        target = batch.target.masked_fill(~batch.mask[:, None], -100)
+        each, count = item_cross_entropy(self(batch), target), (target != -100).sum(1)
+        self.note_losses((each.sum(1) / count)[batch.mask])
+        return each.sum() / count.sum(), count.sum()
+
+    @override
+    def captions(self, batch: Batch) -> list[str]:
+        return []  # the text says it
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
@@ -74,9 +84,9 @@ class LMModule(BaseModule):
         """Continue a prompt (1, time) by up to ``sample_tokens``; past ``context`` it sees the last half of one."""
         net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
         options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
-        options |= {"pad_token_id": self.eos_id, "synced_gpus": self.trainer.world_size > 1}
+        options |= {"pad_token_id": self.eos_id, "synced_gpus": bool(self._trainer) and self.trainer.world_size > 1}
         # With sharded weights, all ranks must call the net equally often.
-        while self.trainer.strategy.reduce_boolean_decision(len(ids) < end, all=False):
+        while self._any_rank(len(ids) < end):
             seen = torch.tensor([ids if len(ids) < self.context else ids[-max(self.context // 2, 1) :]])
             options["max_new_tokens"] = max(min(end - len(ids), self.context - seen.shape[1]), 1)
             # Every token changes the length, and compiled blocks would compile again for each length.
@@ -87,11 +97,31 @@ class LMModule(BaseModule):
         self.net.train(self.training)
         return ids
 
+    def _any_rank(self, decision: bool) -> bool:
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=False) if self._trainer else decision
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data."""
+        return Tokenizer.from_str(self.facts["tokenizer"])
+
     @override
-    def predict_step(self, batch: Batch) -> dict[str, list[str]]:
-        tokenizer = self.data.tokenizer
-        texts = [tokenizer.decode(ids) for ids in (batch.input_ids[0].tolist(), self.generate(batch.input_ids))]
-        return {"prompt": texts[:1], "text": texts[1:]} if batch.mask[0] else {"prompt": [], "text": []}
+    def encode(self, samples: list[str]) -> PromptDataset:
+        """Texts to continue; the same seed (``lightning.seed_everything``) draws the same."""
+        return PromptDataset(samples, self.tokenizer, "samples")
+
+    @override
+    def predict(self, samples: list[str], batch_size: int = 1) -> dict[str, list[Any]]:
+        return super().predict(samples, 1)
+
+    @override
+    def predict_step(self, batch: PromptBatch) -> dict[str, list[Any]]:
+        # A text depends on its place among the prompts, not on the rank that draws it.
+        seed_draws(step_seed(global_seed(), int(batch.index)), self.device)
+        both = batch.input_ids[0].tolist(), self.generate(batch.input_ids)
+        prompt, text = (self.tokenizer.decode(ids) for ids in both)
+        columns = {"index": int(batch.index), "prompt": prompt, "text": text}
+        return {name: [value] if batch.mask[0] else [] for name, value in columns.items()}
 
     @override
     def media(self, stage: str) -> dict[str, Any]:

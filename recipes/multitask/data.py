@@ -1,5 +1,7 @@
 """Pairs of overlaid images with several tasks each. Edit this file for your own samples and tasks."""
 
+from typing import Any
+
 from typing_extensions import override
 
 from common.checkpoint import read_facts
@@ -54,7 +56,7 @@ class MultiTaskData(BaseDataModule):
         if min(pairs) < 1:
             raise InputError(f"data.pairs must be at least 1 for training, validation and testing, got {list(pairs)}")
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
-        self.facts = self.samples.facts
+        self.facts: dict[str, Any] = self.samples.facts
         if "pixel_values" not in self.facts["shapes"]:
             raise InputError(f"data.source: {type(source).__name__} has no images; take one that has")
         _, height, width = self.facts["shapes"]["pixel_values"]
@@ -72,6 +74,7 @@ class MultiTaskData(BaseDataModule):
             {"name": "offset", "kind": "regression", "width": 2},
         ]
         self.chosen = choose(known, tasks)
+        self.facts |= {"tasks": self.chosen, "canvas": canvas}
 
     @override
     def setup(self, stage: str) -> None:

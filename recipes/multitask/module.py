@@ -15,7 +15,7 @@ from .data import Batch
 from .gradients import Balance, make_aggregator
 from .net import MultiTaskNet
 from .pictures import task_media
-from .tasks import Task, TaskMetrics, check_tasks, task_columns, task_losses
+from .tasks import Task, TaskMetrics, check_tasks, describe, sample_losses, task_columns, task_losses
 from .weighting import Weighting
 
 
@@ -81,6 +81,7 @@ class MultiTaskModule(BaseModule):
         losses = task_losses(self.tasks, outputs, target)
         if stage != "train":
             self.metrics[stage].update(losses, outputs, target)
+            self.note_losses(sample_losses(self.tasks, outputs, target))
             self.log_dict(self.metrics[stage].named(stage), prog_bar=False)
         return losses, state
 
@@ -109,6 +110,12 @@ class MultiTaskModule(BaseModule):
         if self.writes_row:
             self.log_dict(self.balance.logs())
         super().on_train_batch_end(outputs, batch, batch_idx)
+
+    @override
+    def captions(self, batch: Batch) -> list[str]:
+        outputs = self(batch)
+        lines = [describe(task, outputs[task["name"]], batch.target[task["name"]])[0] for task in self.tasks]
+        return ["\n".join(each) for each in zip(*lines, strict=True)]
 
     @override
     def media(self, stage: str) -> dict[str, Any]:

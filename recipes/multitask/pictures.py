@@ -1,6 +1,5 @@
 """Pictures of samples, of the tasks' weights, and of the angles between their gradients."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.data import read_batch
-from common.figures import GREY, INK, PALETTE, Series, new_figure, plot_lines, read_metrics, style_axes
+from common.figures import (
+    GREY,
+    INK,
+    PALETTE,
+    Series,
+    captioned_images,
+    new_figure,
+    plot_lines,
+    read_metrics,
+    style_axes,
+)
 from common.module import evaluating
 from common.parts import has_whole_gradients
 
@@ -64,32 +73,6 @@ def task_weights(series: Series, names: Sequence[str]) -> "Figure | None":
     style_axes(axes, "weights of the tasks", "step", "weight (1: plain mean)")
     plot_lines(axes, lines, PALETTE * len(lines))
     axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
-    return figure
-
-
-def captioned_images(
-    images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
-) -> "Figure":
-    """Images in rows of six with a caption each, in orange if a prediction is wrong.
-
-    Args:
-        images: grey or RGB, in [0, 1].
-        captions: one or more lines for each image.
-        right: whether all predictions for an image are right.
-        title: title of the figure.
-    """
-    columns = min(6, len(images))
-    rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
-    figure = new_figure(1.6 * columns, rows * (1.3 + 0.19 * lines) + 0.4)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, image, caption, good in zip(panels, images.float().cpu(), captions, right, strict=False):
-        axes.imshow(image.movedim(0, -1).clamp(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_xlabel(caption, fontsize=7.5, color=INK if good else PALETTE[1])
-    for number, axes in enumerate(figure.axes):
-        axes.set(xticks=[], yticks=[])
-        axes.set_visible(number < len(images))
-        axes.spines[:].set_color("#cccccc")
     return figure
 
 

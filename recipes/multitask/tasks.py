@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from common.errors import InputError, nearest
-from common.losses import cross_entropy, precise
+from common.losses import cross_entropy, item_cross_entropy, precise
 from common.module import WeightedMean
 
 METRIC = {"classification": "accuracy", "regression": "rmse"}
@@ -74,6 +74,19 @@ def task_losses(
 ) -> Float[Tensor, " tasks"]:
     """Mean loss of each task."""
     return torch.stack([task_loss(task, outputs[task["name"]], target[task["name"]]) for task in tasks])
+
+
+def sample_losses(
+    tasks: Sequence[Task], outputs: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> Float[Tensor, " batch"]:
+    """Mean over tasks of each sample's loss."""
+
+    def of(task: Task, output: Tensor, wanted: Tensor) -> Float[Tensor, " batch"]:
+        if task["kind"] == "classification":
+            return item_cross_entropy(output, wanted)
+        return (precise(output) - wanted).square().mean(1)
+
+    return torch.stack([of(task, outputs[task["name"]], target[task["name"]]) for task in tasks]).mean(0)
 
 
 class TaskBatch(NamedTuple):

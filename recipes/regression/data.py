@@ -69,6 +69,16 @@ class RowDataset(Dataset[Batch]):
         return Batch(*(values[chosen] for values in self.rows), index=chosen, mask=torch.ones_like(chosen).bool())
 
 
+def rows_to_predict(frame: Any, columns: Columns) -> RowDataset:
+    """Rows of a frame, with or without the target, encoded by facts of the training rows.
+
+    Raises:
+        InputError: a column is missing, or holds other values than in training.
+    """
+    rows = _encoded(frame, known_target(frame, columns), columns, "data.predict_source")
+    return RowDataset(rows, torch.arange(len(frame)))
+
+
 class RegressionData(BaseDataModule):
     """Rows of a source, encoded by facts of the training rows alone.
 
@@ -145,9 +155,7 @@ class RegressionData(BaseDataModule):
         if stage == "predict" and self.predict_source is not None:
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
-            target = known_target(new, self.columns)
-            rows = _encoded(new, target, self.columns, "data.predict_source")
-            self.predict_data = RowDataset(rows, torch.arange(len(new)))
+            self.predict_data = rows_to_predict(new, self.columns)
             return
         self.train_data, self.val_data, self.test_data = (
             RowDataset(self.table.encoded, part) for part in self.table.parts

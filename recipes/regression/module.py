@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 from typing_extensions import override
 
-from common.errors import InputError
+from common.errors import InputError, speaking_of
 from common.module import BaseModule, Stage
 from common.sources.tables import Columns, cardinalities, scaled_quantiles
 
 from .baselines import baseline_table
-from .data import Batch
+from .data import Batch, RowDataset, rows_to_predict
 from .heads import Head, scores
 from .pictures import predicted_against_true, residuals
 
@@ -67,6 +67,7 @@ class RegressionModule(BaseModule):
         if stage == "train":
             return self.head.loss(outputs, batch.target), batch.mask.sum()
         values = torch.cat([batch.target[:, None], self.head.predict(outputs)], 1)
+        self.note_losses((values[:, 1] - values[:, 0])[batch.mask].square())
         self.outcomes.update(torch.cat([self.in_units(values), batch.mask[:, None]], 1))
         return self.head.loss(outputs[batch.mask], batch.target[batch.mask]), batch.mask.sum()
 
@@ -99,6 +100,20 @@ class RegressionModule(BaseModule):
             rmse = (preds - target).square().mean().sqrt().item()  # here: several ranks give the rows in another order
             figures["baselines"] = baseline_table(table.frame, table.target, self.columns, fit, test, rmse)
         return figures
+
+    @override
+    def encode(self, samples: Any) -> RowDataset:
+        """Rows as a frame of pandas, or what becomes one, with or without the target."""
+        from pandas import DataFrame
+
+        try:
+            frame = DataFrame(samples)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"samples: no rows of a table ({error}); give a frame of pandas") from error
+        if not len(frame):
+            raise InputError("samples: there are none to predict")
+        with speaking_of("samples", instead_of="data.predict_source"):
+            return rows_to_predict(frame, self.columns)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

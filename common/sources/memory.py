@@ -1,0 +1,81 @@
+"""Samples in memory, as a net takes those of its source."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from common.errors import InputError
+from common.sources.files import Labelled, image_pixels, tokenize
+from common.sources.labelled import LabelledDataset
+
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+TEXTS = {"attention_mask", "input_ids"}
+
+
+def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
+    """Images or texts in memory as batches without labels, as ``predict`` reads those of a source.
+
+    Args:
+        samples: of a net for texts: a list of texts. Of a net for images: pictures of Pillow, or arrays of bytes
+            (height, width) or (height, width, 3), which get its mode and size, and become [0, 1]; or one array of
+            numbers (samples, channels, height, width) in the size and the units of its training.
+        facts: of the net's data, see :class:`common.sources.labelled.Samples`.
+
+    Raises:
+        InputError: there are none, or the net takes others.
+    """
+    if not hasattr(samples, "__len__") or not len(samples):
+        raise InputError("samples: there are none to predict; give a list or an array")
+    if facts["shapes"].keys() == TEXTS:
+        inputs = _texts(samples, facts["tokenizer"])
+    elif "pixel_values" in facts["shapes"]:
+        inputs = {"pixel_values": _images(samples, facts["shapes"]["pixel_values"], facts["range"])}
+    else:
+        raise InputError(f"samples: the net takes {', '.join(facts['shapes'])}, neither images nor whole texts")
+    data = Labelled(inputs, torch.full((len(samples),), -1), list(facts["class_names"]))
+    return LabelledDataset(data, torch.arange(len(samples)))
+
+
+def _texts(texts: Any, tokenizer: Mapping[str, Any]) -> dict[str, Tensor]:
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError("samples: the net was trained on texts; give a list of them")
+    special = {name: value for name, value in tokenizer.items() if name not in ("json", "model_max_length")}
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer["json"]), **special)
+    return tokenize(fast, texts, tokenizer["model_max_length"])
+
+
+def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tensor:
+    low, high = limits
+    if isinstance(samples, Tensor | np.ndarray) and "uint8" not in str(samples.dtype):
+        values = torch.as_tensor(samples).float().contiguous()
+        if values.ndim == 3 and shape[0] == 1:
+            values = values[:, None]
+        if list(values.shape[1:]) != list(shape):
+            given, wanted = ("x".join(map(str, each)) for each in (values.shape[1:], shape))
+            raise InputError(f"samples: each is {given}, and in training {wanted} (channels x height x width)")
+        least, most, room = values.min().item(), values.max().item(), high - low
+        if not (low - room <= least <= most <= high + room):
+            problem = f"values are {least:.4g} to {most:.4g}, and in training {low:.4g} to {high:.4g}"
+            raise InputError(f"samples: {problem}; scale them alike")
+        return values
+    if low < 0 or high > 1 or shape[0] not in MODES:
+        problem = f"{shape[0]} channels of {low:.4g} to {high:.4g} are no pictures"
+        raise InputError(f"samples: {problem}; give an array of numbers in these units")
+    if isinstance(samples, str) or not all(isinstance(each, Image.Image | Tensor | np.ndarray) for each in samples):
+        raise InputError("samples: the net was trained on images; give pictures of Pillow, or an array")
+    pictures = [each if isinstance(each, Image.Image) else _picture(np.asarray(each)) for each in samples]
+    return torch.stack([image_pixels(each.convert(MODES[shape[0]]), (shape[2], shape[1])) for each in pictures])
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        problem = f"an array of {pixels.dtype} of the shape {pixels.shape} is no picture"
+        raise InputError(f"samples: {problem}; give bytes (height, width) or (height, width, 3)")
+    return Image.fromarray(pixels)
