@@ -224,7 +224,7 @@ def test_image_mistakes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "problem"),
     [
-        ((3, 8, 8), r"^model.net.in_channels is 1, but the images have 3$"),
+        ((3, 8, 8), r"^model.net.in_channels is 1, but the images have 3; set it to 3$"),
         ((1, 7, 9), r"^model.net.widths has 3 stages, too many for images of 7x9 pixels$"),
     ],
 )
