@@ -26,7 +26,10 @@ from common.parts import facts_of
 
 @runtime_checkable
 class BatchDataset(Protocol):
-    """A recipe's data set: a length, and a batch for a list of positions."""
+    """A recipe's data set: a length, and a batch for a list of positions.
+
+    One whose reading takes time, as decoding images does, has a true attribute ``decodes``: workers read it.
+    """
 
     def __len__(self) -> int: ...
 
@@ -242,6 +245,11 @@ def end_with_parent() -> None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _begin_reading(worker: int) -> None:
     end_with_parent()
     # Terminals and launchers signal a whole process group; the training process ends its workers after it has saved.
@@ -262,8 +270,9 @@ class BaseDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per rank and micro-batch in training.
         eval_batch_size: the same in evaluation; None for ``batch_size``.
-        num_workers: reading processes per loader; 0 reads in the training process. None for 2 on GPUs, which would
-            wait otherwise, else 0.
+        num_workers: reading processes per loader; 0 reads in the training process. None for this rank's share of the
+            machine's cores if images are decoded, at most 8; of other data for 2 on GPUs, which would wait otherwise,
+            else 0.
 
     Raises:
         InputError: a number is too small.
@@ -293,11 +302,14 @@ class BaseDataModule(L.LightningDataModule):
     def loader(self, dataset: BatchDataset, sampler: Sampler[Positions]) -> DataLoader[Any]:
         """Batches of a data set, in a sampler's order."""
         on_gpu = torch.cuda.is_available() and self._trainer.strategy.root_device.type == "cuda"
+        workers = 2 * on_gpu
+        if getattr(dataset, "decodes", False):
+            workers = max(1, min(8, num_cores() // self._trainer.num_devices))
         return DataLoader(
             _Batches(dataset),
             batch_size=None,
             sampler=sampler,
-            num_workers=2 * on_gpu if self.num_workers is None else self.num_workers,
+            num_workers=workers if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
             persistent_workers=False,
             worker_init_fn=_begin_reading,

@@ -124,8 +124,9 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     if recipe != "distillation":
         args = ["predict", "--data.predict_source", "common.sources.ImageTable"]
         args += ["--data.predict_source.path", str(images), "--data.predict_source.mode", "RGB"]
+        args += ["--data.predict_source.size", "[28, 20]"]
         line = refused(recipe, args, capfd)
-        assert "images are 3x28x28, and those of the training 1x8x8 (channels x height x width); set its size" in line
+        assert "images are 3x28x20, and those of the training 1x8x8 (channels x height x width); set its size" in line
     shutil.move(images / "ape", work / "ape")
     data = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert data.class_names == ["ape", "bee", "cat"]

@@ -60,19 +60,21 @@ def losses_of(net: MultiTaskNet, inputs: Tensor, target: dict[str, Tensor]) -> T
 
 def test_pictures_hold_both_images_where_they_are_said_to_be() -> None:
     images = torch.rand(50, 1, 8, 6) + 0.1
-    made = draw_pairs(images, 300, 15, 2, seed=3)
-    assert made.pixel_values.shape == (300, 1, 15, 15)
+    made = draw_pairs(images, torch.arange(5, 50), 300, 15, 2, seed=3)
+    pictures = made[torch.arange(300)]
+    assert (len(made), pictures.shape) == (300, (300, 1, 15, 15))
+    assert made.chosen.unique().tolist() == list(range(5, 50))
     for pair in range(0, 300, 37):
         plain = torch.zeros(15, 15)
         for chosen, (row, column) in zip(made.chosen[:, pair], made.corner[:, pair].tolist(), strict=True):
             part = plain[row : row + 8, column : column + 6]
             part.copy_(torch.maximum(part, images[chosen, 0]))
-        assert torch.equal(made.pixel_values[pair, 0], plain)
+        assert torch.equal(pictures[pair, 0], plain)
     columns = made.corner[..., 1]
     assert [columns[0].min(), columns[0].max(), columns[1].min(), columns[1].max()] == [0, 2, 7, 9]
     assert made.corner[..., 0].unique().tolist() == list(range(8))
-    again, other = draw_pairs(images, 300, 15, 2, seed=3), draw_pairs(images, 300, 15, 2, seed=4)
-    assert torch.equal(again.pixel_values, made.pixel_values)
+    again, other = (draw_pairs(images, torch.arange(5, 50), 300, 15, 2, seed=seed) for seed in (3, 4))
+    assert torch.equal(again[torch.tensor([7, 4])], pictures[[7, 4]])
     assert not torch.equal(other.chosen, made.chosen)
 
 

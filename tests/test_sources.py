@@ -150,7 +150,7 @@ def write_images(folder: Path) -> Path:
 
 
 def greys_of(read: Labelled) -> list[int]:
-    pixels = read.inputs["pixel_values"]
+    pixels = read.inputs["pixel_values"][torch.arange(len(read.target))]
     assert all((image == image.flatten()[0]).all() for image in pixels)
     return (pixels[:, 0, 0, 0] * 255).round().int().tolist()
 
@@ -198,7 +198,9 @@ def test_images_in_parquet_files(tmp_path: Path) -> None:
 def test_image_mistakes(tmp_path: Path) -> None:
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"image": [b"no picture"] * 3, "label": [1, 2, 3]}), table)
-    assert mistake(ImageTable(str(table))).startswith("data.source.image 'image': holds no images (Unidentified")
+    assert mistake(ImageTable(str(table))).startswith(
+        "data.source.image 'image': sample 0 is no image that can be read (Un"
+    )
     assert mistake(ImageTable(str(table), image="label")).startswith("data.source.image 'label': holds no images")
     assert mistake(ImageTable(str(table), image="imag")).endswith(
         "data.source.image 'imag': no such column among ['image', 'label']; did you mean 'image'?"
@@ -213,14 +215,16 @@ def test_image_mistakes(tmp_path: Path) -> None:
     assert mistake(ImageTable(str(gap))) == "data.source.image 'image': a row has no image; drop it"
     (tmp_path / "nothing").mkdir()
     assert "cannot be read" in mistake(ImageTable(str(tmp_path / "nothing")))
-    with pytest.raises(InputError, match=r"data.source.size must be at least 1, got 0"):
-        ImageTable(str(table), size=0)
+    with pytest.raises(
+        InputError, match=r"data.source.size must be a number of at least 1, or \[height, width\], got \[0, 4\]"
+    ):
+        ImageTable(str(table), size=[0, 4])
 
 
 @pytest.mark.parametrize(
     ("shape", "problem"),
     [
-        ((3, 8, 8), r"^model.net.in_channels is 1, but the images have 3$"),
+        ((3, 8, 8), r"^model.net.in_channels is 1, but the images have 3; set it to 3$"),
         ((1, 7, 9), r"^model.net.widths has 3 stages, too many for images of 7x9 pixels$"),
     ],
 )

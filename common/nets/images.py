@@ -51,7 +51,8 @@ class ConvNet(nn.Sequential):
         """Logits of a batch of images."""
         channels, *size = pixel_values.shape[1:]
         if channels != self.in_channels:
-            raise InputError(f"model.net.in_channels is {self.in_channels}, but the images have {channels}")
+            found = f"is {self.in_channels}, but the images have {channels}"
+            raise InputError(f"model.net.in_channels {found}; set it to {channels}")
         if min(size) < 2**self.stages:
             shape = "x".join(map(str, size))
             raise InputError(f"model.net.widths has {self.stages} stages, too many for images of {shape} pixels")

@@ -4,17 +4,18 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from common.errors import InputError, nearest
+from common.sources.images import CHANNELS, Images, list_images
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Labelled:
     """Samples as keyword arguments of a net, their classes, and the source's own splits.
 
     Attributes:
-        inputs: argument name to values, all of shape (samples, …).
+        inputs: argument name to values: a tensor of shape (samples, …), or what has such a ``shape`` and gives a tensor
+            for positions, as :class:`common.sources.images.Images` do.
         target: class numbers, of each sample or of each of its positions; -1 for samples without labels, -100 for
             positions that do not count.
         class_names: a name for each class number.
@@ -33,7 +35,7 @@ class Labelled:
         groups: a number for the group of each sample, which stays together in a split; None if equal samples alone do.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
     target: Int64[Tensor, "samples *positions"]
     class_names: list[str]
     num_test: int = 0
@@ -60,6 +62,9 @@ class Source:
             InputError: a file, column or label is missing or malformed.
         """
         raise NotImplementedError
+
+    def take_over(self, facts: Mapping[str, Any]) -> None:
+        """Take what is not set from the facts of a checkpoint, see :class:`common.sources.labelled.Samples`."""
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """Columns by name, in the order of the samples.
@@ -122,14 +127,15 @@ class IDX(Source):
 
 
 class ImageTable(Source):
-    """Labelled images in Parquet files, an image folder or a hub data set.
+    """Labelled images in Parquet files, an image folder or a hub data set; they are decoded batch by batch.
 
     Args:
         path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
         image: name of the column of images, file names or bytes.
         label: name of the label column; None for images without labels, to predict.
-        size: height and width that images are resized to, in pixels.
-        mode: Pillow mode: ``L`` for grey, ``RGB`` for colour.
+        size: height and width that images are resized to, in pixels: one number or two. Other proportions are
+            stretched. None for the images' own size, if it is one.
+        mode: Pillow mode: ``L`` for grey, ``RGB`` for colour; None for ``RGB`` if an image has colour, else ``L``.
         split: name of a column that says the part of each sample: train, val or test, as sub-folders of these names do.
         group: name of a column whose equal values stay together in a split, such as a patient or a scene.
     """
@@ -139,23 +145,39 @@ class ImageTable(Source):
         path: str,
         image: str = "image",
         label: str | None = "label",
-        size: int = 28,
-        mode: Literal["L", "RGB"] = "L",
+        size: int | list[int] | None = None,
+        mode: Literal["L", "RGB"] | None = None,
         split: str | None = None,
         group: str | None = None,
     ):
-        if size < 1:
-            raise InputError(f"data.source.size must be at least 1, got {size}")
-        self.path, self.image, self.label, self.size, self.mode = path, image, label, size, mode
+        both = [size, size] if isinstance(size, int) else size
+        if both is not None and (len(both) != 2 or min(both) < 1):
+            raise InputError(f"data.source.size must be a number of at least 1, or [height, width], got {size}")
+        self.path, self.image, self.label, self.size, self.mode = path, image, label, both, mode
         self.split, self.group = split, group
         _refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
+        import datasets
+
         parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split)
-        pixels = torch.stack([pixels for part in parts for pixels in self._pixels(part)])
+        for part in parts:
+            column(part, self.image, "data.source.image")
         target, names = _labels(parts, self.label)
         groups = _groups(parts, self.group)
-        return Labelled({"pixel_values": pixels}, target, names, num_test, num_val, groups=groups)
+        try:
+            table = datasets.concatenate_datasets([part.select_columns([self.image]) for part in parts])
+            images = Images(table, self.image, self.size, self.mode)
+        except (TypeError, NotImplementedError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+            raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
+        return Labelled({"pixel_values": images}, target, names, num_test, num_val, groups=groups)
+
+    def take_over(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
+        if "pixel_values" in facts["shapes"]:
+            channels, *size = facts["shapes"]["pixel_values"]
+            self.size = self.size or size
+            self.mode = self.mode or next((mode for mode, number in CHANNELS.items() if number == channels), None)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         parts = load_splits(self.path, "imagefolder", self.split).parts
@@ -167,25 +189,6 @@ class ImageTable(Source):
         if self.image in names:
             found[self.image] = [image["path"] for image in found[self.image]]
         return found
-
-    def _pixels(self, part: Any) -> Iterator[Float32[Tensor, "channels height width"]]:
-        import datasets
-
-        column(part, self.image, "data.source.image")
-        try:
-            for image in part.cast_column(self.image, datasets.Image(mode=self.mode))[self.image]:
-                if image is None:
-                    raise InputError(f"data.source.image {self.image!r}: a row has no image; drop it")
-                yield image_pixels(image, (self.size, self.size))
-        except (TypeError, NotImplementedError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-            raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
-
-
-def image_pixels(image: Any, size: tuple[int, int]) -> Float32[Tensor, "channels height width"]:
-    """A picture of Pillow, resized to a width and height, in [0, 1]."""
-    array = np.asarray(image.resize(size), np.float32) / 255
-    return torch.from_numpy(array.reshape(size[1], size[0], -1)).permute(2, 0, 1)
 
 
 class TextTable(Source):
@@ -267,7 +270,7 @@ def named_columns(parts: Sequence[Any], names: Sequence[str]) -> dict[str, list[
     Raises:
         InputError: there is no such column.
     """
-    return {name: [value for part in parts for value in column(part, name, "data.keep")] for name in names}
+    return {name: [value for part in parts for value in column(part, name, "data.keep")[:]] for name in names}
 
 
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -304,7 +307,10 @@ def load_splits(path: str, folder_reader: str | None = None, split: str | None =
     reader = READERS.get(local.suffix.lower())
     try:
         if local.is_dir() and folder_reader:
-            splits = datasets.load_dataset(folder_reader, data_dir=str(local), data_files=_folders(local))
+            files = _folders(local)
+            splits = list_images(local, files) or datasets.load_dataset(
+                folder_reader, data_dir=str(local), data_files=files
+            )
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local))
         elif local.exists():
@@ -369,7 +375,7 @@ def hashed(values: Sequence[Any], key: str) -> Int64[Tensor, " samples"]:
 def _groups(parts: Sequence[Any], name: str | None) -> Int64[Tensor, " samples"] | None:
     if name is None:
         return None
-    values = [value for part in parts for value in column(part, name, "data.source.group")]
+    values = [value for part in parts for value in column(part, name, "data.source.group")[:]]
     return hashed(values, f"data.source.group {name!r}")
 
 
@@ -390,7 +396,7 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
 def _labels(parts: Sequence[Any], name: str | None) -> tuple[Int64[Tensor, " samples"], list[str]]:
     if name is None:
         return torch.full((sum(map(len, parts)),), -1), []
-    labels = [value for part in parts for value in column(part, name, "data.source.label")]
+    labels = [value for part in parts for value in column(part, name, "data.source.label")[:]]
     return encode_labels(labels, parts[0].features[name])
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from common.checkpoint import check_made_by
 from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
+from common.sources.images import Images
 
 
 class LabelledBatch(NamedTuple):
@@ -43,10 +44,15 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
 
 
 class LabelledDataset(Dataset[LabelledBatch]):
-    """Reads the given positions of labelled samples as batches."""
+    """Reads the given positions of labelled samples as batches.
+
+    Attributes:
+        decodes: whether reading is work for a loader's workers.
+    """
 
     def __init__(self, data: Labelled, positions: Int64[Tensor, " samples"]):
         self.data, self.positions = data, positions
+        self.decodes = any(isinstance(values, Images) for values in data.inputs.values())
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -169,10 +175,12 @@ def together(parts: Sequence[Tensor], keys: Int64[Tensor, " samples"]) -> list[T
 def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
     """A number for each sample: that of its group, or else by its inputs alone, so that equal samples have equal ones.
 
-    Of texts the tokens count, not the padding, which hangs on the longest.
+    Of texts the tokens count, not the padding, which hangs on the longest. Of images in files their bytes do.
     """
     if data.groups is not None:
         return data.groups
+    if isinstance(images := data.inputs.get("pixel_values"), Images):
+        return images.keys
     rows = {name: data.inputs[name].contiguous().numpy() for name in sorted(data.inputs)}
     mask = rows.pop("attention_mask", None)
     digests = bytearray()
@@ -274,8 +282,9 @@ class Samples:
 
     Attributes:
         facts: what they are ``made_by``, the arguments of the split; ``class_names``; of inputs the ``shapes`` and, if
-            they are images, the ``range`` of values; of texts the ``tokenizer``; and ``parts``, with the samples'
-            ``keys`` (those of training, validation and test in turn) and the ``sizes`` of the three.
+            they are images, the ``range`` of values; of texts the ``tokenizer``; ``by_file``, whether images are known
+            by their files; and ``parts``, with the samples' ``keys`` (those of training, validation and test in turn)
+            and the ``sizes`` of the three.
 
     Raises:
         InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
@@ -297,19 +306,26 @@ class Samples:
 
     @cached_property
     def _read(self) -> tuple[Labelled, Parts]:
+        known = self.facts.get("parts")
+        if known is not None:
+            self._source.take_over(self.facts)
         data = self._source.read()
-        keys, known = keys_of(data), self.facts.get("parts")
+        keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
         if known is None:
-            parts, images = split_by_class(data, *self._split, keys), data.inputs.get("pixel_values")
+            parts = split_by_class(data, *self._split, keys)
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
                 "shapes": _shapes(data),
-                "range": [] if images is None else [images.min().item(), images.max().item()],
+                "range": _range(data),
                 "tokenizer": dict(data.tokenizer),
+                "by_file": by_file,
             }
             _check_own_parts(data, keys, parts)
         else:
             self._check_alike(data)
+            if data.groups is None and by_file and not self.facts.get("by_file"):
+                problem = "the checkpoint knows its images by their pixels, and does not know these files"
+                raise InputError(f"data.source: {problem}; it is of an earlier version or other data; begin a new run")
             data = _as_known(data, self.facts["class_names"])
             if data.target.ndim > 1:  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
@@ -345,6 +361,7 @@ class Samples:
             InputError: those of the source, or the net would take the samples otherwise than those of its training.
         """
         with speaking_of("data.predict_source", instead_of="data.source"):
+            source.take_over(self.facts)
             given = source.read()
             self._check_alike(given)
         given = replace(given, target=torch.full_like(given.target, -1))
@@ -383,6 +400,14 @@ def _shapes(data: Labelled) -> dict[str, list[int]]:
     return {name: list(data.inputs[name].shape[1:]) for name in sorted(data.inputs)}
 
 
+def _range(data: Labelled) -> list[float]:
+    """The smallest and the largest value of images; nothing if there are none."""
+    images = data.inputs.get("pixel_values")
+    if isinstance(images, Images):
+        return [*images.range]
+    return [] if images is None else [images.min().item(), images.max().item()]
+
+
 def fingerprint(data: Labelled) -> str:
     """A hash of the samples, their classes and the class names."""
     shape = [sorted(data.inputs), data.class_names, data.num_val, data.num_test, data.groups is not None]
@@ -390,6 +415,7 @@ def fingerprint(data: Labelled) -> str:
     if data.groups is not None:
         digest.update(data.groups.numpy().data)
     for values in (*(data.inputs[name] for name in sorted(data.inputs)), data.target):
-        digest.update(repr((values.shape, values.dtype)).encode())
-        digest.update(values.contiguous().numpy().data)
+        held = values.keys if isinstance(values, Images) else values
+        digest.update(repr((values.shape, held.dtype)).encode())
+        digest.update(held.contiguous().numpy().data)
     return digest.hexdigest()

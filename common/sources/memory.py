@@ -10,10 +10,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from common.errors import InputError
-from common.sources.files import Labelled, image_pixels, tokenize
+from common.sources.files import Labelled, tokenize
+from common.sources.images import CHANNELS, pixels_of, to_tensor
 from common.sources.labelled import LabelledDataset
 
-MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+MODES = {channels: mode for mode, channels in CHANNELS.items()}
 TEXTS = {"attention_mask", "input_ids"}
 
 
@@ -71,7 +72,7 @@ def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tens
     if isinstance(samples, str) or not all(isinstance(each, Image.Image | Tensor | np.ndarray) for each in samples):
         raise InputError("samples: the net was trained on images; give pictures of Pillow, or an array")
     pictures = [each if isinstance(each, Image.Image) else _picture(np.asarray(each)) for each in samples]
-    return torch.stack([image_pixels(each.convert(MODES[shape[0]]), (shape[2], shape[1])) for each in pictures])
+    return to_tensor([pixels_of(each.convert(MODES[shape[0]]), shape[1:]) for each in pictures])
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from common.checkpoint import read_facts
@@ -82,10 +84,12 @@ class MultiTaskData(BaseDataModule):
         self.predict_data = self.test_data
 
     def _make(self, part: int) -> TaskDataset:
-        labelled, positions = self.samples.labelled, self.samples.parts[part]
-        images, seed = labelled.inputs["pixel_values"][positions], step_seed(self.split_seed, part)
-        made = draw_pairs(images, self.pairs[part], self.canvas, self.max_shift, seed)
-        left, right = labelled.target[positions][made.chosen]
+        labelled, seed = self.samples.labelled, step_seed(self.split_seed, part)
+        images, positions = labelled.inputs["pixel_values"], self.samples.parts[part]
+        made = draw_pairs(images, positions, self.pairs[part], self.canvas, self.max_shift, seed)
+        left, right = labelled.target[made.chosen]
         target = {"left": left, "right": right, "offset": (made.corner[1] - made.corner[0]).float()}
         chosen = {task["name"]: target[task["name"]] for task in self.chosen}
-        return TaskDataset({"pixel_values": made.pixel_values}, chosen, self.chosen)
+        decodes = not isinstance(images, Tensor)  # else all pairs are in memory too
+        pictures = made if decodes else made[torch.arange(len(made))]
+        return TaskDataset({"pixel_values": pictures}, chosen, self.chosen, decodes)

@@ -1,27 +1,44 @@
 """Pictures made of two images each, for several tasks on one input (MultiMNIST, https://arxiv.org/abs/1710.09829)."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 
-class Pairs(NamedTuple):
-    """Canvases with two images each, the images' numbers, and row and column of their upper left pixels."""
+@dataclass(frozen=True)
+class Pairs:
+    """Canvases with two images each, which are made where a batch asks for them.
 
-    pixel_values: Float[Tensor, "pairs channels size size"]
+    Attributes:
+        images: all single images, see :class:`common.sources.Labelled`.
+        chosen: positions of the two images of each pair.
+        corner: row and column of their upper left pixels.
+        size: height and width of a canvas, in pixels.
+    """
+
+    images: Any
     chosen: Int64[Tensor, "2 pairs"]
     corner: Int64[Tensor, "2 pairs 2"]
+    size: int
+
+    def __len__(self) -> int:
+        return self.chosen.shape[1]
+
+    def __getitem__(self, index: Int64[Tensor, " batch"]) -> Float[Tensor, "batch channels size size"]:
+        return overlay(self.images[self.chosen[:, index]], self.corner[:, index], self.size)
 
 
 def draw_pairs(
-    images: Float[Tensor, "samples channels height width"], count: int, size: int, max_shift: int, seed: int
+    images: Any, positions: Int64[Tensor, " samples"], count: int, size: int, max_shift: int, seed: int
 ) -> Pairs:
     """Draw pairs of images with replacement; put one to the left and one to the right, at any height.
 
     Args:
-        images: the single images.
+        images: all single images, of shape (images, channels, height, width).
+        positions: of those to draw from.
         count: number of pairs.
         size: height and width of the canvas, in pixels.
         max_shift: largest distance of an image from its side of the canvas, in pixels.
@@ -29,11 +46,11 @@ def draw_pairs(
     """
     generator = torch.Generator().manual_seed(seed)
     free_rows, free_columns = (size - length for length in images.shape[-2:])
-    chosen = torch.randint(len(images), (2, count), generator=generator)
+    chosen = torch.randint(len(positions), (2, count), generator=generator)
     row = torch.randint(free_rows + 1, (2, count), generator=generator)
     shift = torch.randint(max_shift + 1, (2, count), generator=generator)
     corner = torch.stack([row, torch.stack([shift[0], free_columns - shift[1]])], dim=-1)
-    return Pairs(overlay(images[chosen], corner, size), chosen, corner)
+    return Pairs(images, positions[chosen], corner, size)
 
 
 def overlay(

@@ -102,19 +102,26 @@ class TaskBatch(NamedTuple):
 
 
 class TaskDataset(Dataset[TaskBatch]):
-    """Reads batches of samples in memory.
+    """Reads batches of samples.
 
     Args:
-        inputs: keyword arguments of the net, each of shape (samples, …).
+        inputs: keyword arguments of the net: tensors of shape (samples, …), or what gives them for positions.
         target: target of each task, see :class:`TaskBatch`.
         tasks: the tasks.
+        decodes: whether reading is work for a loader's workers.
 
     Raises:
         InputError: a task has no target, or its target has another shape or unknown classes.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], target: Mapping[str, Tensor], tasks: Sequence[Task]):
-        self.inputs, self.target = inputs, target
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        target: Mapping[str, Tensor],
+        tasks: Sequence[Task],
+        decodes: bool = False,
+    ):
+        self.inputs, self.target, self.decodes = inputs, target, decodes
         for task in tasks:
             name, width = task["name"], task["width"]
             if name not in target:

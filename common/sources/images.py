@@ -1,0 +1,207 @@
+"""Images that stay in their files, or as the bytes of a table, until a batch asks for them."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InputError, short_path
+
+GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
+CHANNELS = {"L": 1, "RGB": 3}
+TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
+CHUNK = 256  # images that one thread looks at
+
+
+class Seen(NamedTuple):
+    """What is known of each image without decoding it: a hash of its bytes, its height and width, if it has colour."""
+
+    keys: Int64[Tensor, " images"]
+    sizes: Int64[Tensor, "images 2"]
+    colour: Tensor
+
+
+class Images:
+    """Images of a table, decoded where a batch asks for them: in a loader's workers.
+
+    Memory does not grow with the pixels. Of each image only a hash of its bytes is held, and the table has its bytes,
+    mapped from disk, or its file name. Each is read once when this is made, and its header checked.
+
+    Args:
+        table: a data set of ``datasets``.
+        column: its column of images, file names or bytes.
+        size: height and width that images are resized to, in pixels; None for their own.
+        mode: Pillow mode, ``L`` or ``RGB``; None for ``RGB`` if an image has colour, else ``L``.
+
+    Attributes:
+        keys: a hash of each image's bytes; equal files have equal ones.
+        shape: of all decoded images: (images, channels, height, width).
+        decodes: tells a loader that reading is work for its workers.
+
+    Raises:
+        InputError: an image is missing, is none, or has 16 bits; they have several sizes, and none is given.
+    """
+
+    decodes = True
+    range = 0.0, 1.0
+
+    def __init__(self, table: Any, column: str, size: Sequence[int] | None = None, mode: str | None = None):
+        import datasets
+
+        self.column = column
+        self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.keys, sizes, colour = self._look()
+        own = sizes.unique(dim=0)
+        if size is None and len(own) > 1:
+            few, many = ("x".join(map(str, each)) for each in (own[0].tolist(), own[-1].tolist()))
+            problem = f"images have {len(own)} sizes, from {few} to {many} (height x width)"
+            raise InputError(f"data.source.size: {problem}; give one, as 64 or [48, 64]")
+        self.mode = mode or ("RGB" if colour.any() else "L")
+        self.size: list[int] = list(size or own[0].tolist())
+        if not (size and mode) and not rank_zero_only.rank:
+            because = f"{int(colour.sum()):,} have colour" if colour.any() else "none has colour"
+            shape = "{}x{}".format(*self.size)
+            said = f"{len(self):,} images, read as {self.mode} ({because}) at {shape} pixels (height x width)"
+            print(f"data.source: {said}; data.source.mode and size change it", flush=True)
+        self._decoder = datasets.Image(mode=self.mode)
+
+    @property
+    def shape(self) -> torch.Size:  # noqa: D102
+        return torch.Size([len(self), CHANNELS[self.mode], *self.size])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, positions: Int64[Tensor, " *places"]) -> Float32[Tensor, "*places channels height width"]:
+        rows, numbers = self.table[positions.flatten().tolist()][self.column], positions.flatten().tolist()
+        images = to_tensor([self._decode(row, number) for row, number in zip(rows, numbers, strict=True)])
+        return images.reshape(*positions.shape, *images.shape[1:])
+
+    def _decode(self, row: Any, number: int) -> np.ndarray:
+        try:
+            return pixels_of(self._decoder.decode_example({"bytes": _content(row), "path": None}), self.size)
+        except Exception as error:  # damaged bytes make a reader raise nearly anything
+            raise self._mistake(row, number, error) from error
+
+    def _look(self) -> Seen:
+        """Look at each image without decoding it."""
+        starts = range(0, len(self), CHUNK)
+        with ThreadPoolExecutor(16) as pool:  # a disk or network answers several at once
+            parts = [*zip(*pool.map(self._look_at, starts), strict=True)]
+        return Seen(*map(torch.cat, parts))
+
+    def _look_at(self, start: int) -> Seen:
+        digests, sizes, colour = bytearray(), [], []
+        for number, row in enumerate(self.table[start : start + CHUNK][self.column], start):
+            try:
+                content = _content(row)
+                with Image.open(io.BytesIO(content)) as image:
+                    turned = "exif" in image.info and image.getexif().get(Image.ExifTags.Base.Orientation) in TURNED
+                    sizes.append(image.size if turned else image.size[::-1])
+                    mode = image.mode
+            except Exception as error:
+                raise self._mistake(row, number, error) from error
+            if mode[0] in "IF":
+                problem = f"{_name(row, number)} has 16 bits or more (Pillow's mode {mode})"
+                raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
+            colour.append(mode not in GREY)
+            digests += hashlib.blake2b(content, digest_size=8).digest()
+        return Seen(torch.frombuffer(digests, dtype=torch.int64), torch.tensor(sizes), torch.tensor(colour))
+
+    def _mistake(self, row: Any, number: int, error: Exception) -> InputError:
+        if row is None or (row["bytes"] is None and row["path"] is None):
+            return InputError(f"data.source.image {self.column!r}: a row has no image; drop it")
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}".partition(" <_io")[0]
+        problem = f"{_name(row, number)} is no image that can be read ({reason.splitlines()[0][:60]})"
+        return InputError(f"data.source.image {self.column!r}: {problem}; mend or remove it")
+
+
+def pixels_of(image: Any, size: Sequence[int]) -> np.ndarray:
+    """Bytes (height, width, channels) of a picture of Pillow, resized to a height and width."""
+    height, width = size
+    return np.asarray(image.resize((width, height))).reshape(height, width, -1)
+
+
+def to_tensor(pixels: Sequence[np.ndarray]) -> Float32[Tensor, "pictures channels height width"]:
+    """The bytes of pictures of one size, scaled to [0, 1]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
+def _content(row: Any) -> bytes:
+    """The bytes of an image of a table."""
+    if row["bytes"] is not None:
+        return row["bytes"]
+    if "://" not in row["path"]:
+        return Path(row["path"]).read_bytes()
+    with fsspec.open(row["path"]) as file:
+        return file.read()  # type: ignore[union-attr]
+
+
+def _name(row: Any, number: int) -> str:
+    return short_path(row["path"]) if row["path"] else f"sample {number}"
+
+
+def list_images(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
+    """The data sets that the builder ``imagefolder`` of ``datasets`` makes of a folder, in a fiftieth of its time.
+
+    Args:
+        folder: the folder.
+        parts: patterns of the files of each split: ``**``, or the name of a sub-folder and ``/**``.
+
+    Returns:
+        Data sets by split; None where the folder has more than files of images: columns of its own, or archives.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    found: dict[str, list[str]] = {}
+    for part, patterns in parts.items():
+        for pattern in patterns:
+            for file in sorted(_files(folder / pattern.removesuffix("**"))):
+                ending = os.path.splitext(file)[1].lower()
+                if ending == ".zip" or os.path.basename(file) in ImageFolder.METADATA_FILENAMES:
+                    return None
+                if ending in ImageFolder.EXTENSIONS:
+                    found.setdefault(part, []).append(file)
+    images = [file for files in found.values() for file in files]
+    if not images:
+        return None  # its message says so
+    names = sorted({*map(_folder, images)})
+    numbers = {name: number for number, name in enumerate(names)}
+    has_labels = len(names) > 1 and len({file.count(os.sep) for file in images}) == 1
+    label = {"label": datasets.ClassLabel(names=names)} if has_labels else {}
+    features = datasets.Features({"image": datasets.Image(), **label})
+    splits = {}
+    for part, files in found.items():
+        target = {"label": [numbers[_folder(file)] for file in files]}
+        splits[part] = datasets.Dataset.from_dict({"image": files, **(target if label else {})}, features=features)
+    return splits
+
+
+def _folder(file: str) -> str:
+    return os.path.basename(os.path.dirname(file))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """All files in a folder and below, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        yield from (os.path.join(place, name) for name in files if name[0] != ".")

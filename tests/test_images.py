@@ -1,0 +1,279 @@
+"""Images in files: what is read of them and when, mode and size from the data, damage, and exact resume."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from common.data import step_seed
+from common.errors import InputError
+from common.sources import ImageTable
+from common.sources.images import Images, list_images
+from common.sources.labelled import LabelledDataset, Samples, fingerprint, keys_of
+from recipes.multitask.pairs import draw_pairs
+from tests.support import PLAIN, ROOT, logs, main_of, read_metrics, run_ranks
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def noise(number: int, *shape: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 255, shape, dtype=np.uint8))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Of several formats, sizes and modes, one turned by its camera."""
+    folder = tmp_path / "mixed"
+    for name in ("ape", "bee"):
+        (folder / name).mkdir(parents=True)
+    turned = Image.Exif()
+    turned[Image.ExifTags.Base.Orientation] = 6
+    noise(0, 9, 12).save(folder / "ape/grey.png")
+    noise(1, 9, 12, 3).save(folder / "ape/colour.PNG")
+    noise(2, 9, 12, 3).save(folder / "ape/turned.jpg", exif=turned)
+    noise(3, 7, 5, 3).quantize(16).save(folder / "bee/palette.gif")
+    noise(4, 9, 12, 4).save(folder / "bee/alpha.png")
+    noise(5, 30, 20, 3).save(folder / "bee/large.webp")
+    return folder
+
+
+def everything(images: Any) -> torch.Tensor:
+    return images[torch.arange(len(images))]
+
+
+@pytest.mark.parametrize(("mode", "size"), [("L", 6), ("RGB", 6), ("RGB", [12, 8])])
+def test_pixels_are_those_of_each_file(mixed: Path, mode: Any, size: Any) -> None:
+    """Read, turned, converted, resized and scaled one by one."""
+    read = ImageTable(str(mixed), size=size, mode=mode).read().inputs["pixel_values"]
+    height, width = [size, size] if isinstance(size, int) else size
+    wanted = []
+    for path in sorted(map(str, mixed.glob("*/*"))):
+        value = {"path": path, "bytes": Path(path).read_bytes()}
+        image: Any = datasets.Image(mode=mode).decode_example(value).resize((width, height))
+        array = np.asarray(image, np.float32) / 255
+        wanted.append(torch.from_numpy(array.reshape(height, width, -1)).permute(2, 0, 1))
+    found = everything(read)
+    assert torch.equal(found, torch.stack(wanted))
+    assert found.is_contiguous()
+    assert found.shape == read.shape
+    assert torch.equal(read[torch.tensor([[4, 0, 4]])], found[[4, 0, 4]][None])
+
+
+def test_pixels_are_read_when_a_batch_asks(mixed: Path) -> None:
+    data = ImageTable(str(mixed), size=6).read()
+    batches = LabelledDataset(data, torch.tensor([0, 2, 5]))
+    before = batches[[2, 0]].inputs["pixel_values"]
+    (mixed / "bee/alpha.png").unlink()  # the third by name
+    assert torch.equal(batches[[2, 0]].inputs["pixel_values"], before)
+    with pytest.raises(InputError, match=r"image': .*/bee/alpha.png is no image that can be read \(FileNotFound"):
+        everything(data.inputs["pixel_values"])
+
+
+def test_a_folder_is_listed_as_by_the_package_datasets(mixed: Path, tmp_path: Path) -> None:
+    for name in (".hidden/a.png", "__cache__/a.png", "ape/.b.png", "ape/notes.txt"):
+        (mixed / name).parent.mkdir(exist_ok=True)
+        shutil.copy(mixed / "ape/grey.png", mixed / name)
+    for name in ("train", "test", "testing"):
+        shutil.copytree(mixed, tmp_path / "parts" / name)
+    several = {"train": ["train/**"], "test": ["test/**", "testing/**"]}
+    for folder, parts in (
+        (mixed, {"train": ["**"]}),
+        (tmp_path / "parts", several),
+        (mixed / "ape", {"train": ["**"]}),
+    ):
+        ours: Any = list_images(folder, parts)
+        theirs: Any = datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=parts)
+        assert {*ours} == {*theirs}
+        for part in ours:
+            assert ours[part].features == theirs[part].features
+            assert ours[part].data.to_pydict() == theirs[part].data.to_pydict()
+    (mixed / "metadata.csv").write_text("file_name,kind\nape/grey.png,1\n")
+    assert list_images(mixed, {"train": ["**"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "mode", "shape", "said"),
+    [
+        ("ape/grey.png", "L", [1, 9, 12], "1 images, read as L (none has colour) at 9x12 pixels (height x width)"),
+        ("*/[gca]*.[pP]*", "RGB", [3, 9, 12], "3 images, read as RGB (2 have colour) at 9x12 pixels"),
+        ("ape/turned.jpg", "RGB", [3, 12, 9], "1 images, read as RGB (1 have colour) at 12x9 pixels"),
+    ],
+)
+def test_mode_and_size_come_from_the_data(
+    mixed: Path, kept: str, mode: str, shape: list[int], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in {*mixed.glob("*/*")} - {*mixed.glob(kept)}:
+        path.unlink()
+    images = ImageTable(str(mixed), label=None).read().inputs["pixel_values"]
+    assert (images.mode, list(images.shape[1:])) == (mode, shape)
+    assert everything(images).shape == images.shape
+    assert capfd.readouterr().out.startswith(f"data.source: {said}")
+    ImageTable(str(mixed), label=None, mode="L", size=4).read()
+    assert not capfd.readouterr().out
+
+
+def test_images_that_leave_a_question(mixed: Path) -> None:
+    with pytest.raises(InputError) as error:
+        ImageTable(str(mixed)).read()
+    sizes = "images have 4 sizes, from 7x5 to 30x20 (height x width); give one, as 64 or [48, 64]"
+    assert str(error.value) == f"data.source.size: {sizes}"
+    Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000).save(mixed / "ape/deep.png")
+    with pytest.raises(InputError, match=r"ape/deep.png has 16 bits or more \(Pillow's mode I;16\); make them 8 bits"):
+        ImageTable(str(mixed), size=4).read()
+
+
+def test_equal_files_have_equal_keys(tmp_path: Path) -> None:
+    """In a folder and as bytes of a table; other bytes of the same size have others."""
+    files = [io.BytesIO() for _ in range(3)]
+    for number, file in zip((1, 2, 1), files, strict=True):
+        noise(number, 4, 4).save(file, "PNG")
+    values = [file.getvalue() for file in files]
+    pq.write_table(pa.table({"image": values, "label": list("aab")}), tmp_path / "t.parquet")
+    for number, value in enumerate(values):
+        (tmp_path / f"f/{'aab'[number]}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"f/{'aab'[number]}/{number}.png").write_bytes(value)
+    table, folder = (ImageTable(str(tmp_path / name)).read() for name in ("t.parquet", "f"))
+    keys = keys_of(table)
+    assert torch.equal(keys, keys_of(folder))
+    assert keys[0] == keys[2] != keys[1]
+    assert fingerprint(table) == fingerprint(folder) != fingerprint(ImageTable(str(tmp_path / "f"), mode="RGB").read())
+
+
+def test_pairs_are_those_of_the_same_images_in_memory(mixed: Path) -> None:
+    images = ImageTable(str(mixed), size=6).read().inputs["pixel_values"]
+    ours, theirs = (draw_pairs(each, torch.arange(5), 20, 15, 1, seed=2) for each in (images, everything(images)))
+    index = torch.tensor([3, 19, 0])
+    assert torch.equal(ours[index], theirs[index])
+
+
+# A run on images in files.
+
+
+def write_classes(folder: Path, count: int = 30, size: int = 8) -> Path:
+    for kind, name in enumerate(("ape", "bee")):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            noise(100 * kind + number, size, size).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+def fit(*more: str, name: str = "default", batch: int = 4, steps: int = 8) -> list[str]:
+    small = ["--config", str(ROOT / "recipes/classification/small.yaml"), *PLAIN]
+    limits = [
+        "--trainer.log_every_n_steps",
+        "1",
+        "--trainer.num_sanity_val_steps",
+        "0",
+        "--last.every_n_train_steps",
+        "1",
+    ]
+    source = ["--data.source", "common.sources.ImageTable", "--data.source.path", "images"]
+    sizes = ["--data.batch_size", str(batch), "--trainer.max_steps", str(steps), "--name", name]
+    sizes += ["--model.lr_scheduler", "null"]  # it would know the last step
+    return ["fit", *small, *limits, *source, *sizes, "--trainer.enable_progress_bar", "false", *more]
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    path = f"runs/classification/{run}/checkpoints/last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_a_run_goes_on_to_the_bit_with_any_number_of_workers(work: Path) -> None:
+    write_classes(work / "images")
+    main, workers = main_of("classification"), "--data.num_workers"
+    main(fit(workers, "0", name="whole", steps=16))  # an epoch and a half
+    main(fit(workers, "2", name="parts", steps=5))
+    main(["fit", "--name", "parts", "--ckpt_path", "last", workers, "0", "--trainer.max_steps", "12"])
+    main(["fit", "--name", "parts", "--ckpt_path", "last", workers, "2", "--trainer.max_steps", "16"])
+    for name, value in weights("whole").items():
+        assert torch.equal(weights("parts")[name], value), name
+
+
+def _ranks(folder: Path) -> None:
+    os.chdir(folder)
+    ddp = str(ROOT / "configs/strategy/ddp.yaml")
+    two = ["--config", ddp, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    main_of("classification")(fit(*two, name="ranks", batch=2))
+
+
+def test_two_ranks_train_as_one(work: Path) -> None:
+    write_classes(work / "images")
+    main_of("classification")(fit("--data.num_workers", "0", name="one"))
+    assert run_ranks(_ranks, work, folder=work / "logs") == [0, 0], logs(work / "logs")
+    one, ranks = (read_metrics(work / f"runs/classification/{n}/metrics.csv", "train/loss") for n in ("one", "ranks"))
+    assert ranks == pytest.approx(one, rel=1e-5)
+    said = [(work / f"logs/rank{rank}.log").read_text().count("read as L") for rank in (0, 1)]
+    assert said == [1, 0]
+
+
+def refusal(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main_of("classification")(args)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert len(line) <= 240
+    return line
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_image_is_one_line(workers: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One whose header is whole shows when its batch is read; what was saved before goes on once it is mended."""
+    write_classes(work / "images")
+    data = main_of("classification")(fit("--data.num_workers", workers, name="good", steps=1)).datamodule
+    order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(step_seed(1, 0)))
+    sixth = int(data.train_data.positions[order[20]])  # read in the sixth step
+    where = data.samples.labelled.inputs["pixel_values"].table[sixth]["image"]["path"]
+    content = Path(where).read_bytes()
+    Path(where).write_bytes(content[:-30])
+    args = fit("--data.num_workers", workers, "--trainer.limit_val_batches", "0", steps=20)
+    line = refusal(args, capfd)
+    assert f"data.source.image: 'image': {where[-59:]} is no image that can be read (OSError" in line
+    assert line.endswith("; mend or remove it")
+    Path(where).write_bytes(b"x" + content)
+    assert f"{where[-59:]} is no image that can be read (UnidentifiedImage" in refusal(args, capfd)  # at the start
+    Path(where).write_bytes(content)
+    last = work / "runs/classification/default/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] in (4, 5)
+    assert main_of("classification")(["fit", "--ckpt_path", "last"]).trainer.global_step == 20
+    assert "1 samples are new to the checkpoint, 1 for training, 0 for validation" in capfd.readouterr().out
+
+
+def test_what_a_run_knows_of_its_images_holds(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Mode and size for other samples, without a word; a checkpoint that does not know files is refused."""
+    write_classes(work / "images")
+    main = main_of("classification")
+    main(fit(steps=1))
+    noise(5, 30, 20, 3).save(work / "images/ape/30.png")
+    capfd.readouterr()
+    data = main(["test", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"]).datamodule
+    assert data.samples.labelled.inputs["pixel_values"].shape == (61, 1, 8, 8)
+    other = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.path", "images/ape"]
+    data = main(["predict", "--ckpt_path", "last", *other, "--data.predict_source.label", "null"]).datamodule
+    assert data.predict_data[[0, 30]].inputs["pixel_values"].shape == (2, 1, 8, 8)
+    assert "read as" not in capfd.readouterr().out
+    path = work / "runs/classification/default/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["facts"]["by_file"]
+    torch.save(checkpoint, path)
+    line = refusal(["fit", "--ckpt_path", "last", "--trainer.max_steps", "2"], capfd)
+    assert "data.source: the checkpoint knows its images by their pixels, and does not know these files" in line
+    main(["predict", "--ckpt_path", "last", *other, "--data.predict_source.label", "null"])
+
+
+def test_images_need_the_processes_that_they_are_given(mixed: Path) -> None:
+    """Decoding is work for the loader's workers; arrays in memory are not."""
+    samples = Samples(ImageTable(str(write_classes(mixed / "more"))), 0.2, 0.2, 0, {})
+    train, *_ = samples.datasets()
+    assert train.decodes
+    assert isinstance(samples.labelled.inputs["pixel_values"], Images)
+    assert samples.facts["range"] == [0.0, 1.0]
