@@ -45,6 +45,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         if classes and found.config.num_labels == len(classes):
             found.config.id2label = dict(enumerate(map(str, classes)))
             found.config.label2id = {str(name): number for number, name in enumerate(classes)}
+            if checkpoint["hyper_parameters"].get("labels") == "several":
+                found.config.problem_type = "multi_label_classification"
         found.save_pretrained(folder)
         if settings := getattr(net, "preprocessing", None):
             (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
