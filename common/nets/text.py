@@ -12,7 +12,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from common.checksums import check_files
 from common.errors import InputError
@@ -110,6 +110,8 @@ class PretrainedWordClassifier(nn.Module):
         super().__init__()
         disable_progress_bar()  # it would write to stderr
         check_files(Path(name))
+        before = get_verbosity()
+        set_verbosity_error()  # it would warn that the head is new
         try:
             self.model = AutoModelForTokenClassification.from_pretrained(
                 name, num_labels=num_classes, ignore_mismatched_sizes=True, use_safetensors=True,
@@ -119,6 +121,8 @@ class PretrainedWordClassifier(nn.Module):
             reason = str(error).splitlines()[0][:80]
             problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
             raise InputError(f"model.net name {name!r}: {problem}") from error
+        finally:
+            set_verbosity(before)
         self.model.base_model.requires_grad_(not freeze)
         self.freeze, self.body_name = freeze, f"model.{self.model.base_model_prefix}."
 

@@ -59,7 +59,7 @@ def label_bars(counts: Int[Tensor, "labels 3"], names: Sequence[str]) -> "Figure
     order = np.argsort(-there, kind="stable")[:50]  # more would overlap
     values = {"precision": right / np.maximum(given, 1), "recall": right / np.maximum(there, 1)}
     f1 = 2 * right / np.maximum(given + there, 1)
-    figure = new_figure(6, 1.2 + 0.36 * len(order))
+    figure = new_figure(6.0, 1.2 + 0.36 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))
     for number, (label, each) in enumerate(values.items()):
