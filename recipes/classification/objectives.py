@@ -228,7 +228,7 @@ class WordTags(Objective):
     def check(self, labels: Labels, names: Sequence[str]) -> None:
         super().check(labels, names)
         if wrong := next((name for name in names if name != "O" and name[:2] not in ("B-", "I-")), None):
-            raise InputError(f"data.source.label: has the tag {wrong!r}; write O, B-type or I-type (the BIO scheme)")
+            raise InputError(f"data.source: has the tag {wrong!r}; write O, B-type or I-type (the BIO scheme)")
 
     @override
     def loss(
