@@ -535,6 +535,9 @@ def test_what_does_not_fit_is_one_line(encoder: str, work: Path, capfd: pytest.C
     Path(sentences).write_text(text.replace("B-PER", "PER"))
     line = refused(["fit", *word_args(sentences, encoder)], capfd)
     assert line.endswith(": has the tag 'PER'; write O, B-type or I-type (the BIO scheme)")
+    tokens = ["--config", str(ROOT / "recipes/classification/tokens.yaml"), *FIT]
+    line = refused(["fit", *tokens, "--data.source.vocab_size", "1100"], capfd)
+    assert "WordClassifier knows fewer tokens than the tokenizer of the data; set its vocab_size" in line
     other = ["--data.source", "common.sources.ImageTable", "--data.source.path", path, "--data.source.label", "labels"]
     line = refused(["fit", *FIT, *other, "--data.source.size", "8", "--model.teacher", "null"], capfd, "distillation")
     assert line == (
