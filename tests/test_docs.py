@@ -46,6 +46,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"a {'very ' * (n % 3)}{word} film,{word}" for n in range(40) for word in ("good", "bad")]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     write_encoder(folder / "sentence-transformers/all-MiniLM-L6-v2", rows)
+    topics = [f"{word} news {n},{labels}" for n in range(20) for word, labels in (("good", "art;law"), ("bad", ""))]
+    (folder / "news.csv").write_text("\n".join(["text,topics", *topics]))
+    tagged = [{"tokens": ["a", word, "film"], "tags": ["O", "B-X", "I-X"]} for word in ("good", "bad", "very") * 10]
+    (folder / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     generator = np.random.default_rng(0)
     names = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households")
     houses = pd.DataFrame(generator.uniform(1, 50, (400, len(names))), columns=pd.Index(names))

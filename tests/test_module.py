@@ -206,7 +206,7 @@ def test_padding_does_not_count(data: ClassificationData) -> None:
     padded = batch._replace(mask=torch.arange(60) < 40)
     with torch.no_grad():
         assert validate(module, padded) == pytest.approx(validate(module, a_batch(data, 40)))
-    assert module.confusion.compute().sum() == 80
+    assert module.outcomes["val"].compute()["confusion"].sum() == 80
 
 
 def test_the_validation_loss_is_the_mean_over_samples(tmp_path: Path) -> None:

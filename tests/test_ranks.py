@@ -12,7 +12,7 @@ def keep_counts(recipe: str, args: list[str], path: Path) -> None:
     """Run ``test`` and keep the confusion matrix as well."""
     cli = main_of(recipe)(args)
     if recipe == "classification" and cli.trainer.is_global_zero:
-        torch.save(cli.model._counts, path)
+        torch.save(cli.model._outcome["confusion"].cpu(), path)
 
 
 @pytest.mark.parametrize(

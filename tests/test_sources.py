@@ -289,8 +289,8 @@ def test_text_mistakes(encoder: str, tmp_path: Path) -> None:
     assert mistake(TextTable(path, encoder)) == "data.source.text: 1 of 2 texts are missing; fill or drop those rows"
     path = write_table(tmp_path / "b.jsonl", [{"text": "good", "label": "x"}, {"text": "bad", "label": None}])
     assert mistake(TextTable(path, encoder)).startswith("data.source.label: 1 of 2 labels are missing")
-    path = write_table(tmp_path / "c.jsonl", [{"text": "good", "label": [1, 2]}])
-    assert mistake(TextTable(path, encoder)).startswith("data.source.label: holds list, not one text or number")
+    path = write_table(tmp_path / "c.jsonl", [{"text": "good", "label": {"a": 1}}])
+    assert mistake(TextTable(path, encoder)).startswith("data.source.label: holds dict, not one text or number")
     assert mistake(TextTable(path, encoder, label="lable")).endswith("did you mean 'label'?")
     assert mistake(TextTable(path, encoder, text="txt")).endswith("did you mean 'text'?")
     assert mistake(TextTable(str(tmp_path / "c.json"), encoder)).endswith("did you mean 'c.jsonl'?")

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from common.checksums import check_files
 from common.errors import InputError
@@ -62,6 +63,80 @@ class PretrainedEncoder(nn.Module):
         """A frozen body stays in evaluation mode: it cannot adapt to dropout."""
         super().train(mode)
         self.body.train(mode and not self.freeze)
+        return self
+
+
+class WordClassifier(nn.Module):
+    """Any token classifier of transformers with new weights.
+
+    Args:
+        num_classes: width of the output.
+        config: its config by class path, such as ``transformers.BertConfig``; ``vocab_size`` is that of the tokenizer.
+
+    Raises:
+        InputError: transformers has no token classifier of this config.
+    """
+
+    def __init__(self, num_classes: int, config: PretrainedConfig):
+        super().__init__()
+        config.num_labels = num_classes
+        try:
+            self.model = AutoModelForTokenClassification.from_config(config)
+        except ValueError as error:
+            problem = f"{type(config).__name__} makes no token classifier"
+            raise InputError(f"model.net.config: {problem}; take another, such as transformers.BertConfig") from error
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time classes"]:
+        """Logits of each token."""
+        check_context(self.model.config, input_ids.shape[1], "model.net.config", "data.source.max_length")
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class PretrainedWordClassifier(nn.Module):
+    """A pretrained text encoder of transformers with a linear head on each token.
+
+    Args:
+        num_classes: width of the output.
+        name: folder or hub name of the encoder (safetensors weights). A head for as many classes is kept.
+        freeze: keep the encoder as it is and train the head alone.
+
+    Raises:
+        InputError: there is no such encoder.
+    """
+
+    def __init__(self, num_classes: int, name: str, freeze: bool = False):
+        super().__init__()
+        disable_progress_bar()  # it would write to stderr
+        check_files(Path(name))
+        before = get_verbosity()
+        set_verbosity_error()  # it would warn that the head is new
+        try:
+            self.model = AutoModelForTokenClassification.from_pretrained(
+                name, num_labels=num_classes, ignore_mismatched_sizes=True, use_safetensors=True,
+                trust_remote_code=False, dtype=torch.get_default_dtype(),
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:80]
+            problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
+            raise InputError(f"model.net name {name!r}: {problem}") from error
+        finally:
+            set_verbosity(before)
+        self.model.base_model.requires_grad_(not freeze)
+        self.freeze, self.body_name = freeze, f"model.{self.model.base_model_prefix}."
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time classes"]:
+        """Logits of each token."""
+        check_context(self.model.config, input_ids.shape[1], "model.net", "data.source.max_length")
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def train(self, mode: bool = True) -> "PretrainedWordClassifier":
+        """A frozen body stays in evaluation mode: it cannot adapt to dropout."""
+        super().train(mode)
+        self.model.base_model.train(mode and not self.freeze)
         return self
 
 

@@ -163,7 +163,7 @@ class RunProgressBar(RichProgressBar):
 
 # Words in the names of metrics of which the smallest, and of which the largest, value is the best.
 LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "bits"}
-HIGHER = {"accuracy", "f1", "auroc", "r2"}
+HIGHER = {"accuracy", "auroc", "f1", "precision", "r2", "recall"}
 
 
 def mode_of(metric: str, pl_module: L.LightningModule | None) -> Literal["min", "max"] | None:

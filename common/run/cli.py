@@ -486,6 +486,9 @@ class RecipeCLI(LightningCLI):
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:
             return InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another")
+        if isinstance(error, IndexError) and "index out of range in self" in message:  # of an embedding
+            problem = f"{net} knows fewer tokens than the tokenizer of the data"
+            return InputError(f"model.net: {problem}; set its vocab_size, or take the tokenizer that it was made with")
         misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", message)
         if isinstance(error, RuntimeError | ValueError) and misfit and self.config[self.subcommand].get("ckpt_path"):
             return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")

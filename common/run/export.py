@@ -53,6 +53,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         if classes and found.config.num_labels == len(classes):
             found.config.id2label = dict(enumerate(map(str, classes)))
             found.config.label2id = {str(name): number for number, name in enumerate(classes)}
+            if checkpoint["hyper_parameters"].get("labels") == "several":
+                found.config.problem_type = "multi_label_classification"
         found.save_pretrained(folder)
         place = next(name for name, module in net.named_modules() if module is found)
         rest = {name: values for name, values in net.state_dict().items() if not name.startswith(place)}

@@ -466,8 +466,9 @@ def describe_environment() -> dict[str, str]:
 
 
 def _readable(values: Sequence[Any]) -> list[Any]:
-    """Numbers of fp32 without the digits that they do not have."""
-    return [f"{value:.7g}" if isinstance(value, float) else value for value in values]
+    """Numbers of fp32 without the digits that they do not have, and lists as JSON."""
+    texts = [json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in values]
+    return [f"{value:.7g}" if isinstance(value, float) else value for value in texts]
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -17,6 +17,9 @@ from torch import Tensor
 from common.errors import InputError, nearest
 from common.sources.images import CHANNELS, Images, list_images
 
+# What has a class: a sample has one, or any number; each of its words has one; each position has its next token.
+Labels = Literal["one", "several", "words", "next token"]
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -26,13 +29,14 @@ class Labelled:
         inputs: argument name to values: a tensor of shape (samples, …), or what has such a ``shape`` and gives a tensor
             for positions, as :class:`common.sources.images.Images` do.
         target: class numbers, of each sample or of each of its positions; -1 for samples without labels, -100 for
-            positions that do not count.
+            positions that do not count. Of several labels: 1 for each class that a sample has, 0 for all others.
         class_names: a name for each class number.
         num_test: size of the source's own test split, the last samples; 0 if it has none.
         num_val: size of its own validation split, the samples before these; 0 if it has none.
         tokenizer: of texts: the ``json`` of what has encoded them, of the package ``tokenizers``, and arguments of
             ``transformers.PreTrainedTokenizerFast``; plain values.
         groups: a number for the group of each sample, which stays together in a split; None if equal samples alone do.
+        labels: what has a class.
     """
 
     inputs: Mapping[str, Any]
@@ -42,6 +46,7 @@ class Labelled:
     num_val: int = 0
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     groups: Int64[Tensor, " samples"] | None = None
+    labels: Labels = "one"
 
 
 class Source:
@@ -132,30 +137,33 @@ class ImageTable(Source):
     Args:
         path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
         image: name of the column of images, file names or bytes.
-        label: name of the label column; None for images without labels, to predict.
+        label: name of the label column, whose cells may be lists; or a list of columns of 0 and 1, one per label; None
+            for images without labels, to predict.
         size: height and width that images are resized to, in pixels: one number or two. Other proportions are
             stretched. None for the images' own size, if it is one.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour; None for ``RGB`` if an image has colour, else ``L``.
         split: name of a column that says the part of each sample: train, val or test, as sub-folders of these names do.
         group: name of a column whose equal values stay together in a split, such as a patient or a scene.
+        separator: what stands between several labels in a cell of text, as in CSV files; None if a cell is one label.
     """
 
     def __init__(
         self,
         path: str,
         image: str = "image",
-        label: str | None = "label",
+        label: list[str] | str | None = "label",
         size: int | list[int] | None = None,
         mode: Literal["L", "RGB"] | None = None,
         split: str | None = None,
         group: str | None = None,
+        separator: str | None = None,
     ):
         both = [size, size] if isinstance(size, int) else size
         if both is not None and (len(both) != 2 or min(both) < 1):
             raise InputError(f"data.source.size must be a number of at least 1, or [height, width], got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, both, mode
-        self.split, self.group = split, group
-        _refuse_both(split, group)
+        self.split, self.group, self.separator = split, group, separator
+        refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
         import datasets
@@ -163,15 +171,15 @@ class ImageTable(Source):
         parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split)
         for part in parts:
             column(part, self.image, "data.source.image")
-        target, names = _labels(parts, self.label)
-        groups = _groups(parts, self.group)
+        target, names, labels = _labels(parts, self.label, self.separator)
+        groups = groups_of(parts, self.group)
         try:
             table = datasets.concatenate_datasets([part.select_columns([self.image]) for part in parts])
             images = Images(table, self.image, self.size, self.mode)
         except (TypeError, NotImplementedError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
             raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
-        return Labelled({"pixel_values": images}, target, names, num_test, num_val, groups=groups)
+        return Labelled({"pixel_values": images}, target, names, num_test, num_val, groups=groups, labels=labels)
 
     def take_over(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
         if "pixel_values" in facts["shapes"]:
@@ -198,10 +206,12 @@ class TextTable(Source):
         path: a file or a glob, or a hub name.
         tokenizer: folder or hub name of a transformers tokenizer.
         text: name of the text column.
-        label: name of the label column; None for texts without labels, to predict.
+        label: name of the label column, whose cells may be lists; or a list of columns of 0 and 1, one per label; None
+            for texts without labels, to predict.
         max_length: tokens kept of each text; all are padded to the longest.
         split: name of a column that says the part of each text: train, val or test.
         group: name of a column whose equal values stay together in a split, such as an author.
+        separator: what stands between several labels in a cell of text, as in CSV files; None if a cell is one label.
     """
 
     def __init__(
@@ -209,34 +219,28 @@ class TextTable(Source):
         path: str,
         tokenizer: str,
         text: str = "text",
-        label: str | None = "label",
+        label: list[str] | str | None = "label",
         max_length: int = 128,
         split: str | None = None,
         group: str | None = None,
+        separator: str | None = None,
     ):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
-        self.split, self.group = split, group
-        _refuse_both(split, group)
+        self.split, self.group, self.separator = split, group, separator
+        refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
-        from transformers import AutoTokenizer
-
         parts, num_val, num_test = load_splits(self.path, split=self.split)
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
-        target, names = _labels(parts, self.label)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
-            raise InputError(f"data.source.tokenizer {self.tokenizer!r}: {problem}") from error
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
-        made_from = _plain(tokenizer) | {"model_max_length": self.max_length}
+        target, names, labels = _labels(parts, self.label, self.separator)
+        tokenizer = load_tokenizer(self.tokenizer)
+        made_from = tokenizer_facts(tokenizer, self.max_length)
         inputs = tokenize(tokenizer, texts, self.max_length)
-        groups = _groups(parts, self.group)
-        return Labelled(inputs, target, names, num_test, num_val, tokenizer=made_from, groups=groups)
+        groups = groups_of(parts, self.group)
+        return Labelled(inputs, target, names, num_test, num_val, made_from, groups, labels)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns(load_splits(self.path, split=self.split).parts, names)
@@ -250,16 +254,43 @@ def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str,
     return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
-def _plain(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer of transformers is made from again."""
+def load_tokenizer(name: str, in_words: bool = False) -> Any:
+    """A tokenizer of transformers that can pad.
+
+    Args:
+        name: folder or hub name.
+        in_words: whether texts are lists of words; some tokenizers know a word by the space before it.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    more = {"add_prefix_space": True} if in_words else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    except (OSError, ValueError) as error:
+        problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
+        raise InputError(f"data.source.tokenizer {name!r}: {problem}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
+    return tokenizer
+
+
+def tokenizer_facts(tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """What a tokenizer of transformers is made from again, as plain values.
+
+    Raises:
+        InputError: it is no fast one.
+    """
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError("data.source.tokenizer: has no fast form, which runs keep; name one with a tokenizer.json")
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
-    return {"json": json.dumps(how, sort_keys=True), **special}
+    return {"json": json.dumps(how, sort_keys=True), **special, "model_max_length": max_length}
 
 
-def _refuse_both(split: str | None, group: str | None) -> None:
+def refuse_both(split: str | None, group: str | None) -> None:
+    """Refuse a column of groups where another says the part of each sample."""
     if split and group:
         raise InputError("data.source.group: the samples are already split by data.source.split; give one of them")
 
@@ -288,13 +319,16 @@ class Splits(NamedTuple):
     num_test: int
 
 
-def load_splits(path: str, folder_reader: str | None = None, split: str | None = None) -> Splits:
+def load_splits(
+    path: str, folder_reader: str | None = None, split: str | None = None, conll: Sequence[str] | None = None
+) -> Splits:
     """Load a data set with ``datasets``: its train split, and those for validation and testing if there are any.
 
     Args:
         path: a file or glob whose ending names its format, a folder, or a hub name.
         folder_reader: the ``datasets`` builder for a folder.
         split: a column of the train split that says the part of each row, in place of the data set's splits.
+        conll: names of the columns of a file in CoNLL format; None for other files.
 
     Raises:
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
@@ -304,7 +338,8 @@ def load_splits(path: str, folder_reader: str | None = None, split: str | None =
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
-    reader = READERS.get(local.suffix.lower())
+    reader = READERS.get(local.suffix.lower()) if conll is None else "conll"
+    settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
     try:
         if local.is_dir() and folder_reader:
             files = _folders(local)
@@ -312,7 +347,7 @@ def load_splits(path: str, folder_reader: str | None = None, split: str | None =
                 folder_reader, data_dir=str(local), data_files=files
             )
         elif reader and list(local.parent.glob(local.name)):
-            splits = datasets.load_dataset(reader, data_files=str(local))
+            splits = datasets.load_dataset(reader, data_files=str(local), **settings)
         elif local.exists():
             kind = "a folder" if local.is_dir() else f"a file of kind {local.suffix or local.name!r}"
             raise InputError(f"data.source.path {path}: is {kind}; name files of kind {', '.join(READERS)}")
@@ -372,7 +407,8 @@ def hashed(values: Sequence[Any], key: str) -> Int64[Tensor, " samples"]:
     return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 
-def _groups(parts: Sequence[Any], name: str | None) -> Int64[Tensor, " samples"] | None:
+def groups_of(parts: Sequence[Any], name: str | None) -> Int64[Tensor, " samples"] | None:
+    """A number for each value of a column, the same for equal ones; None if no column is named."""
     if name is None:
         return None
     values = [value for part in parts for value in column(part, name, "data.source.group")[:]]
@@ -393,11 +429,77 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
     return table[name]
 
 
-def _labels(parts: Sequence[Any], name: str | None) -> tuple[Int64[Tensor, " samples"], list[str]]:
-    if name is None:
-        return torch.full((sum(map(len, parts)),), -1), []
-    labels = [value for part in parts for value in column(part, name, "data.source.label")[:]]
-    return encode_labels(labels, parts[0].features[name])
+def _labels(
+    parts: Sequence[Any], label: list[str] | str | None, separator: str | None
+) -> tuple[Int64[Tensor, "samples *classes"], list[str], Labels]:
+    if label is None:
+        return torch.full((sum(map(len, parts)),), -1), [], "one"
+    names = [label] if isinstance(label, str) else label
+    found = [[value for part in parts for value in column(part, name, "data.source.label")[:]] for name in names]
+    if not isinstance(label, str):
+        return *encode_label_columns(names, found), "several"
+    values, feature = found[0], parts[0].features[label]
+    if separator is not None:
+        values = [separated(value, separator) for value in values]
+    if any(isinstance(value, list) for value in values):
+        return *encode_label_lists(values, getattr(feature, "feature", None)), "several"
+    return *encode_labels(values, feature), "one"
+
+
+def separated(value: Any, separator: str) -> list[str]:
+    """The labels in a cell of text; none in an empty one.
+
+    Raises:
+        InputError: the separator is empty.
+    """
+    if not separator:
+        raise InputError("data.source.separator: is empty; give what stands between labels, such as ';'")
+    parts = [part.strip() for part in ("" if value is None else str(value)).split(separator)]
+    return [part for part in parts if part]
+
+
+def encode_label_lists(
+    values: Sequence[Sequence[Any] | None], feature: Any = None
+) -> tuple[Int64[Tensor, "samples classes"], list[str]]:
+    """1 for each label of a sample, 0 for all others, and the labels: the feature's own names, else the sorted values.
+
+    Raises:
+        InputError: a list is missing, a label is not one text or whole number, or there are fewer than two.
+    """
+    if missing := sum(value is None for value in values):
+        problem = f"{missing} of {len(values)} lists are missing"
+        raise InputError(f"data.source.label: {problem}; write [] for a sample without a label, or drop those rows")
+    every = [label for value in values for label in value or ()]
+    own: list[str] = list(getattr(feature, "names", ()))
+    for label in every:
+        if isinstance(label, bool) or not isinstance(label, str | int) or (own and label not in range(len(own))):
+            raise InputError(f"data.source.label: a list holds {label!r:.40}; each label is one text or whole number")
+    values_of = list(range(len(own))) or sorted(set(every))
+    if len(values_of) < 2:
+        raise InputError(f"data.source.label: its lists hold the labels {values_of}; several labels are at least two")
+    numbers = {label: number for number, label in enumerate(values_of)}
+    target = torch.zeros(len(values), len(numbers), dtype=torch.int64)
+    for row, value in zip(target, values, strict=True):
+        row[[numbers[label] for label in value or ()]] = 1
+    return target, own or [str(label) for label in values_of]
+
+
+def encode_label_columns(
+    names: Sequence[str], columns: Sequence[Sequence[Any]]
+) -> tuple[Int64[Tensor, "samples classes"], list[str]]:
+    """Columns of 0 and 1, or of true and false, beside each other, and their names.
+
+    Raises:
+        InputError: there are fewer than two, one is named twice, or a value is another.
+    """
+    if len(set(names)) < max(len(names), 2):
+        problem = "several labels are at least two different columns; a single one is named without brackets"
+        raise InputError(f"data.source.label {list(names)}: {problem}")
+    for name, values in zip(names, columns, strict=True):
+        if other := [value for value in values if not isinstance(value, int | float) or value not in (0, 1)]:
+            fix = "write 1 where a sample has the label, else 0"
+            raise InputError(f"data.source.label {name!r}: {len(other)} values such as {other[0]!r} are neither; {fix}")
+    return torch.tensor(columns).T.long(), list(names)
 
 
 def encode_labels(labels: Sequence[Any], feature: Any) -> tuple[Int64[Tensor, " samples"], list[str]]:

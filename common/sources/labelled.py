@@ -18,11 +18,15 @@ from torch.utils.data import Dataset
 from common.checkpoint import check_made_by
 from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
+from common.sources.files import Labels
 from common.sources.images import Images
 
 
 class LabelledBatch(NamedTuple):
-    """Samples as keyword arguments of the net, their classes and positions in the source, and a mask of real ones."""
+    """Samples as keyword arguments of the net, their classes and positions in the source, and a mask of real ones.
+
+    ``target`` is that of :class:`common.sources.Labelled`.
+    """
 
     inputs: Mapping[str, Tensor]
     target: Int64[Tensor, "batch *positions"]
@@ -92,8 +96,9 @@ def split_by_class(
 ) -> Parts:
     """Split samples so that every part has the classes in the same proportion, and samples of equal keys go together.
 
-    The source's own parts stay. Groups are split without regard to classes. Windows of a text without a test part of
-    their own are tested on the validation part.
+    The source's own parts stay. Groups, and texts whose words have classes, are split without regard to classes. Of
+    several labels the rarest that a sample has counts as its class. Windows of a text without a test part of their own
+    are tested on the validation part.
 
     Args:
         data: the samples.
@@ -106,7 +111,7 @@ def split_by_class(
         InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
             has fewer than 3.
     """
-    if data.target.ndim > 1:
+    if data.labels == "next token":
         train, val, test = torch.arange(len(data.target)).split(
             [len(data.target) - data.num_val - data.num_test, data.num_val, data.num_test]
         )
@@ -118,24 +123,28 @@ def split_by_class(
         raise InputError(
             f"data.source.label: {data.class_names[0]!r} is the only class; there is nothing to tell apart"
         )
-    counts = torch.bincount(data.target, minlength=len(data.class_names))
-    rare = int(counts.argmin())
-    if counts[rare] < 3 and not (data.num_val and data.num_test):
-        name = data.class_names[rare]
-        raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
+    if data.labels == "one":
+        counts = torch.bincount(data.target, minlength=len(data.class_names))
+        rare = int(counts.argmin())
+        if counts[rare] < 3 and not (data.num_val and data.num_test):
+            name = data.class_names[rare]
+            raise InputError(f"data.source: class {name!r} has {counts[rare]} samples; a split needs at least 3")
 
     def split(positions: Tensor, fraction: float) -> Any:
-        strata = data.target[positions] if data.groups is None else None
+        by = strata[positions] if data.groups is None else None
         try:
-            return train_test_split(positions, test_size=fraction, stratify=strata, random_state=seed)
+            return train_test_split(positions, test_size=fraction, stratify=by, random_state=seed)
         except ValueError as error:
             raise InputError(f"data.source: {len(positions)} samples cannot be split by class: {error}") from error
 
     ours = len(data.target) - data.num_val - data.num_test
     _, val, test = torch.arange(len(data.target)).split([ours, data.num_val, data.num_test])
     rest = one_of_each(keys[:ours])
-    least = int(torch.bincount(data.target[rest], minlength=len(data.class_names)).min())
-    if data.groups is None and (least < 3 or len(rest) * min(val_fraction, test_fraction) < len(data.class_names)):
+    strata = strata_of(data, rest, max(round(1 / min(val_fraction, test_fraction)), 3))
+    number = len(data.class_names) if data.labels == "one" else int(strata.max()) + 1
+    of_each = torch.bincount(strata[rest], minlength=number)
+    too_few = of_each.min() < 3 or len(rest) * min(val_fraction, test_fraction) < number
+    if data.groups is None and too_few:
         if not rank_zero_only.rank:
             print("data.source: has too few different samples to keep equal ones in one part", flush=True)
         keys, rest = torch.arange(len(keys)), torch.arange(ours)
@@ -150,6 +159,22 @@ def split_by_class(
     for number, part in zip(drawn, together([parts[number] for number in drawn], keys[:ours]), strict=True):
         parts[number] = part
     return Parts(*parts)
+
+
+def strata_of(data: Labelled, drawn: Int64[Tensor, " drawn"], least: int) -> Int64[Tensor, " samples"]:
+    """A number for each sample; the parts get equal shares of each number.
+
+    It is the class. Of several labels it is the rarest that the sample has, or that it has none, if ``least`` of the
+    samples to draw have the same. It is zero for texts whose words have classes.
+    """
+    if data.labels == "one":
+        return data.target
+    if data.labels == "words":
+        return torch.zeros(len(data.target), dtype=torch.int64)
+    rarest_first = data.target[:, torch.argsort(data.target[drawn].sum(0), stable=True)]
+    strata = torch.where(rarest_first.any(1), rarest_first.argmax(1), rarest_first.shape[1])
+    counts = torch.bincount(strata[drawn], minlength=rarest_first.shape[1] + 1)
+    return torch.where(counts[strata] < least, counts.argmax(), strata).unique(return_inverse=True)[1]
 
 
 def one_of_each(keys: Int64[Tensor, " samples"]) -> Int64[Tensor, " different"]:
@@ -200,6 +225,9 @@ def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
             there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
             raise InputError(f"data.source: the checkpoint was not trained on a class {name!r}{there}")
     numbers = torch.tensor([*map(list(known).index, data.class_names)])
+    if data.labels == "several":
+        target = data.target.new_zeros(len(data.target), len(known)).index_copy_(1, numbers, data.target)
+        return replace(data, target=target, class_names=list(known))
     target = torch.where(data.target < 0, data.target, numbers[data.target.clamp(min=0)])
     return replace(data, target=target, class_names=list(known))
 
@@ -279,19 +307,28 @@ class Samples:
         test_fraction: the same.
         seed: the same.
         known: facts of the checkpoint, see :class:`common.data.BaseDataModule`; empty if there is none.
+        takes: what the recipe can learn: what has a class.
 
     Attributes:
-        facts: what they are ``made_by``, the arguments of the split; ``class_names``; of inputs the ``shapes`` and, if
-            they are images, the ``range`` of values; of texts the ``tokenizer``; ``by_file``, whether images are known
-            by their files; and ``parts``, with the samples' ``keys`` (those of training, validation and test in turn)
-            and the ``sizes`` of the three.
+        facts: what they are ``made_by``, the arguments of the split; ``class_names`` and ``labels``, what has a class;
+            of inputs the ``shapes`` and, if they are images, the ``range`` of values; of texts the ``tokenizer``;
+            ``by_file``, whether images are known by their files; and ``parts``, with the samples' ``keys`` (those of
+            training, validation and test in turn) and the ``sizes`` of the three.
 
     Raises:
         InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
             taken other inputs.
     """
 
-    def __init__(self, source: Source, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]):
+    def __init__(
+        self,
+        source: Source,
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+        known: Mapping[str, Any],
+        takes: Collection[Labels] = ("one", "next token"),
+    ):
         if known and "shapes" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
         made_by = {
@@ -299,7 +336,7 @@ class Samples:
             "source.split": source.split, "source.group": source.group,
         }  # fmt: skip
         check_made_by(known, made_by)
-        self._source, self._split = source, (val_fraction, test_fraction, seed)
+        self._source, self._split, self._takes = source, (val_fraction, test_fraction, seed), takes
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
         if not known:
             self._read  # noqa: B018
@@ -310,11 +347,15 @@ class Samples:
         if known is not None:
             self._source.take_over(self.facts)
         data = self._source.read()
+        if data.labels not in self._takes:
+            there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
+            raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
         keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
         if known is None:
             parts = split_by_class(data, *self._split, keys)
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
+                "labels": data.labels,
                 "shapes": _shapes(data),
                 "range": _range(data),
                 "tokenizer": dict(data.tokenizer),
@@ -326,8 +367,11 @@ class Samples:
             if data.groups is None and by_file and not self.facts.get("by_file"):
                 problem = "the checkpoint knows its images by their pixels, and does not know these files"
                 raise InputError(f"data.source: {problem}; it is of an earlier version or other data; begin a new run")
+            if data.class_names and data.labels != (before := self.facts.get("labels", data.labels)):
+                problem = f"the labels are of kind {data.labels!r}, and those of the training {before!r}"
+                raise InputError(f"data.source.label: {problem}; give the same kind")
             data = _as_known(data, self.facts["class_names"])
-            if data.target.ndim > 1:  # windows of a text are others when it grows
+            if data.labels == "next token":  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
             else:
                 own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
@@ -364,7 +408,7 @@ class Samples:
             source.take_over(self.facts)
             given = source.read()
             self._check_alike(given)
-        given = replace(given, target=torch.full_like(given.target, -1))
+        given = replace(given, target=given.target.clamp(max=-1))  # -100 stays
         return LabelledDataset(given, torch.arange(len(given.target)))
 
     def _check_alike(self, given: Labelled) -> None:
@@ -386,7 +430,7 @@ class Samples:
 
 def _check_own_parts(data: Labelled, keys: Tensor, parts: Parts) -> None:
     """Refuse groups that lie in several of the source's own parts; say how many equal samples do."""
-    if data.target.ndim > 1 or not (data.num_val or data.num_test):
+    if data.labels == "next token" or not (data.num_val or data.num_test):
         return
     equal = int(torch.isin(keys[torch.cat(parts[1:])], keys[parts.train]).sum())
     if equal and data.groups is not None:

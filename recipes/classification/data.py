@@ -8,7 +8,10 @@ from typing_extensions import override
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.sources import Source
+from common.sources.files import Labels
 from common.sources.labelled import LabelledBatch, Samples
+
+from .words import PythonLines, TaggedWords  # noqa: F401  # for YAML
 
 Batch = LabelledBatch
 
@@ -45,13 +48,18 @@ class ClassificationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
-        self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        self.samples = Samples(
+            source, val_fraction, test_fraction, split_seed, read_facts(facts_of), takes=("one", "several", "words")
+        )
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
+        self.labels: Labels = self.facts.get("labels", "one")  # runs of before have no other
 
     def class_counts(self) -> Int64[Tensor, " classes"]:
-        """Training samples of each class."""
+        """Training samples, or words, of each class."""
         target = self.samples.labelled.target[self.samples.parts.train]
-        return torch.bincount(target, minlength=len(self.class_names))
+        if self.labels == "several":
+            return target.sum(0)
+        return torch.bincount(target[target >= 0], minlength=len(self.class_names))
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""The module: a classifier trained with cross-entropy, and its metrics."""
+"""The module: a classifier, trained by its objective."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,18 +6,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
-from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
+from common.sources.files import Labels
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
 
 from .data import Batch
-from .pictures import confusion_matrix
+from .objectives import Objective, OneLabel
 
 
 class ClassificationModule(BaseModule):
@@ -26,9 +24,14 @@ class ClassificationModule(BaseModule):
     Args:
         net: the net by class path; its first argument, the number of classes, comes from the data.
         class_names: a name for each class; comes from the data.
+        labels: what has a class; comes from the data.
+        objective: what the classes are of, by name: ``OneLabel``, ``SeveralLabels`` or ``WordTags``; None for one label
+            per sample.
         augmentation: kornia augmentations of the images, applied on the device in training.
-        label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567).
-        balance_classes: weigh each class by the inverse of its share of the training samples.
+        label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567); of several
+            labels over yes and no.
+        balance_classes: weigh each class by the inverse of its share of the training samples; of several labels, yes
+            against no.
         body_lr_scale: factor on the learning rate of the net's ``body``, for fine-tuning.
         kwargs: of :class:`common.module.BaseModule`.
     """
@@ -37,6 +40,8 @@ class ClassificationModule(BaseModule):
         self,
         net: Callable[[int], nn.Module],
         class_names: list[str],
+        labels: Labels = "one",
+        objective: Objective | None = None,
         augmentation: list[nn.Module] | None = None,
         label_smoothing: float = 0.0,
         balance_classes: bool = False,
@@ -48,20 +53,12 @@ class ClassificationModule(BaseModule):
             raise InputError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
         self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
         self.augmentation = nn.Sequential(*augmentation or [])
-        self.lr_scales = {"body.": body_lr_scale}
-        classes = len(class_names)
+        self.body_lr_scale = body_lr_scale
         self.class_weight: Tensor | None
-        self.register_buffer("class_weight", torch.ones(classes) if balance_classes else None)
-        collection = MetricCollection({
-            "accuracy": metrics.MulticlassAccuracy(classes, average="micro"),
-            "precision": metrics.MulticlassPrecision(classes),
-            "recall": metrics.MulticlassRecall(classes),
-            "f1": metrics.MulticlassF1Score(classes),
-            "auroc": metrics.MulticlassAUROC(classes, thresholds=200),
-            "calibration_error": metrics.MulticlassCalibrationError(classes),
-        })  # fmt: skip
-        self.metrics: Any = nn.ModuleDict({stage: collection.clone(prefix=f"{stage}/") for stage in ("val", "test")})
-        self.confusion: Any = metrics.MulticlassConfusionMatrix(classes)
+        self.register_buffer("class_weight", torch.ones(len(class_names)) if balance_classes else None)
+        self.objective = objective or OneLabel()
+        self.objective.check(labels, class_names)
+        self.outcomes: Any = nn.ModuleDict({stage: self.objective.outcomes(class_names) for stage in ("val", "test")})
 
     @override
     def setup(self, stage: str) -> None:
@@ -70,13 +67,15 @@ class ClassificationModule(BaseModule):
             if not counts.all():
                 name = self.class_names[int(counts.argmin())]
                 raise InputError(f"model.balance_classes: class {name!r} has no training sample; set it to false")
-            self.class_weight.copy_(counts.sum() / (len(counts) * counts))
+            self.class_weight.copy_(self.objective.balance(counts, len(self.data.samples.parts.train)))
 
     @override
     def build_net(self) -> nn.Module:
-        return self.make_net(len(self.class_names))
+        net = self.make_net(len(self.class_names))
+        self.lr_scales = {getattr(net, "body_name", "body."): self.body_lr_scale}
+        return net
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def forward(self, batch: Batch) -> Float[Tensor, "batch *classes"]:
         """Logits of each class; a net of transformers wraps them."""
         output = self.net(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
@@ -85,25 +84,23 @@ class ClassificationModule(BaseModule):
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
             batch = augmented(batch, self.augmentation)
-            loss = cross_entropy(self(batch), batch.target, self.class_weight, self.label_smoothing)
+            loss = self.objective.loss(self(batch), batch.target, self.class_weight, self.label_smoothing)
             return loss, batch.mask.sum()
-        logits, target = self(batch)[batch.mask], batch.target[batch.mask]
-        if len(target):
-            probabilities = logits.float().softmax(-1)
-            self.metrics[stage].update(probabilities, target)
-            self.confusion.update(probabilities, target)
-            self.note_losses(item_cross_entropy(logits, target))
-        self.log_dict(self.metrics[stage], prog_bar=False)
-        return cross_entropy(logits, target), batch.mask.sum()
+        logits = self(batch)
+        self.objective.update(self.outcomes[stage], self.objective.probabilities(logits), batch.target, batch.mask)
+        self.note_losses(self.objective.item_losses(logits[batch.mask], batch.target[batch.mask]))
+        return self.objective.loss(logits[batch.mask], batch.target[batch.mask]), batch.mask.sum()
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
-        self._counts = self.confusion.compute().cpu()
-        self.confusion.reset()
+        self._outcome = self.outcomes[stage].compute()
+        self.outcomes[stage].reset()
+        scores = self.objective.scores(self._outcome, self.class_names, each=stage == "test")
+        self.log_dict({f"{stage}/{name}": value for name, value in scores.items()}, sync_dist=True)
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        return {"confusion_matrix": confusion_matrix(self._counts, self.class_names)}
+        return self.objective.pictures(self._outcome, self.class_names)
 
     @override
     def encode(self, samples: Any) -> LabelledDataset:
@@ -112,10 +109,6 @@ class ClassificationModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        probabilities, target = self(batch)[batch.mask].float().softmax(-1), batch.target[batch.mask].tolist()
-        known = {"target": [self.class_names[number] for number in target]} if -1 not in target else {}
-        best = [self.class_names[number] for number in probabilities.argmax(-1).tolist()]
-        columns = {
-            f"p({name})": column for name, column in zip(self.class_names, probabilities.T.tolist(), strict=True)
-        }
-        return {"index": batch.index[batch.mask].tolist(), **known, "prediction": best, **columns}
+        probabilities, target = self.objective.probabilities(self(batch))[batch.mask], batch.target[batch.mask]
+        columns = self.objective.predictions(probabilities, target, self.class_names)
+        return {"index": batch.index[batch.mask].tolist(), **columns}

@@ -1,4 +1,4 @@
-"""The confusion matrix."""
+"""The confusion matrix; how well each of several labels, or of the kinds of entities, is found."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from common.figures import GREY, INK, new_figure, style_axes
+from common.figures import GREY, INK, PALETTE, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,4 +45,35 @@ def confusion_matrix(counts: Int[Tensor, "classes classes"], names: Sequence[str
     for (row, column), count in np.ndenumerate(cells) if written else ():
         ink = "white" if shares[row, column] > 0.55 else INK if count else "#c8c8c8"
         axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5, color=ink)
+    return figure
+
+
+def label_bars(counts: Int[Tensor, "labels 3"], names: Sequence[str]) -> "Figure":
+    """Precision and recall of each label as bars, those of the most frequent first, with F1 and how many there are.
+
+    Args:
+        counts: of each label, how often it is given and right, given, and there.
+        names: the labels, in order.
+    """
+    right, given, there = counts.cpu().double().numpy().T
+    order = np.argsort(-there, kind="stable")[:50]  # more would overlap
+    values = {"precision": right / np.maximum(given, 1), "recall": right / np.maximum(there, 1)}
+    f1 = 2 * right / np.maximum(given + there, 1)
+    figure = new_figure(6.0, 1.2 + 0.36 * len(order))
+    axes = figure.add_subplot()
+    places = np.arange(len(order))
+    for number, (label, each) in enumerate(values.items()):
+        axes.barh(places + 0.36 * number - 0.18, each[order], 0.34, color=PALETTE[number], label=label)
+    left_out = f", {len(order)} of {len(names)} labels" if len(order) < len(names) else ""
+    style_axes(axes, f"mean F1 {f1.mean():.3f}{left_out}", "share")
+    shown = [str(names[n]) if len(names[n]) <= 18 else f"{names[n][:17]}…" for n in order]
+    axes.set_yticks(places, shown)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    right_axis = axes.secondary_yaxis("right")
+    right_axis.set_yticks(places, [f"{f1[n]:.3f} ({there[n]:.0f})" for n in order])
+    right_axis.set_ylabel("F1 (number there)", fontsize=9, color=GREY)
+    right_axis.tick_params(labelsize=8, labelcolor=GREY, length=0)
+    right_axis.spines[:].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

@@ -53,4 +53,6 @@ class TextWindows(Source):
         ends = corpus.tokenizer.id_to_token(corpus.eos_id)
         made_from = {"json": corpus.tokenizer.to_str(), "eos_token": ends, "pad_token": ends}
         made_from |= {"model_max_length": self.context}
-        return Labelled({"input_ids": input_ids}, target, names, num_val=len(val), tokenizer=made_from)
+        return Labelled(
+            {"input_ids": input_ids}, target, names, num_val=len(val), tokenizer=made_from, labels="next token"
+        )
