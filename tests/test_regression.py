@@ -34,7 +34,7 @@ from common.sources.tables import (
     cardinalities,
     encode,
     fit_columns,
-    read_target,
+    read_targets,
     row_keys,
     scaled_quantiles,
     split_rows,
@@ -79,7 +79,7 @@ TABLE = [
 
 def fitted(table: Any, scaling: Scaling = "quantile", rare: int = 5, **settings: Any) -> Columns:
     source = Table("", target="rent", **settings)
-    return fit_columns(table, read_target(table, source), source, scaling, rare)
+    return fit_columns(table, read_targets(table, source), source, scaling, rare)
 
 
 # Encoding
@@ -182,7 +182,7 @@ def test_other_kinds_than_numbers_and_text_are_refused(values: Any, kind: str) -
     with pytest.raises(InputError, match=r"column '\{built\}' holds"):
         fitted(table.rename(columns={"built": "{built}"}))
     with pytest.raises(InputError, match=f"^data.source.target 'built' holds {kind}, where numbers are needed"):
-        read_target(table, Table("", target="built"))
+        read_targets(table, Table("", target="built"))
 
 
 def test_decimals_are_numbers_and_flags_with_gaps_are_categories() -> None:
@@ -394,7 +394,7 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
     module = RegressionModule.load_from_checkpoint(checkpoint).eval()
     with torch.no_grad():
-        median = module.in_units(module.head.predict(module.net(*encode(new, module.columns)))[:, 0])
+        median = module.predict(module.net(*encode(new, module.columns)))[:, 0, 0]
     assert median.tolist() == pytest.approx([float(row["prediction"]) for row in first], rel=1e-5)
 
 

@@ -38,7 +38,7 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
     if not len(augmentation):
         return batch
     if "pixel_values" not in batch.inputs:
-        raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
+        raise InputError("model.augmentation is for images, and data.source has none; set it to null")
     return batch._replace(inputs={**batch.inputs, "pixel_values": augmentation(batch.inputs["pixel_values"])})
 
 
@@ -184,7 +184,12 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
     return torch.frombuffer(digests, dtype=torch.int64)
 
 
-def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+def as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+    """The samples with the class numbers of a checkpoint, by its names.
+
+    Raises:
+        InputError: it does not know a class.
+    """
     if not data.class_names or list(known) == data.class_names:
         return data
     for name in data.class_names:
@@ -310,7 +315,7 @@ class Samples:
             _check_own_parts(data, keys, parts)
         else:
             self._check_alike(data)
-            data = _as_known(data, self.facts["class_names"])
+            data = as_known(data, self.facts["class_names"])
             if data.target.ndim > 1:  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
             else:

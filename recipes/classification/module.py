@@ -14,17 +14,21 @@ from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
 from common.sources.labelled import augmented
+from common.sources.tables import Columns, cardinalities, scaled_quantiles
 
 from .data import Batch
 from .pictures import confusion_matrix
+from .tables import mean_of_members
 
 
 class ClassificationModule(BaseModule):
     """A net that maps inputs to class logits, trained with cross-entropy.
 
     Args:
-        net: the net by class path; its first argument, the number of classes, comes from the data.
+        net: the net by class path; its first argument, the number of classes, comes from the data. Of a table so do the
+            next two, as of the nets of ``common.nets.tables``.
         class_names: a name for each class; comes from the data.
+        columns: facts of a table's columns in the training rows; comes from the data, None for images and texts.
         augmentation: kornia augmentations of the images, applied on the device in training.
         label_smoothing: share of the target spread over all classes (https://arxiv.org/abs/1512.00567).
         balance_classes: weigh each class by the inverse of its share of the training samples.
@@ -34,8 +38,9 @@ class ClassificationModule(BaseModule):
 
     def __init__(
         self,
-        net: Callable[[int], nn.Module],
+        net: Callable[[int], nn.Module] | Callable[[int, list[int], Tensor], nn.Module],
         class_names: list[str],
+        columns: Columns | None = None,
         augmentation: list[nn.Module] | None = None,
         label_smoothing: float = 0.0,
         balance_classes: bool = False,
@@ -45,7 +50,9 @@ class ClassificationModule(BaseModule):
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
-        self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
+        self.class_names, self.columns, self.label_smoothing = class_names, columns, label_smoothing
+        self.make_net: Callable[..., nn.Module] = net
+        self.of_table = () if columns is None else (cardinalities(columns), scaled_quantiles(columns))
         self.augmentation = nn.Sequential(*augmentation or [])
         self.lr_scales = {"body.": body_lr_scale}
         classes = len(class_names)
@@ -73,20 +80,37 @@ class ClassificationModule(BaseModule):
 
     @override
     def build_net(self) -> nn.Module:
-        return self.make_net(len(self.class_names))
+        try:
+            return self.make_net(len(self.class_names), *self.of_table)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            kind = "tables alone" if self.columns is None else "images or texts"
+            raise InputError(f"model.net: may be for {kind}, and data.source is of another kind ({error})") from error
+        except (ValueError, ArithmeticError) as error:
+            if self.columns is None:
+                raise
+            raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits of each class; a net of transformers wraps them."""
+    def forward(self, batch: Batch) -> Float[Tensor, "batch *members classes"]:
+        """Logits of each class, of a table's net for each member; a net of transformers wraps them."""
         output = self.net(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
+
+    def logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits of each class; those of an ensemble give the mean of its members' probabilities."""
+        return self(batch) if self.columns is None else mean_of_members(self(batch))
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
             batch = augmented(batch, self.augmentation)
-            loss = cross_entropy(self(batch), batch.target, self.class_weight, self.label_smoothing)
+            logits, target = self(batch), batch.target
+            if self.columns is not None:  # each member learns by itself
+                logits, target = logits.flatten(0, 1), target.repeat_interleave(logits.shape[1])
+            loss = cross_entropy(logits, target, self.class_weight, self.label_smoothing)
             return loss, batch.mask.sum()
-        logits, target = self(batch)[batch.mask], batch.target[batch.mask]
+        logits, target = self.logits(batch)[batch.mask], batch.target[batch.mask]
         if len(target):
             probabilities = logits.float().softmax(-1)
             self.metrics[stage].update(probabilities, target)
@@ -105,7 +129,7 @@ class ClassificationModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        probabilities, target = self(batch)[batch.mask].float().softmax(-1), batch.target[batch.mask].tolist()
+        probabilities, target = self.logits(batch)[batch.mask].float().softmax(-1), batch.target[batch.mask].tolist()
         known = {"target": [self.class_names[number] for number in target]} if -1 not in target else {}
         best = [self.class_names[number] for number in probabilities.argmax(-1).tolist()]
         columns = {

@@ -13,7 +13,7 @@ from common.run.cli import RecipeCLI
 from .data import ClassificationData
 from .module import ClassificationModule
 
-LINKS = {"data.class_names": "model.class_names"}
+LINKS = {"data.class_names": "model.class_names", "data.columns": "model.columns"}
 
 
 def main(args: list[str] | None = None) -> RecipeCLI:
