@@ -37,8 +37,8 @@ class ClassificationData(BaseDataModule):
 
     def __init__(
         self,
-        source: Source | LabelledTable,
-        predict_source: Source | LabelledTable | None = None,
+        source: Source,
+        predict_source: Source | None = None,
         keep: list[str] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,

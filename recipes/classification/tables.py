@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from typing_extensions import override
 
 from common.checkpoint import check_made_by
 from common.errors import InputError, speaking_of
 from common.losses import precise
-from common.sources import Labelled
+from common.sources import Labelled, Source
 from common.sources.files import hashed, parts_named
 from common.sources.labelled import LabelledDataset, Parts, as_known, one_of_each, parts_facts, split_by_class
 from common.sources.tables import (
@@ -32,7 +33,7 @@ from common.sources.tables import (
 )
 
 
-class LabelledTable:
+class LabelledTable(Source):
     """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
 
     Columns of numbers are numeric; columns of text or of true and false are categorical.
@@ -63,16 +64,23 @@ class LabelledTable:
     ):
         with self.speaking():
             self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
+        self.split, self.group = split, group
         self.scaling: Scaling = scaling
         self.rare = rare
+
+    @override
+    def read(self) -> Labelled:
+        raise InputError(
+            "data.source: is a table, which is encoded by its training rows; classification alone takes it"
+        )
 
     @staticmethod
     def speaking() -> Any:
         """Name this class's settings in messages of its table."""
         return speaking_of("data.source.label", instead_of="data.source.target")
 
+    @override
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns by name, see :class:`common.sources.tables.TableSource`."""
         return self.table.columns(names)
 
 
