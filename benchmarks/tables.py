@@ -39,6 +39,7 @@ SCORES = ("accuracy, %", "macro F1, %", "log loss", "AUROC")
 
 def scores(target: np.ndarray, probabilities: np.ndarray) -> list[float]:
     """Accuracy and macro F1 in percent, log loss in nats, and macro AUROC of each class against the rest."""
+    probabilities = probabilities / probabilities.sum(1, keepdims=True)
     best = probabilities.argmax(1)
     binary = probabilities.shape[1] == 2
     area = roc_auc_score(target, probabilities[:, 1] if binary else probabilities, multi_class="ovr")

@@ -1,6 +1,8 @@
 """Tables whose rows each have a class: their source, and their rows as samples."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -62,7 +64,7 @@ class LabelledTable(Source):
         scaling: Scaling = "quantile",
         rare: int = 5,
     ):
-        with self.speaking():
+        with speaking():
             self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
         self.split, self.group = split, group
         self.scaling: Scaling = scaling
@@ -74,14 +76,16 @@ class LabelledTable(Source):
             "data.source: is a table, which is encoded by its training rows; classification alone takes it"
         )
 
-    @staticmethod
-    def speaking() -> Any:
-        """Name this class's settings in messages of its table."""
-        return speaking_of("data.source.label", instead_of="data.source.target")
-
     @override
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         return self.table.columns(names)
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Name the settings of :class:`LabelledTable` in messages of code that regression shares."""
+    with speaking_of("data.source.label", "data.source.target"), speaking_of("data.source.rare", "data.rare"):
+        yield
 
 
 class TableSamples:
@@ -123,7 +127,7 @@ class TableSamples:
     @cached_property
     def _read(self) -> tuple[Labelled, Parts]:
         source, known = self._source.table, self.facts
-        with self._source.speaking():
+        with speaking():
             frame = source.read()
             data = Labelled({}, *read_classes(frame, source))
             if "columns" in known:
@@ -189,7 +193,7 @@ class TableSamples:
         Raises:
             InputError: they cannot be read, or not be encoded as those of the training.
         """
-        with speaking_of("data.predict_source", instead_of="data.source"), source.speaking():
+        with speaking_of("data.predict_source", instead_of="data.source"), speaking():
             frame = source.table.read()
             data = Labelled(self._inputs(frame), torch.full((len(frame),), -1), self.facts["class_names"])
         return LabelledDataset(data, torch.arange(len(frame)))
@@ -198,4 +202,4 @@ class TableSamples:
 def mean_of_members(logits: Float[Tensor, "batch members classes"]) -> Float[Tensor, "batch classes"]:
     """Logarithms of the mean of the members' probabilities (Gorishniy et al., https://arxiv.org/abs/2410.24210)."""
     each = precise(logits).log_softmax(-1)
-    return each.logsumexp(1) - torch.tensor(float(logits.shape[1])).log()
+    return each.logsumexp(1) - math.log(logits.shape[1])
