@@ -328,10 +328,10 @@ def test_texts_are_not_augmented(work: Path, cache: None, small_text: Path, capf
     assert len(kept()) == 1
     affine = "[{class_path: kornia.augmentation.RandomAffine, init_args: {degrees: 10.0}}]"
     line = refused(["fit", *texts, "--model.augmentation", affine, "--model.teacher", "null"], capfd)
-    assert line.startswith("--model.augmentation: is for images, and data.source has texts")
+    assert line.startswith("--model.augmentation: is for images, and data.source has none")
     with pytest.raises(SystemExit):
         main_of("classification")(["fit", *source, *net_of("net"), *TINY, "--model.augmentation", affine])
-    assert capfd.readouterr().err.startswith("--model.augmentation: is for images, and data.source has texts")
+    assert capfd.readouterr().err.startswith("--model.augmentation: is for images, and data.source has none")
 
 
 def test_failed_teacher_leaves_nothing(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     houses["median_income"], houses["ocean_proximity"] = generator.uniform(1, 9, 400), ["INLAND", "NEAR BAY"] * 200
     houses.head(9).to_csv(folder / "new.csv", index=False)
     houses.assign(median_house_value=houses["median_income"] * 40_000).to_csv(folder / "housing.csv", index=False)
+    flowers = pd.DataFrame(generator.uniform(1, 5, (150, 2)), columns=pd.Index(["petal", "sepal"]))
+    flowers.head(9).to_csv(folder / "new_flowers.csv", index=False)
+    flowers.assign(species=np.where(flowers["petal"] > 3, "iris", "lily")).to_csv(folder / "flowers.csv", index=False)
     (folder / "fashion-mnist").mkdir()
     for part, size in (("train", 1000), ("t10k", 50)):
         pixels = generator.integers(0, 256, (size, 28, 28), np.uint8)

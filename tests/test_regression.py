@@ -8,6 +8,7 @@ import re
 import shlex
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from common.sources.tables import (
     cardinalities,
     encode,
     fit_columns,
-    read_target,
+    read_targets,
     row_keys,
     scaled_quantiles,
     split_rows,
@@ -79,7 +80,7 @@ TABLE = [
 
 def fitted(table: Any, scaling: Scaling = "quantile", rare: int = 5, **settings: Any) -> Columns:
     source = Table("", target="rent", **settings)
-    return fit_columns(table, read_target(table, source), source, scaling, rare)
+    return fit_columns(table, read_targets(table, source), source, scaling, rare)
 
 
 # Encoding
@@ -182,7 +183,7 @@ def test_other_kinds_than_numbers_and_text_are_refused(values: Any, kind: str) -
     with pytest.raises(InputError, match=r"column '\{built\}' holds"):
         fitted(table.rename(columns={"built": "{built}"}))
     with pytest.raises(InputError, match=f"^data.source.target 'built' holds {kind}, where numbers are needed"):
-        read_target(table, Table("", target="built"))
+        read_targets(table, Table("", target="built"))
 
 
 def test_decimals_are_numbers_and_flags_with_gaps_are_categories() -> None:
@@ -394,7 +395,7 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
     module = RegressionModule.load_from_checkpoint(checkpoint).eval()
     with torch.no_grad():
-        median = module.in_units(module.head.predict(module.net(*encode(new, module.columns)))[:, 0])
+        median = module.predict(module.net(*encode(new, module.columns)))[:, 0, 0]
     assert median.tolist() == pytest.approx([float(row["prediction"]) for row in first], rel=1e-5)
 
 
@@ -497,6 +498,61 @@ def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> 
     assert {path.stem for path in (run / "figures").glob("val-*.png")} == {"val-predictions", "val-residuals"}
 
 
+@pytest.mark.parametrize("head", ["Mean", "Quantiles"])
+def test_several_targets_have_their_own_metrics_and_predictions(head: str, houses: Path, work: Path) -> None:
+    """Losses and metrics without a name are means over the targets; raw rows may lack one."""
+    table = house_table()
+    table["noise"] = 3.0 * table["floor"] + np.random.default_rng(1).normal(0, 1, ROWS)
+    table.to_csv(houses, index=False)
+    every = ["--trainer.limit_test_batches", "1.0", "--trainer.limit_predict_batches", "1.0"]
+    names = ["rent", "noise"]
+    args = ["fit", *SMALL, *TABLE[:-1], "[rent, noise]", "--model.head", head, "--trainer.max_steps", "40", *every]
+    cli = main(args)
+    targets = cli.datamodule.table.target[cli.datamodule.table.parts.train]
+    assert cli.datamodule.columns["mean"] == pytest.approx(targets.mean(0))
+    assert cli.datamodule.columns["std"] == pytest.approx(targets.std(0))
+    main(["test"])
+    main(["predict"])
+    run = work / "runs/regression/default"
+    found: Any = pd.read_csv(run / "predict/predictions.csv")
+    test = found["index"].tolist()
+    kinds = {"rmse": lambda *each: math.sqrt(mean_squared_error(*each)), "mae": mean_absolute_error, "r2": r2_score}
+    for kind, score in kinds.items():
+        expected = [score(table[name][test], found[f"prediction({name})"]) for name in names]
+        values = [read_metrics(run / "test/metrics.csv", f"test/{kind}_{name}")[-1] for name in names]
+        assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        mean = read_metrics(run / "test/metrics.csv", f"test/{kind}")[-1]
+        assert mean == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-5)
+    for name in names:
+        assert found[f"target({name})"].to_numpy() == pytest.approx(table[name][test].to_numpy(), rel=1e-5)
+        if head == "Quantiles":
+            assert (found[f"lower({name})"] <= found[f"upper({name})"]).all()
+    text = (run / "texts/test-baselines.txt").read_text()
+    assert text.count("linear regression") == text.count("this net") == 2
+    table.head(5).drop(columns="noise").to_csv("new.csv", index=False)
+    main(["predict", "--data.predict_source", f"{TABLES}.Table", "--data.predict_source.path", "new.csv"])
+    found = pd.read_csv(run / "predict/predictions.csv")
+    assert found["target(rent)"].to_numpy() == pytest.approx(table["rent"][:5].to_numpy(), rel=1e-5)
+    assert found["target(noise)"].isna().all()
+    assert found["prediction(noise)"].notna().all()
+
+
+def test_outputs_of_several_targets_do_not_mix() -> None:
+    """The head gets the outputs of each target beside that target, the members in their order."""
+    columns = fitted(house_table())
+    columns["targets"], columns["mean"], columns["std"] = ["a", "b"], [10.0, -1.0], [2.0, 0.5]
+    module = RegressionModule(TabM, Gaussian(), columns, optimizer=torch.optim.AdamW)
+    outputs = torch.arange(24.0).view(2, 3, 4)  # rows, members, outputs: mean and variance of a, then of b
+    module.net = lambda *_: outputs  # type: ignore[assignment]
+    batch: Any = SimpleNamespace(numeric=None, categorical=None)
+    found = module.forward(batch)
+    assert torch.equal(found[0], outputs[0, :, :2])
+    assert torch.equal(found[1], outputs[0, :, 2:])
+    assert torch.equal(found[2], outputs[1, :, :2])
+    means = Gaussian().predict(found)[:, 0].view(2, 2)
+    assert torch.equal(module.predict(found)[..., 0], means * torch.tensor([2.0, 0.5]) + torch.tensor([10.0, -1.0]))
+
+
 @pytest.mark.parametrize(
     "net", ["MLP", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ResNet", "FTTransformer"))]
 )
@@ -566,6 +622,14 @@ MISTAKES = [
     case(lines("3,a,"), "", f"{SOURCE}.target", "'rent': 1 of 61 values are missing or infinite; drop those rows"),
     case(lines("3,a,inf"), "", f"{SOURCE}.target", "the number in row 60 is infinite; mend it"),
     case(lines("3,a,dear"), "", f"{SOURCE}.target", "'dear' in row 60 is no number; mend it"),
+    case(lines(), f"{SOURCE}.target kind", f"{SOURCE}.target", "'kind': holds words, such as 'a'; a class is for"),
+    case(lines(), f"{SOURCE}.target '[rent, kind]'", f"{SOURCE}.target", "--config recipes/classification/table.yaml"),
+    case(re.sub(r"(?m)(?<=[ab],)(\d+)$", lambda m: str(int(m[1]) % 2), lines()), "", f"{SOURCE}.target",
+         "'rent': holds two values, 0 and 1; a class is for recipes/classification/train.py"),
+    case(re.sub(r"(?m)(?<=[ab],)(\d+)$", lambda m: str(int(m[1]) % 2 > 0), lines()), "", f"{SOURCE}.target",
+         "'rent': holds true and false; a class is for"),
+    case(lines(), f"{SOURCE}.target '[rent, rent]'", f"{SOURCE}.target", "lists 'rent' twice; list it once"),
+    case(lines(), f"{SOURCE}.target []", f"{SOURCE}.target", "is null, but training needs it"),
     case(lines(rows=6), "", f"{SOURCE}.path", "6 rows are too few: each part needs at least 2"),
     case(re.sub(r",\d+$", ",7", lines(), flags=re.M), "", f"{SOURCE}.target", "is 7 in every training row"),
     case(re.sub(r"^\d+,", "7,", lines(), flags=re.M), "", f"{SOURCE}.path", "column 'size' is 7 in every training row"),

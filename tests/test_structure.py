@@ -30,10 +30,7 @@ FLOORS = (
 # The files of a recipe that may import the run.
 STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
-ONE_USER = {
-    "common.nets.tables": "classification is to take tables too",
-    "common.sources.tables": "classification is to take tables too",
-}
+ONE_USER: dict[str, str] = {}
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
 
 

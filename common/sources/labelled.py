@@ -43,7 +43,7 @@ def augmented(batch: LabelledBatch, augmentation: nn.Sequential) -> LabelledBatc
     if not len(augmentation):
         return batch
     if "pixel_values" not in batch.inputs:
-        raise InputError("model.augmentation is for images, and data.source has texts; set it to null")
+        raise InputError("model.augmentation is for images, and data.source has none; set it to null")
     return batch._replace(inputs={**batch.inputs, "pixel_values": augmentation(batch.inputs["pixel_values"])})
 
 
@@ -217,7 +217,12 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
     return torch.frombuffer(digests, dtype=torch.int64)
 
 
-def _as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+def as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+    """The samples with the class numbers of a checkpoint, by its names.
+
+    Raises:
+        InputError: it does not know a class.
+    """
     if not data.class_names or list(known) == data.class_names:
         return data
     for name in data.class_names:
@@ -370,7 +375,7 @@ class Samples:
             if data.class_names and data.labels != (before := self.facts.get("labels", data.labels)):
                 problem = f"the labels are of kind {data.labels!r}, and those of the training {before!r}"
                 raise InputError(f"data.source.label: {problem}; give the same kind")
-            data = _as_known(data, self.facts["class_names"])
+            data = as_known(data, self.facts["class_names"])
             if data.labels == "next token":  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
             else:

@@ -29,26 +29,32 @@ DataFrame: TypeAlias = Any
 Series: TypeAlias = Any
 Scaling = Literal["quantile", "standard"]
 MAX_QUANTILES = 512
+BUNDLED = [f"load_{name}" for name in ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")]
 
 
 class TableSource:
     """A source of rows, one per sample.
 
     Attributes:
-        target: name of the column to predict; None for rows without it.
-        target_unit: divisor of the target; 1000 gives errors in thousands.
+        target: name of the column to predict, or names of several; None for rows without them.
+        target_unit: divisor of every target; 1000 gives errors in thousands.
         categorical: names of numeric columns that hold categories.
         split: name of a column that says the part of each row: train, val or test. The net gets none of these three.
         group: name of a column whose equal values stay together in a split, such as a patient.
         time: name of a column of numbers or dates; the latest rows test, those before them validate.
     """
 
-    target: str | None = None
+    target: list[str] | str | None = None
     target_unit: float = 1.0
     categorical: Sequence[str] = ()
     split: str | None = None
     group: str | None = None
     time: str | None = None
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the columns to predict."""
+        return [self.target] if isinstance(self.target, str) else list(self.target or ())
 
     def read(self) -> DataFrame:
         """Read everything.
@@ -83,14 +89,14 @@ class Diabetes(TableSource):
 
 
 class Table(TableSource):
-    """Rows of CSV, JSONL or Parquet files, or of a hub data set's train split.
+    """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
 
     Columns of numbers are numeric; columns of text or of true and false are categorical.
 
     Args:
-        path: a file or a glob, or a hub name.
-        target: name of the column to predict; None for rows to predict, with or without it.
-        target_unit: divisor of the target; 1000 gives errors in thousands.
+        path: a file or a glob, a hub name, or a loader such as ``sklearn.datasets.load_wine``.
+        target: name of the column to predict, or names of several; None for rows to predict, with or without them.
+        target_unit: divisor of every target; 1000 gives errors in thousands.
         categorical: columns of numbers that are categories, such as postal codes.
         drop: columns to leave out.
         split: a column that says the part of each row: train, val or test. The net gets none of these three.
@@ -101,7 +107,7 @@ class Table(TableSource):
     def __init__(
         self,
         path: str,
-        target: str | None = None,
+        target: list[str] | str | None = None,
         target_unit: float = 1.0,
         categorical: Sequence[str] = (),
         drop: Sequence[str] = (),
@@ -111,11 +117,14 @@ class Table(TableSource):
     ):
         if not (np.isfinite(target_unit) and target_unit > 0):
             raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")
-        if target is not None and target in (*categorical, *drop):
-            raise InputError(f"data.source.target {target!r} is also listed in categorical or drop; remove it there")
-        if target is not None and target in (split, group, time):
-            raise InputError(f"data.source.target {target!r} also splits the rows; name another column for that")
         self.path, self.target, self.target_unit = path, target, target_unit
+        for name in self.targets:
+            if self.targets.count(name) > 1:
+                raise InputError(f"data.source.target: lists {name!r} twice; list it once")
+            if name in (*categorical, *drop):
+                raise InputError(f"data.source.target {name!r} is also listed in categorical or drop; remove it there")
+            if name in (split, group, time):
+                raise InputError(f"data.source.target {name!r} also splits the rows; name another column for that")
         self.categorical, self.drop = categorical, drop
         self.split, self.group, self.time = split, group, time
         if len(both := [key for key in ("split", "group", "time") if getattr(self, key)]) > 1:
@@ -125,20 +134,38 @@ class Table(TableSource):
 
     def read(self) -> DataFrame:  # noqa: D102
         _refuse_repeated_names(self.path)
-        rows = load_splits(self.path).parts[0]
-        for key in ("target", "categorical", "drop", *["split", "group", "time"] * (self.target is not None)):
+        rows = _load(self.path)
+        for key in ("target", "categorical", "drop", *["split", "group", "time"] * bool(self.targets)):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
                 column(rows, name, f"data.source.{key}")
         # A row's number tells its place in the file, which may be sorted by the target.
-        for name in rows.column_names if self.target is not None else ():
+        for name in rows.column_names if self.targets else ():
             if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
                 raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
         return rows.remove_columns(list(self.drop)).to_pandas()
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        return named_columns(load_splits(self.path).parts[:1], names)
+        return named_columns([_load(self.path)], names)
+
+
+def _load(path: str) -> Any:
+    """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
+    package, _, name = path.rpartition(".")
+    if package != "sklearn.datasets":
+        return load_splits(path).parts[0]
+    import datasets
+    from sklearn import datasets as bundled
+
+    if name not in BUNDLED:
+        hint = nearest(name, BUNDLED) or f"; it has {', '.join(BUNDLED)}"
+        raise InputError(f"data.source.path {path}: no such loader{hint}")
+    data: Any = getattr(bundled, name)(as_frame=True)
+    frame = data.frame
+    if "target" in frame and "target_names" in data:
+        frame["target"] = np.asarray(data.target_names)[frame["target"]]
+    return datasets.Dataset.from_pandas(frame)
 
 
 def _refuse_repeated_names(path: str) -> None:
@@ -167,14 +194,14 @@ class Numeric(TypedDict):
 class Columns(TypedDict):
     """Facts for encoding rows, fitted on training rows; plain values, so a checkpoint can hold them.
 
-    ``mean`` and ``std`` are the target's, in its ``unit``. ``categorical`` lists each column's categories; all others
-    share one class, and missing values have another.
+    ``mean`` and ``std`` are those of each target, in the ``unit``; there are none if the target is a class.
+    ``categorical`` lists each column's categories; all others share one class, and missing values have another.
     """
 
-    target: str
+    targets: list[str]
     unit: float
-    mean: float
-    std: float
+    mean: list[float]
+    std: list[float]
     scaling: str
     numeric: dict[str, Numeric]
     categorical: dict[str, list[str]]
@@ -266,9 +293,16 @@ def split_rows(
 
 
 def same_rows(
-    frame: DataFrame, source: TableSource, keys: Int64[Tensor, " rows"], parts: Parts, known: Mapping[str, Tensor]
+    frame: DataFrame,
+    source: TableSource,
+    keys: Int64[Tensor, " rows"],
+    parts: Parts,
+    known: Mapping[str, Tensor],
+    equal_together: bool = False,
 ) -> Parts:
     """The parts of :func:`split_rows`, except that rows which a checkpoint knows keep theirs.
+
+    A new row that equals a known one goes with it if rows go in groups, or ``equal_together`` says so.
 
     Raises:
         InputError: those of :func:`common.sources.labelled.same_parts`, or rows in order of time are new.
@@ -277,7 +311,7 @@ def same_rows(
         problem = f"{new} rows are new to the checkpoint, and the latest are there to test"
         raise InputError(f"data.source.time {source.time!r}: {problem}; begin a new run, or predict them")
     own = parts_named(frame[source.split].tolist(), source.split).tolist() if source.split else ()
-    return same_parts(keys, parts, known, {*own} - {0}, equal_together=source.group is not None)
+    return same_parts(keys, parts, known, {*own} - {0}, equal_together or source.group is not None)
 
 
 def _times(values: Series, key: str) -> np.ndarray:
@@ -301,41 +335,95 @@ def _times(values: Series, key: str) -> np.ndarray:
     return times.to_numpy()
 
 
-def read_target(frame: DataFrame, source: TableSource) -> Float[np.ndarray, " rows"]:
-    """The column to predict, in its unit.
+def read_targets(frame: DataFrame, source: TableSource) -> Float[np.ndarray, "rows targets"]:
+    """The columns of numbers to predict, in their unit.
 
     Raises:
-        InputError: the source names no target, or a value is no finite number.
+        InputError: the source names no target, a value is no finite number, or a target is a class.
     """
-    if source.target is None:
-        raise InputError("data.source.target is null, but training needs it; name the column to predict")
+    _check_named(source)
+    columns = []
+    for name in source.targets:
+        key = f"data.source.target {name!r}"
+        _refuse_classes(frame[name], key)
+        columns.append(target := _numbers(frame[name], key))
+        if bad := int((~np.isfinite(target)).sum()):
+            raise InputError(f"{key}: {bad} of {len(target)} values are missing or infinite; drop those rows")
+        if len(set(target)) == 2:
+            raise InputError(f"{key}: holds two values, {min(target):g} and {max(target):g}{CLASSES}")
+    return np.stack(columns, 1) / source.target_unit
+
+
+CLASSES = "; a class is for recipes/classification/train.py with --config recipes/classification/table.yaml"
+
+
+def _refuse_classes(values: Series, key: str) -> None:
+    """Refuse a target of words, or of true and false; one word among numbers is a mistake in the table."""
+    from pandas import to_numeric
+
+    known = values[values.notna()]
+    if known.map(type).eq(bool).all():
+        raise InputError(f"{key}: holds true and false{CLASSES}")
+    if known.map(type).eq(str).all():
+        numbers: Any = to_numeric(known, errors="coerce")
+        words: Any = known[numbers.isna()]
+        if 2 * len(words) > len(known):
+            raise InputError(f"{key}: holds words, such as {words.iloc[0][:20]!r}{CLASSES}")
+
+
+def read_classes(frame: DataFrame, source: TableSource) -> tuple[Int64[Tensor, " rows"], list[str]]:
+    """Class numbers, and a name for each, of the column to predict; its values in order.
+
+    Raises:
+        InputError: the source names no target, a value is missing or of another kind than text or a whole number, or
+            all are equal.
+    """
+    import pandas
+
+    pd: Any = pandas
+    _check_named(source)
     key = f"data.source.target {source.target!r}"
-    target = _numbers(frame[source.target], key)
-    if bad := int((~np.isfinite(target)).sum()):
-        raise InputError(f"{key}: {bad} of {len(target)} values are missing or infinite; drop those rows")
-    return target / source.target_unit
+    values = frame[source.target]
+    if missing := int(values.isna().sum()):
+        raise InputError(f"{key}: {missing} of {len(values)} labels are missing; fill or drop those rows")
+    _refuse_other_kinds(values, key, "where a class is needed")
+    if pd.api.types.is_float_dtype(values) and (values % 1 != 0).any():
+        problem = f"holds numbers, such as {values[values % 1 != 0].iloc[0]:g}, and a class is a word or a whole number"
+        raise InputError(f"{key}: {problem}; for numbers see recipes/regression")
+    numbers, distinct = pd.factorize(values, sort=True)
+    names = _labels(pd.Series(distinct)).tolist()
+    if len(names) < 2:
+        raise InputError(f"{key}: {names[0]!r} is the only class; there is nothing to tell apart")
+    return torch.from_numpy(numbers).long(), names
 
 
-def known_target(frame: DataFrame, columns: Columns) -> Float[np.ndarray, " rows"]:
-    """The target of rows to predict, in its unit; NaN where a value or the column is missing.
+def _check_named(source: TableSource) -> None:
+    if not source.targets:
+        raise InputError("data.source.target is null, but training needs it; name the column to predict")
+
+
+def known_targets(frame: DataFrame, columns: Columns) -> Float[np.ndarray, "rows targets"]:
+    """The targets of rows to predict, in their unit; NaN where a value or the column is missing.
 
     Raises:
         InputError: a value is no finite number.
     """
-    if columns["target"] not in frame:
-        return np.full(len(frame), np.nan)
-    return _numbers(frame[columns["target"]], f"data.predict_source: column {columns['target']!r}") / columns["unit"]
+    found = [
+        _numbers(frame[name], f"data.predict_source: column {name!r}") if name in frame else np.full(len(frame), np.nan)
+        for name in columns["targets"]
+    ]
+    return np.stack(found, 1) / columns["unit"]
 
 
 def fit_columns(
-    frame: DataFrame, target: Float[np.ndarray, " rows"], source: TableSource, scaling: Scaling, rare: int
+    frame: DataFrame, target: Float[np.ndarray, "rows targets"], source: TableSource, scaling: Scaling, rare: int
 ) -> Columns:
     """Fit the facts that :func:`encode` needs.
 
     Args:
         frame: the training rows.
-        target: their target, in its unit.
-        source: their source; it names the target and the columns of numbers that are categories.
+        target: their targets, in their unit; none of classes.
+        source: their source; it names the targets and the columns of numbers that are categories.
         scaling: of numeric columns: ``quantile`` to a normal distribution, or ``standard`` to zero mean and unit
             variance.
         rare: categories of fewer rows share one class with unseen ones.
@@ -346,7 +434,7 @@ def fit_columns(
     if rare < 1:
         raise InputError(f"data.rare must be at least 1, got {rare}")
     numeric, categorical = {}, {}
-    for name in frame.columns.drop([source.target, *splitting(source)]):
+    for name in frame.columns.drop([*source.targets, *splitting(source)]):
         values, key = frame[name], f"data.source.path: column {name!r}"
         if not values.notna().any():
             raise InputError(f"{key} has no value in the training rows; list it in data.source.drop")
@@ -360,14 +448,15 @@ def fit_columns(
                 raise InputError(f"{key}: none of its {len(counts)} categories has {rare} training rows; {hint}")
     if not numeric and not categorical:
         raise InputError("data.source.path: has no column beside the target; there is nothing to predict it from")
-    if not target.std() > 0:
-        problem = f"is {target[0]:g} in every training row; there is nothing to learn"
-        raise InputError(f"data.source.target {source.target!r}: {problem}")
+    for name, values in zip(source.targets, target.T, strict=False):
+        if not values.std() > 0:
+            problem = f"is {values[0]:g} in every training row; there is nothing to learn"
+            raise InputError(f"data.source.target {name!r}: {problem}")
     return Columns(
-        target=str(source.target),
+        targets=source.targets,
         unit=float(source.target_unit),
-        mean=float(target.mean()),
-        std=float(target.std()),
+        mean=[float(values.mean()) for values in target.T],
+        std=[float(values.std()) for values in target.T],
         scaling=scaling,
         numeric=numeric,
         categorical=categorical,
@@ -528,13 +617,15 @@ def check_source(frame: DataFrame, source: TableSource, columns: Columns) -> Non
     Raises:
         InputError: it has another target or unit, or other columns.
     """
-    settings = ("target", source.target, columns["target"]), ("target_unit", source.target_unit, columns["unit"])
-    for key, now, before in settings:
-        if now != before:
-            raise InputError(f"data.source.{key}: is {now}, and that of the checkpoint {before}; take that")
+    if source.targets != columns["targets"]:
+        now, before = (", ".join(names) or "null" for names in (source.targets, columns["targets"]))
+        raise InputError(f"data.source.target: is {now}, and that of the checkpoint {before}; take that")
+    if source.target_unit != columns["unit"]:
+        problem = f"is {source.target_unit}, and that of the checkpoint {columns['unit']}"
+        raise InputError(f"data.source.target_unit: {problem}; take that")
     for name in (*columns["numeric"], *columns["categorical"]):
         _column(frame, name, "data.source.path")
-    known = {columns["target"], *splitting(source), *columns["numeric"], *columns["categorical"]}
+    known = {*columns["targets"], *splitting(source), *columns["numeric"], *columns["categorical"]}
     if new := [name for name in frame.columns if name not in known]:
         problem = f"the checkpoint was not trained with the column {new[0]!r}"
         raise InputError(f"data.source.path: {problem}; list it in data.source.drop")

@@ -1,1 +1,1 @@
-"""Classification of images and texts."""
+"""Classification of images, texts and rows of tables."""

@@ -1,5 +1,7 @@
 """Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -7,10 +9,13 @@ from typing_extensions import override
 
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
+from common.errors import InputError
 from common.sources import Source
 from common.sources.files import Labels
 from common.sources.labelled import LabelledBatch, Samples
+from common.sources.tables import Columns
 
+from .tables import LabelledTable, TableSamples
 from .words import PythonLines, TaggedWords  # noqa: F401  # for YAML
 
 Batch = LabelledBatch
@@ -20,7 +25,7 @@ class ClassificationData(BaseDataModule):
     """Samples of a source, split so that every part has the classes in the same proportion.
 
     Args:
-        source: the samples, by class path: one of ``common.sources``.
+        source: the samples: one of ``common.sources`` by class path, or ``LabelledTable`` by name.
         predict_source: samples for ``predict``, with or without labels; None for the test part.
         keep: columns of the source that ``predict`` writes beside the predictions; that of images as file names.
         val_fraction: share of all samples for validation.
@@ -48,11 +53,20 @@ class ClassificationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
-        self.samples = Samples(
-            source, val_fraction, test_fraction, split_seed, read_facts(facts_of), takes=("one", "several", "words")
-        )
+        self.samples: Any
+        if isinstance(source, LabelledTable):
+            self.samples = TableSamples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        else:
+            every: tuple[Labels, ...] = "one", "several", "words"
+            self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of), takes=every)
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
         self.labels: Labels = self.facts.get("labels", "one")  # runs of before have no other
+        self.columns: Columns | None = self.facts.get("columns")  # of a table
+        if predict_source is not None and isinstance(predict_source, LabelledTable) != isinstance(
+            source, LabelledTable
+        ):
+            given, trained = (type(each).__name__ for each in (predict_source, source))
+            raise InputError(f"data.predict_source: is {given}, and that of the training {trained}; take the same kind")
 
     def class_counts(self) -> Int64[Tensor, " classes"]:
         """Training samples, or words, of each class."""

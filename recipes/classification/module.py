@@ -13,6 +13,7 @@ from common.module import BaseModule, Stage
 from common.sources.files import Labels
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
+from common.sources.tables import Columns, cardinalities, scaled_quantiles
 
 from .data import Batch
 from .objectives import Objective, OneLabel
@@ -22,9 +23,11 @@ class ClassificationModule(BaseModule):
     """A net that maps inputs to class logits, trained with cross-entropy.
 
     Args:
-        net: the net by class path; its first argument, the number of classes, comes from the data.
+        net: the net by class path; its first argument, the number of classes, comes from the data. Of a table so do the
+            next two, as of the nets of ``common.nets.tables``.
         class_names: a name for each class; comes from the data.
         labels: what has a class; comes from the data.
+        columns: facts of a table's columns in the training rows; comes from the data, None for images and texts.
         objective: what the classes are of, by name: ``OneLabel``, ``SeveralLabels`` or ``WordTags``; None for one label
             per sample.
         augmentation: kornia augmentations of the images, applied on the device in training.
@@ -38,9 +41,10 @@ class ClassificationModule(BaseModule):
 
     def __init__(
         self,
-        net: Callable[[int], nn.Module],
+        net: Callable[[int], nn.Module] | Callable[[int, list[int], Tensor], nn.Module],
         class_names: list[str],
         labels: Labels = "one",
+        columns: Columns | None = None,
         objective: Objective | None = None,
         augmentation: list[nn.Module] | None = None,
         label_smoothing: float = 0.0,
@@ -51,7 +55,9 @@ class ClassificationModule(BaseModule):
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
-        self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
+        self.class_names, self.columns, self.label_smoothing = class_names, columns, label_smoothing
+        self.make_net: Callable[..., nn.Module] = net
+        self.of_table = () if columns is None else (cardinalities(columns), scaled_quantiles(columns))
         self.augmentation = nn.Sequential(*augmentation or [])
         self.body_lr_scale = body_lr_scale
         self.class_weight: Tensor | None
@@ -71,22 +77,39 @@ class ClassificationModule(BaseModule):
 
     @override
     def build_net(self) -> nn.Module:
-        net = self.make_net(len(self.class_names))
+        try:
+            net = self.make_net(len(self.class_names), *self.of_table)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            kind = "tables alone" if self.columns is None else "images or texts"
+            raise InputError(f"model.net: may be for {kind}, and data.source is of another kind ({error})") from error
+        except (ValueError, ArithmeticError) as error:
+            if self.columns is None:
+                raise
+            raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
         self.lr_scales = {getattr(net, "body_name", "body."): self.body_lr_scale}
         return net
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch *classes"]:
-        """Logits of each class; a net of transformers wraps them."""
+    def forward(self, batch: Batch) -> Float[Tensor, "batch *members_classes"]:
+        """Logits of each class, of a table's net for each member; a net of transformers wraps them."""
         output = self.net(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
+
+    def logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits of each class; those of an ensemble give the mean of its members' probabilities."""
+        return self(batch) if self.columns is None else mean_of_members(self(batch))
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
             batch = augmented(batch, self.augmentation)
-            loss = self.objective.loss(self(batch), batch.target, self.class_weight, self.label_smoothing)
+            logits, target = self(batch), batch.target
+            if self.columns is not None:  # each member learns by itself
+                logits, target = logits.flatten(0, 1), target.repeat_interleave(logits.shape[1], 0)
+            loss = self.objective.loss(logits, target, self.class_weight, self.label_smoothing)
             return loss, batch.mask.sum()
-        logits = self(batch)
+        logits = self.logits(batch)
         self.objective.update(self.outcomes[stage], self.objective.probabilities(logits), batch.target, batch.mask)
         self.note_losses(self.objective.item_losses(logits[batch.mask], batch.target[batch.mask]))
         return self.objective.loss(logits[batch.mask], batch.target[batch.mask]), batch.mask.sum()
@@ -109,6 +132,6 @@ class ClassificationModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        probabilities, target = self.objective.probabilities(self(batch))[batch.mask], batch.target[batch.mask]
+        probabilities, target = self.objective.probabilities(self.logits(batch))[batch.mask], batch.target[batch.mask]
         columns = self.objective.predictions(probabilities, target, self.class_names)
         return {"index": batch.index[batch.mask].tolist(), **columns}

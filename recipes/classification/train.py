@@ -13,7 +13,11 @@ from common.run.cli import RecipeCLI
 from .data import ClassificationData
 from .module import ClassificationModule
 
-LINKS = {"data.class_names": "model.class_names", "data.labels": "model.labels"}
+LINKS = {
+    "data.class_names": "model.class_names",
+    "data.labels": "model.labels",
+    "data.columns": "model.columns",
+}
 
 
 def main(args: list[str] | None = None) -> RecipeCLI:

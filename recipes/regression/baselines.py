@@ -1,5 +1,6 @@
 """Baselines for a net: linear regression and gradient-boosted trees on the same rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from common.sources.tables import Columns, DataFrame, cardinalities, encode, raw
 
 def baseline_table(
     frame: DataFrame,
-    target: Float[np.ndarray, " rows"],
+    target: Float[np.ndarray, "rows targets"],
     columns: Columns,
     fit: Int64[Tensor, " fit"],
     test: Int64[Tensor, " test"],
-    rmse: float,
+    rmse: Sequence[float],
 ) -> str:
     """Errors of linear regression, of gradient-boosted trees with scikit-learn's default settings, and of a net.
 
@@ -25,14 +26,14 @@ def baseline_table(
 
     Args:
         frame: all rows.
-        target: their target.
+        target: their targets.
         columns: the result of :func:`fit_columns`.
         fit: positions of the rows that the baselines are fitted on.
         test: positions of the rows to predict.
-        rmse: the net's root-mean-square error on these rows.
+        rmse: the net's root-mean-square error on these rows, for each target.
 
     Returns:
-        One line for each with its root-mean-square error in the target's units.
+        One line for each with its root-mean-square error in the target's units; of several targets a line for each.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.linear_model import LinearRegression
@@ -47,9 +48,13 @@ def baseline_table(
     mixed = np.hstack([raw, own])
     rows, asked = fit.numpy(), test.numpy()
     settings: Any = {"categorical_features": as_sets, "random_state": 0}
-    trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], target[rows])
-    linear = LinearRegression().fit(plain[rows], target[rows])
-    found = {"linear regression": linear.predict(plain[asked]), "gradient boosting": trees.predict(mixed[asked])}
-    errors = {name: np.sqrt(np.mean((values - target[asked]) ** 2)) for name, values in found.items()}
-    errors["this net"] = rmse
-    return "\n".join(["RMSE on the test rows", *(f"{name:<20}{error:.4g}" for name, error in errors.items())])
+    lines = ["RMSE on the test rows"]
+    for name, values, error in zip(columns["targets"], target.T, rmse, strict=True):
+        trees = HistGradientBoostingRegressor(**settings).fit(mixed[rows], values[rows])
+        linear = LinearRegression().fit(plain[rows], values[rows])
+        found = {"linear regression": linear.predict(plain[asked]), "gradient boosting": trees.predict(mixed[asked])}
+        errors = {method: np.sqrt(np.mean((each - values[asked]) ** 2)) for method, each in found.items()}
+        errors["this net"] = error
+        lines += [f"\n{name}"] * (len(rmse) > 1)
+        lines += [f"{method:<20}{error:.4g}" for method, error in errors.items()]
+    return "\n".join(lines)

@@ -22,8 +22,8 @@ from common.sources.tables import (
     check_source,
     encode,
     fit_columns,
-    known_target,
-    read_target,
+    known_targets,
+    read_targets,
     same_rows,
     split_rows,
     tell_equal,
@@ -31,20 +31,20 @@ from common.sources.tables import (
 
 
 class Batch(NamedTuple):
-    """Encoded rows, their standardized target (NaN if unknown), their positions, and a mask of real rows."""
+    """Encoded rows, their standardized targets (NaN if unknown), their positions, and a mask of real rows."""
 
     numeric: Float[Tensor, "batch numeric"]
     categorical: Int64[Tensor, "batch categorical"]
-    target: Float[Tensor, " batch"]
+    target: Float[Tensor, "batch targets"]
     index: Int64[Tensor, " batch"]
     mask: Bool[Tensor, " batch"]
 
 
 class Rows(NamedTuple):
-    """The rows of a table: as they were read, their target in its unit, and encoded, with the standardized target."""
+    """The rows of a table: as they were read, their targets in their unit, and encoded, with standardized targets."""
 
     frame: Any
-    target: Float[np.ndarray, " rows"]
+    target: Float[np.ndarray, "rows targets"]
     columns: Columns
     parts: Parts
     encoded: tuple[Tensor, Tensor, Tensor]
@@ -75,7 +75,7 @@ def rows_to_predict(frame: Any, columns: Columns) -> RowDataset:
     Raises:
         InputError: a column is missing, or holds other values than in training.
     """
-    rows = _encoded(frame, known_target(frame, columns), columns, "data.predict_source")
+    rows = _encoded(frame, known_targets(frame, columns), columns, "data.predict_source")
     return RowDataset(rows, torch.arange(len(frame)))
 
 
@@ -84,7 +84,7 @@ class RegressionData(BaseDataModule):
 
     Args:
         source: the rows, by class path: one of ``common.sources.tables``.
-        predict_source: rows for ``predict``, with or without the target; None for the test part.
+        predict_source: rows for ``predict``, with or without the targets; None for the test part.
         keep: columns of the source that ``predict`` writes beside the predictions, dropped ones too.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share one class with unseen ones.
@@ -118,8 +118,11 @@ class RegressionData(BaseDataModule):
         self.scaling: Scaling = scaling
         self.rare, self._split = rare, (val_fraction, test_fraction, split_seed)
         known = read_facts(facts_of)
-        if known and "columns" not in known:
-            raise InputError("data.facts_of: the checkpoint was not trained on a table; name another, or null")
+        columns = known.get("columns", {})
+        if known and not (columns.get("targets") and columns["mean"]):
+            raise InputError(
+                "data.facts_of: the checkpoint was not trained on numbers of a table; name another, or null"
+            )
         made_by = {
             "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed, "scaling": scaling,
             "rare": rare, "source.categorical": list(source.categorical), "source.split": source.split,
@@ -135,7 +138,7 @@ class RegressionData(BaseDataModule):
         """The rows of the source, in parts."""
         source, known = self.source, self.facts
         frame = source.read()
-        target = read_target(frame, source)
+        target = read_targets(frame, source)
         if "columns" in known:
             columns: Columns = known["columns"]
             check_source(frame, source, columns)

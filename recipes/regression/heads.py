@@ -1,7 +1,8 @@
 """Heads give a regression net's outputs their meaning: a mean, a normal distribution, or quantiles.
 
 YAML names a head (``model.head``). Outputs have an ensemble axis, of size 1 for a single net. The loss is the mean over
-the members; each head says how it combines the members into one prediction. Targets and outputs are standardized.
+the members; each head says how it combines the members into one prediction. Targets and outputs are standardized. Of
+several targets each is a sample to the head.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Head:
     """The loss of a net's outputs, and the prediction that they make.
 
     Attributes:
-        num_outputs: number of outputs per sample and member.
+        num_outputs: number of outputs per sample, member and target.
     """
 
     num_outputs: int

@@ -20,9 +20,10 @@ from .pictures import predicted_against_true, residuals
 
 
 class RegressionModule(BaseModule):
-    """A net that maps the columns of a row to its head's outputs, such as a mean or quantiles.
+    """A net that maps the columns of a row to its head's outputs, such as a mean or quantiles, for each target.
 
-    Losses are of standardized targets; metrics and predictions are in the target's own units.
+    Losses are of standardized targets; metrics and predictions are in the targets' own units. Of several targets losses
+    and metrics are the mean, and each target has its own metrics too.
 
     Args:
         net: the net by class path, one of ``common.nets.tables``; its first three arguments come from the data.
@@ -49,35 +50,56 @@ class RegressionModule(BaseModule):
     @override
     def build_net(self) -> nn.Module:
         try:
-            return self.make_net(self.head.num_outputs, cardinalities(self.columns), self.quantiles)
+            outputs = len(self.columns["targets"]) * self.head.num_outputs
+            return self.make_net(outputs, cardinalities(self.columns), self.quantiles)
         except (ValueError, ArithmeticError) as error:
             raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch members outputs"]:
-        """Outputs for the head, of each member of an ensemble."""
-        return self.net(batch.numeric, batch.categorical)
+    def forward(self, batch: Batch) -> Float[Tensor, "batch_targets members outputs"]:
+        """Outputs for the head, of each member of an ensemble: those of the first row's targets come first."""
+        outputs: Tensor = self.net(batch.numeric, batch.categorical)
+        by_target = outputs.unflatten(-1, (len(self.columns["targets"]), -1))
+        return by_target.transpose(1, 2).flatten(0, 1)
 
-    def in_units(self, standardized: Tensor) -> Tensor:
-        """Targets or predictions in the target's own units."""
-        return standardized.to(self.outcomes.dtype) * self.columns["std"] + self.columns["mean"]
+    def in_units(self, standardized: Float[Tensor, "batch targets values"]) -> Float[Tensor, "batch targets values"]:
+        """Targets or predictions in the targets' own units."""
+        mean, std = (
+            torch.tensor(self.columns[fact], dtype=self.outcomes.dtype, device=standardized.device)[:, None]
+            for fact in ("mean", "std")
+        )
+        return standardized.to(self.outcomes.dtype) * std + mean
+
+    def predict(self, outputs: Float[Tensor, "batch_targets members outputs"]) -> Float[Tensor, "batch targets values"]:
+        """The head's predictions in the targets' own units."""
+        return self.in_units(self.head.predict(outputs).unflatten(0, (-1, len(self.columns["targets"]))))
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         outputs = self(batch)
         if stage == "train":
-            return self.head.loss(outputs, batch.target), batch.mask.sum()
-        values = torch.cat([batch.target[:, None], self.head.predict(outputs)], 1)
-        self.note_losses((values[:, 1] - values[:, 0])[batch.mask].square())
-        self.outcomes.update(torch.cat([self.in_units(values), batch.mask[:, None]], 1))
-        return self.head.loss(outputs[batch.mask], batch.target[batch.mask]), batch.mask.sum()
+            return self.head.loss(outputs, batch.target.flatten()), batch.mask.sum()
+        preds = self.head.predict(outputs).unflatten(0, batch.target.shape)
+        self.note_losses((preds[..., 0] - batch.target).square().mean(1)[batch.mask])
+        values = self.in_units(torch.cat([batch.target[..., None], preds], -1))
+        self.outcomes.update(torch.cat([values.flatten(1), batch.mask[:, None]], 1))
+        real = batch.mask.repeat_interleave(batch.target.shape[1])
+        return self.head.loss(outputs[real], batch.target.flatten()[real]), batch.mask.sum()
 
     @override
     def on_evaluation_end(self, stage: Stage) -> None:
         rows = self.outcomes.compute()
         self.outcomes.reset()
-        self._rows = rows[rows[:, -1] == 1, :-1].double().cpu()
-        values = {f"{stage}/{name}": value.float().to(self.device) for name, value in scores(*self._rows.T).items()}
-        self.log_dict(values, sync_dist=True)
+        names = self.columns["targets"]
+        real = rows[rows[:, -1] == 1, :-1].double().cpu()
+        # Of each target: the true values, the predictions, and the ends of the intervals.
+        self._rows = real.unflatten(1, (len(names), -1)).permute(1, 2, 0)
+        found = {name: scores(*rows) for name, rows in zip(names, self._rows, strict=True)}
+        values = {score: torch.stack([each[score] for each in found.values()]).mean() for score in found[names[0]]}
+        if len(names) > 1:
+            values |= {f"{score}_{name}": value for name, each in found.items() for score, value in each.items()}
+        self.log_dict(
+            {f"{stage}/{name}": value.float().to(self.device) for name, value in values.items()}, sync_dist=True
+        )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -88,17 +110,14 @@ class RegressionModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
-        target, preds, *interval = self._rows.T
-        name = self.columns["target"] + (f" / {self.columns['unit']:,g}" if self.columns["unit"] != 1 else "")
-        figures: dict[str, Any] = {
-            "predictions": predicted_against_true(target, preds, interval, name),
-            "residuals": residuals(target, preds, name),
-        }
+        unit = f" / {self.columns['unit']:,g}" if self.columns["unit"] != 1 else ""
+        by_name = {f"{name}{unit}": rows for name, rows in zip(self.columns["targets"], self._rows, strict=True)}
+        figures: dict[str, Any] = {"predictions": predicted_against_true(by_name), "residuals": residuals(by_name)}
         if stage == "test" and self.baselines and self.trainer.is_global_zero:
-            table = self.data.table
-            fit, test = torch.cat([table.parts.train, table.parts.val]), table.parts.test[: len(target)]
-            rmse = (preds - target).square().mean().sqrt().item()  # here: several ranks give the rows in another order
-            figures["baselines"] = baseline_table(table.frame, table.target, self.columns, fit, test, rmse)
+            table, (target, preds) = self.data.table, self._rows[:, :2].unbind(1)
+            fit, test = torch.cat([table.parts.train, table.parts.val]), table.parts.test[: target.shape[1]]
+            rmse = (preds - target).square().mean(1).sqrt()  # here: several ranks give the rows in another order
+            figures["baselines"] = baseline_table(table.frame, table.target, self.columns, fit, test, rmse.tolist())
         return figures
 
     @override
@@ -117,9 +136,12 @@ class RegressionModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        names = ["prediction", "lower", "upper"]
-        values = self.in_units(self.head.predict(self(batch))[batch.mask]).T.tolist()
-        target = self.in_units(batch.target[batch.mask]).tolist()
-        known = [None if value != value else value for value in target]
-        columns = dict(zip(names, values, strict=False))
-        return {"index": batch.index[batch.mask].tolist(), "target": known, **columns}
+        rows = torch.cat([self.in_units(batch.target[..., None]), self.predict(self(batch))], -1)[batch.mask]
+        columns = {}
+        for name, values in zip(self.columns["targets"], rows.unbind(1), strict=True):
+            of = f"({name})" if len(self.columns["targets"]) > 1 else ""
+            target, *predicted = values.T.tolist()
+            columns[f"target{of}"] = [None if value != value else value for value in target]
+            keys = ("prediction", "lower", "upper")
+            columns |= {f"{key}{of}": column for key, column in zip(keys, predicted, strict=False)}
+        return {"index": batch.index[batch.mask].tolist(), **columns}

@@ -1,0 +1,205 @@
+"""Tables whose rows each have a class: their source, and their rows as samples."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from typing_extensions import override
+
+from common.checkpoint import check_made_by
+from common.errors import InputError, speaking_of
+from common.losses import precise
+from common.sources import Labelled, Source
+from common.sources.files import hashed, parts_named
+from common.sources.labelled import LabelledDataset, Parts, as_known, one_of_each, parts_facts, split_by_class
+from common.sources.tables import (
+    DataFrame,
+    Scaling,
+    Table,
+    check_source,
+    encode,
+    fit_columns,
+    read_classes,
+    row_keys,
+    same_rows,
+    split_rows,
+    splitting,
+    tell_equal,
+)
+
+
+class LabelledTable(Source):
+    """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
+
+    Columns of numbers are numeric; columns of text or of true and false are categorical.
+
+    Args:
+        path: a file or a glob, a hub name, or a loader such as ``sklearn.datasets.load_wine``.
+        label: name of the column of classes; None for rows to predict, with or without it.
+        categorical: columns of numbers that are categories, such as postal codes.
+        drop: columns to leave out.
+        split: a column that says the part of each row: train, val or test. The net gets none of these three.
+        group: a column whose equal values stay together in a split, such as a patient.
+        time: a column of numbers or dates; the latest rows test, those before them validate.
+        scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
+        rare: categories of fewer training rows share one class with unseen ones.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label: str | None = None,
+        categorical: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        split: str | None = None,
+        group: str | None = None,
+        time: str | None = None,
+        scaling: Scaling = "quantile",
+        rare: int = 5,
+    ):
+        with speaking():
+            self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
+        self.split, self.group = split, group
+        self.scaling: Scaling = scaling
+        self.rare = rare
+
+    @override
+    def read(self) -> Labelled:
+        raise InputError(
+            "data.source: is a table, which is encoded by its training rows; classification alone takes it"
+        )
+
+    @override
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        return self.table.columns(names)
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Name the settings of :class:`LabelledTable` in messages of code that regression shares."""
+    with speaking_of("data.source.label", "data.source.target"), speaking_of("data.source.rare", "data.rare"):
+        yield
+
+
+class TableSamples:
+    """Rows in three parts, as :class:`common.sources.labelled.Samples`, encoded by facts of the training rows alone.
+
+    Args:
+        source: the rows.
+        val_fraction: see :func:`common.sources.labelled.split_by_class`.
+        test_fraction: the same.
+        seed: the same.
+        known: facts of the checkpoint; empty if there is none.
+
+    Attributes:
+        facts: what they are ``made_by``, the arguments of split and encoding; ``class_names``, ``columns`` and
+            ``parts``.
+
+    Raises:
+        InputError: the table cannot be read, encoded or split, or is not as that of the checkpoint.
+    """
+
+    def __init__(
+        self, source: LabelledTable, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]
+    ):
+        if known and not {"columns", "class_names"} <= known.keys():
+            problem = "the checkpoint was not trained on classes of a table"
+            raise InputError(f"data.facts_of: {problem}; name another, or null")
+        table = source.table
+        made_by = {
+            "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed,
+            "source.scaling": source.scaling, "source.rare": source.rare, "source.categorical": list(table.categorical),
+            "source.split": table.split, "source.group": table.group, "source.time": table.time,
+        }  # fmt: skip
+        check_made_by(known, made_by)
+        self._source, self._split = source, (val_fraction, test_fraction, seed)
+        self.facts: dict[str, Any] = {**known, "made_by": made_by}
+        if not known:
+            self._read  # noqa: B018
+
+    @cached_property
+    def _read(self) -> tuple[Labelled, Parts]:
+        source, known = self._source.table, self.facts
+        with speaking():
+            frame = source.read()
+            data = Labelled({}, *read_classes(frame, source))
+            if "columns" in known:
+                check_source(frame, source, known["columns"])
+                data = as_known(data, known["class_names"])
+                parts, keys = self._drawn(frame, data, known["parts"]["keys"])
+                parts = same_rows(frame, source, keys, parts, known["parts"], equal_together=True)
+            else:
+                parts, keys = self._drawn(frame, data)
+                tell_equal(keys, parts)
+                train, no_numbers = frame.iloc[parts.train], np.empty((len(parts.train), 0))
+                columns = fit_columns(train, no_numbers, source, self._source.scaling, self._source.rare)
+                self.facts |= {"columns": columns, "class_names": data.class_names}
+        self.facts["parts"] = parts_facts(keys, parts)
+        return replace(data, inputs=self._inputs(frame)), parts
+
+    def _drawn(
+        self, frame: DataFrame, data: Labelled, known: Int64[Tensor, " known"] | None = None
+    ) -> tuple[Parts, Int64[Tensor, " rows"]]:
+        """The parts, in order of time or with the classes in the same proportion, and the rows' keys.
+
+        Equal rows stay together, unless most rows have an equal one: then they are no copies, but of few columns.
+        """
+        source = self._source.table
+        if source.time:
+            return split_rows(frame, source, *self._split)
+        keys = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
+        if source.group:
+            keys = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}")
+        every = torch.arange(len(keys))
+        if known is not None and not source.split and len(keys) < len(known) and torch.isin(keys, known).all():
+            return Parts(every, every[:0], every[:0]), keys  # none is new, and a class may be too rare to draw
+        own = parts_named(frame[source.split].tolist(), source.split) if source.split else np.zeros(len(frame), int)
+        order = torch.from_numpy(np.argsort(own, kind="stable"))
+        num_train, num_val, num_test = np.bincount(own, minlength=3).tolist()
+        if not num_train:
+            raise InputError(f"data.source.split {source.split!r}: names no row for training; name some train")
+        alike = keys if source.group or 2 * len(one_of_each(keys)) > len(keys) else every
+        groups = keys[order] if source.group else None
+        ordered = Labelled({}, data.target[order], data.class_names, num_test, num_val, groups=groups)
+        return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys
+
+    def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:
+        return dict(zip(("numeric", "categorical"), encode(frame, self.facts["columns"]), strict=True))
+
+    @property
+    def labelled(self) -> Labelled:
+        """All rows, encoded."""
+        return self._read[0]
+
+    @property
+    def parts(self) -> Parts:
+        """Their positions in each part."""
+        return self._read[1]
+
+    def datasets(self) -> Iterator[LabelledDataset]:
+        """Data sets of the three parts."""
+        return (LabelledDataset(self.labelled, part) for part in self.parts)
+
+    def to_predict(self, source: LabelledTable) -> LabelledDataset:
+        """A data set of other rows, whose labels are not looked at.
+
+        Raises:
+            InputError: they cannot be read, or not be encoded as those of the training.
+        """
+        with speaking_of("data.predict_source", instead_of="data.source"), speaking():
+            frame = source.table.read()
+            data = Labelled(self._inputs(frame), torch.full((len(frame),), -1), self.facts["class_names"])
+        return LabelledDataset(data, torch.arange(len(frame)))
+
+
+def mean_of_members(logits: Float[Tensor, "batch members classes"]) -> Float[Tensor, "batch classes"]:
+    """Logarithms of the mean of the members' probabilities (Gorishniy et al., https://arxiv.org/abs/2410.24210)."""
+    each = precise(logits).log_softmax(-1)
+    return each.logsumexp(1) - math.log(logits.shape[1])
