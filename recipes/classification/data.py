@@ -54,7 +54,8 @@ class ClassificationData(BaseDataModule):
         self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples: Any
-        if isinstance(source, LabelledTable):
+        of_table = isinstance(source, LabelledTable)
+        if of_table:
             self.samples = TableSamples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         else:
             every: tuple[Labels, ...] = "one", "several", "words"
@@ -62,9 +63,7 @@ class ClassificationData(BaseDataModule):
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
         self.labels: Labels = self.facts.get("labels", "one")  # runs of before have no other
         self.columns: Columns | None = self.facts.get("columns")  # of a table
-        if predict_source is not None and isinstance(predict_source, LabelledTable) != isinstance(
-            source, LabelledTable
-        ):
+        if predict_source is not None and isinstance(predict_source, LabelledTable) != of_table:
             given, trained = (type(each).__name__ for each in (predict_source, source))
             raise InputError(f"data.predict_source: is {given}, and that of the training {trained}; take the same kind")
 

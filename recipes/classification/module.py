@@ -17,6 +17,7 @@ from common.sources.tables import Columns, cardinalities, scaled_quantiles
 
 from .data import Batch
 from .objectives import Objective, OneLabel
+from .tables import mean_of_members
 
 
 class ClassificationModule(BaseModule):
