@@ -1,7 +1,10 @@
 """Nets that several recipes use."""
 
 from common.nets.images import ConvNet, ImageClassifier
-from common.nets.pretrained import Pretrained
-from common.nets.text import CausalLM, PretrainedEncoder, causal_lm, check_context
+from common.nets.pretrained import Pretrained, body_of
+from common.nets.text import CausalLM, PretrainedEncoder, causal_lm, check_net, freeze_blocks, language_model
 
-__all__ = ["CausalLM", "ConvNet", "ImageClassifier", "Pretrained", "PretrainedEncoder", "causal_lm", "check_context"]
+__all__ = [
+    "CausalLM", "ConvNet", "ImageClassifier", "Pretrained", "PretrainedEncoder", "body_of", "causal_lm", "check_net",
+    "freeze_blocks", "language_model",
+]  # fmt: skip

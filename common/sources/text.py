@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
-from common.sources.tokenizers import KnownTokenizer, TokenizerSource
+from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
 FORMAT = 2  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
@@ -149,40 +149,49 @@ class Text:
 
     Args:
         path: of the text.
-        tokenizer: how to get the tokenizer.
+        tokenizer: how to get the tokenizer; None for that of the checkpoint, or else of the weights.
         facts: those of the checkpoint that a command is about, whose tokenizer holds; empty if there is none.
+        weights: folder or hub name of a net that is trained further; None for a new one.
         kwargs: further arguments of :func:`prepare`.
 
     Attributes:
         tokenizer: the tokenizer.
         eos_id: the token that ends a text.
         vocab_size: number of tokens.
-        facts: the tokenizer, which token ends a text, and by what the tokenizer was made, as plain values.
+        facts: the tokenizer, which token ends a text, further ``special`` settings, and by what it was made, as plain
+            values.
 
     Raises:
-        InputError: those of :func:`prepare`, or another tokenizer than that of the checkpoint is given.
+        InputError: those of :func:`prepare` and :func:`common.sources.tokenizers.chosen`, or another tokenizer than
+            that of the checkpoint is given.
     """
 
-    def __init__(self, path: str | None, tokenizer: TokenizerSource, facts: Mapping[str, Any], **kwargs: Any):
+    def __init__(
+        self,
+        path: str | None,
+        tokenizer: TokenizerSource | None,
+        facts: Mapping[str, Any],
+        weights: str | None = None,
+        **kwargs: Any,
+    ):
         if facts and "eos_token" not in facts:
             raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
-        kind = type(tokenizer).__qualname__
-        given = {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}
+        source = chosen(tokenizer, weights, facts)
+        given = {key: value for key, value in vars(source).items() if key != "eos_token"}
         # Checkpoints hold plain values alone; a class of one's own may have others.
-        by = [
-            kind,
-            {key: value if isinstance(value, int | float | str) else str(value) for key, value in given.items()},
-        ]
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in given.items()}
+        by = facts["made_by"] if facts and tokenizer is None else [type(source).__qualname__, plain]
         if facts and by != facts["made_by"]:
             problem = "the checkpoint was trained with {} {}, and this is another".format(*facts["made_by"])
             raise InputError(f"data.tokenizer: {problem}; remove it")
         known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
-        self._prepare = partial(prepare, path, tokenizer, known=known, **kwargs)
+        self._prepare = partial(prepare, path, source, known=known, **kwargs)
         self.tokenizer = known.build([]) if known else self.corpus.tokenizer
         vocab = self.tokenizer.get_vocab()
         self.eos_id, self.vocab_size = vocab[known.eos_token] if known else self.corpus.eos_id, max(vocab.values()) + 1
         self.facts = {
             "tokenizer": self.tokenizer.to_str(), "eos_token": self.tokenizer.id_to_token(self.eos_id), "made_by": by,
+            "special": facts.get("special", {}) if facts else source.special(),
         }  # fmt: skip
 
     @cached_property

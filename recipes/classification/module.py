@@ -13,6 +13,7 @@ from typing_extensions import override
 from common.errors import InputError
 from common.losses import cross_entropy
 from common.module import BaseModule, Stage
+from common.nets import body_of
 from common.sources.labelled import augmented
 
 from .data import Batch
@@ -47,7 +48,7 @@ class ClassificationModule(BaseModule):
             raise InputError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
         self.make_net, self.class_names, self.label_smoothing = net, class_names, label_smoothing
         self.augmentation = nn.Sequential(*augmentation or [])
-        self.lr_scales = {"body.": body_lr_scale}
+        self.body_lr_scale = body_lr_scale
         classes = len(class_names)
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", torch.ones(classes) if balance_classes else None)
@@ -73,7 +74,9 @@ class ClassificationModule(BaseModule):
 
     @override
     def build_net(self) -> nn.Module:
-        return self.make_net(len(self.class_names))
+        net = self.make_net(len(self.class_names))
+        self.lr_scales = {body_of(net): self.body_lr_scale}
+        return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch classes"]:
         """Logits of each class; a net of transformers wraps them."""

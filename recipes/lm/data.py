@@ -10,8 +10,10 @@ from typing_extensions import override
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
+from common.nets.pretrained import check_tokens
 from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
+from common.weights import is_shape
 
 Batch = TokenBatch
 
@@ -35,7 +37,7 @@ class LMData(BaseDataModule):
     """A corpus, tokenized once and packed.
 
     Args:
-        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the weights.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
         column: the text's column, in files and data sets with columns.
@@ -43,6 +45,7 @@ class LMData(BaseDataModule):
         val_fraction: share of the documents for validation; of a single document, its end.
         prompts: texts for ``predict`` to continue.
         cache_dir: folder of prepared corpora.
+        weights: folder or hub name of a net that is trained further; comes from the model.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
             ``predict`` and ``export``.
         batch_size: windows per rank and micro-batch.
@@ -52,13 +55,14 @@ class LMData(BaseDataModule):
 
     def __init__(
         self,
-        tokenizer: TokenizerSource,
+        tokenizer: TokenizerSource | None = None,
         path: str | None = None,
         column: str = "text",
         context: int = 128,
         val_fraction: float = 0.1,
         prompts: list[str] = ["def "],  # noqa: B006
         cache_dir: str = CACHE,
+        weights: str | None = None,
         facts_of: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -70,11 +74,13 @@ class LMData(BaseDataModule):
         self.context, self.prompts = context, prompts
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
-            path, tokenizer, read_facts(facts_of),
+            path, tokenizer, read_facts(facts_of), weights,
             column=column, val_fraction=val_fraction, cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
         self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
+        if weights and tokenizer and facts_of is None and not is_shape(weights):
+            check_tokens(weights, self.tokenizer.get_vocab(), "model.weights")
 
         if facts_of is None:
             self._check_context()
