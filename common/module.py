@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -222,11 +223,12 @@ class BaseModule(L.LightningModule):
         self._prepare_blocks()
 
     def _start_from(self, path: str) -> None:
-        start = read_start(path)
+        start = read_start(path, self.net)
         then, now = (meaning(facts) for facts in (start.facts, self.data.facts))
         for name in then.keys() & now.keys():
             if then[name] != now[name]:
-                raise InputError(f"--init_from {path}: its {name} are not those of the data; it fits the same alone")
+                there, here = (shorten(str(each[name]), 50) for each in (then, now))
+                raise InputError(f"--init_from {path}: its {name} are {there}, and those of the data {here}")
         fill(self.net, start.state, f"--init_from {path}:")
 
     @override

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common.checkpoint import read_checkpoint
 from common.checksums import check_files
@@ -57,11 +58,12 @@ class Start(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def read_start(path: str, key: str = "--init_from") -> Start:
+def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
     """Weights of a checkpoint, or of the folder of an export.
 
     Args:
         path: the file or folder.
+        net: the net that is to have them; it decides how an export is read.
         key: the setting that names it, for messages.
 
     Raises:
@@ -73,16 +75,18 @@ def read_start(path: str, key: str = "--init_from") -> Start:
         state = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name[:4] == "net."}
         return Start(state, checkpoint.get("facts", {}))
     check_files(folder)
-    files = sorted(folder.glob("model*.safetensors"))
+    inner = next((module for module in net.modules() if isinstance(module, PreTrainedModel)), None)
     try:
-        state = {name: weight for file in files for name, weight in load_file(file).items()}
-    except SafetensorError as error:
-        raise InputError(f"{key} {path}: cannot be read as safetensors ({error}); name another") from error
+        if inner is not None:  # whose files may have older names
+            state = type(inner).from_pretrained(path, use_safetensors=True, dtype=inner.dtype).state_dict()
+        else:
+            state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = f"is no export of such a net ({str(error).splitlines()[0][:60]})"
+        raise InputError(f"{key} {path}: {problem}; name another, or a checkpoint") from error
     beside = {name: folder / f"{name}.json" for name in ("classes", "columns", "tokenizer")}
     found = {name: file.read_text(encoding="utf-8") for name, file in beside.items() if file.is_file()}
     facts = {name: text if name == "tokenizer" else json.loads(text) for name, text in found.items()}
-    if not state:
-        raise InputError(f"{key} {path}: has no model.safetensors; name the folder of an export, or a checkpoint")
     return Start(state, {"class_names" if name == "classes" else name: value for name, value in facts.items()})
 
 

@@ -1,7 +1,8 @@
 """Pretrained nets of transformers with their heads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +30,18 @@ from common.errors import InputError
 from common.weights import BUILDING, Building, is_shape
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers says on stderr: what matters of it is looked at here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@_quietly()
 def load(
     kind: Any, name: str, key: str, what: str, num_labels: int | None = None, vocab_size: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
@@ -76,7 +90,7 @@ def load(
             net = _with_weights(kind, place, config, dtype, num_labels is not None)
         else:
             net = kind.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:80]
         problem = f"neither a folder with {what} in safetensors nor a hub name ({reason})"
         raise InputError(f"{key} {name!r}: {problem}") from error
@@ -99,15 +113,10 @@ def _plain(settings: PretrainedConfig | GenerationConfig) -> dict[str, Any]:
 
 
 def _with_weights(kind: Any, place: str, config: PretrainedConfig, dtype: torch.dtype, has_head: bool) -> Any:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would report on stderr what is looked at here
-    try:
-        net, found = kind.from_pretrained(
-            place, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=has_head, output_loading_info=True,
-        )  # fmt: skip
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    net, found = kind.from_pretrained(
+        place, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+        ignore_mismatched_sizes=has_head, output_loading_info=True,
+    )  # fmt: skip
     body = f"{net.base_model_prefix}."
     others = [name for name, *_ in found["mismatched_keys"] if name.startswith(body)]
     missing = [name for name in found["missing_keys"] if name.startswith(body) or not has_head]
@@ -126,6 +135,7 @@ def body_of(net: nn.Module) -> str:
     return next((f"{name}." for name, module in net.named_modules() if module is body and name), "body.")
 
 
+@_quietly()
 def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
     """Refuse a net whose tokenizer gives a token of the data another number.
 

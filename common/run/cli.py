@@ -456,11 +456,8 @@ class RecipeCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        # With the facts of weights alone, other samples are no mistake, but a choice.
-        instead = "give --data.facts_of null" if config.get("init_from") else "begin a new run"
         try:
-            with speaking_of(instead, instead_of="begin a new run"):
-                super().instantiate_classes()
+            super().instantiate_classes()
         except ValueError as error:
             # jsonargparse wraps what a constructor raises where several types are accepted, as for callbacks.
             if isinstance(error.__cause__, InputError | MisconfigurationException):
@@ -472,8 +469,11 @@ class RecipeCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
+        # To start with weights, other samples than theirs are no mistake, but a choice.
+        fix = "give --data.facts_of null" if self.config[subcommand].get("init_from") else "begin a new run"
         try:
-            super()._run_subcommand(subcommand)
+            with speaking_of(fix, instead_of="begin a new run"):
+                super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # as which Lightning ends
                 raise KeyboardInterrupt from error
