@@ -290,8 +290,10 @@ def write_encoder(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def write_decoder(folder: Path, text: str, kind: str = "LlamaConfig", tokens: int = 0, dtype: str = "float32") -> Path:
-    """A causal net of transformers with new weights, 64 positions and its tokenizer, trained on the text.
+def write_decoder(
+    folder: Path, text: str, kind: str = "LlamaConfig", tokens: int = 0, dtype: str = "float32", positions: int = 64
+) -> Path:
+    """A causal net of transformers with new weights, and its tokenizer, trained on the text.
 
     Args:
         folder: where to.
@@ -299,6 +301,7 @@ def write_decoder(folder: Path, text: str, kind: str = "LlamaConfig", tokens: in
         kind: class of its config.
         tokens: how many more it knows than the tokenizer, or fewer if negative.
         dtype: of its weights.
+        positions: the longest window that it takes.
     """
     import tokenizers
     import torch
@@ -316,8 +319,8 @@ def write_decoder(folder: Path, text: str, kind: str = "LlamaConfig", tokens: in
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[1])
     fast.save_pretrained(folder)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 0}
-    sizes |= {} if kind == "GPT2Config" else {"intermediate_size": 64}
+    sizes |= {"max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 0}
+    sizes |= {} if kind == "GPT2Config" else {"intermediate_size": 64, "num_key_value_heads": 2}
     config = getattr(transformers, kind)(vocab_size=len(fast) + tokens, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
