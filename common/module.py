@@ -34,6 +34,7 @@ from common.errors import InputError, nearest
 from common.losses import HighestLosses, StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
 from common.parts import blocks, facts_of, plain_name, share, to_float8
+from common.weights import building, fill, meaning, read_nets, read_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,11 +113,19 @@ class BaseModule(L.LightningModule):
 
     Raises:
         InputError: ``l1`` is negative.
+
+    Attributes:
+        of_checkpoint: a checkpoint whose weights follow; the net is made as it says, without those of a folder or hub.
+        init_from: a checkpoint or an export whose weights the net starts with.
+        loads_weights: whether the net gets the weights of a folder or hub name at all.
     """
 
     net: nn.Module
     unit: Literal["samples", "tokens"] = "samples"
     lr_scales: Mapping[str, float] | None = None
+    of_checkpoint: str | None = None
+    init_from: str | None = None
+    loads_weights: bool = True
 
     def __init__(
         self,
@@ -145,6 +154,8 @@ class BaseModule(L.LightningModule):
         self._given = GivenSettings()
         self.writes_row = False
         self._lr = 0.0
+        self.frozen: list[nn.Module] = []  # parts of the net that stay in evaluation mode
+        self._nets: dict[str, dict[str, Any]] = {}  # of a folder or hub name: what a checkpoint says of them
         self.grad_norm = torch.tensor(0.0)
 
     @override
@@ -241,8 +252,15 @@ class BaseModule(L.LightningModule):
         on_host = nullcontext() if torch.get_default_device().type == "meta" else torch.device("cpu")
         with torch.random.fork_rng(devices=[]), on_host:
             torch.manual_seed(step_seed(global_seed()))
-            self.net = self.build_net().train()  # from_pretrained leaves dropout off
+            start = self.init_from or self.of_checkpoint
+            self._nets = read_nets(start)
+            with building(self._nets, loads=self.loads_weights and start is None):
+                self.net = self.build_net().train()  # from_pretrained leaves dropout off
+            if self.init_from is not None and self.loads_weights:
+                self._start_from(self.init_from)
             if self.weight_init is not None:
+                if self._nets or self.init_from:
+                    raise InputError("model.weight_init: would replace the weights of the net; set it to null")
                 initialize: Callable[[Tensor], Tensor] = getattr(nn.init, f"{self.weight_init}_")
                 for name, p in self.net.named_parameters():
                     if p.ndim >= 2 and "weight" in name.rpartition(".")[2] and p.requires_grad:
@@ -259,6 +277,22 @@ class BaseModule(L.LightningModule):
         self._groups = [{**group, "params": [names[p] for p in group["params"]]} for group in groups]
         self.num_params = sum(p.numel() for p in self.net.parameters())
         self._prepare_blocks()
+
+    def _start_from(self, path: str) -> None:
+        start = read_start(path, self.net)
+        then, now = (meaning(facts) for facts in (start.facts, self.data.facts))
+        for name in then.keys() & now.keys():
+            if then[name] != now[name]:
+                there, here = (shorten(str(each[name]), 50) for each in (then, now))
+                raise InputError(f"--init_from {path}: its {name} are {there}, and those of the data {here}")
+        fill(self.net, start.state, f"--init_from {path}:")
+
+    @override
+    def train(self, mode: bool = True) -> "BaseModule":
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     @property
     def param_names(self) -> list[str]:
@@ -340,6 +374,7 @@ class BaseModule(L.LightningModule):
         self._check_weights()
         checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"], checkpoint["facts"] = geometry(self.trainer), dict(self.data.facts)
+        checkpoint["nets"] = self._nets
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

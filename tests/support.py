@@ -299,3 +299,56 @@ def write_encoder(folder: Path, texts: list[str]) -> Path:
     )  # fmt: skip
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     return folder
+
+
+def write_decoder(
+    folder: Path, text: str, kind: str = "LlamaConfig", tokens: int = 0, dtype: str = "float32", positions: int = 64
+) -> Path:
+    """A causal net of transformers with new weights, and its tokenizer, trained on the text.
+
+    Args:
+        folder: where to.
+        text: for the tokenizer.
+        kind: class of its config.
+        tokens: how many more it knows than the tokenizer, or fewer if negative.
+        dtype: of its weights.
+        positions: the longest window that it takes.
+    """
+    import tokenizers
+    import torch
+    import transformers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[1])
+    fast.save_pretrained(folder)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 0}
+    sizes |= {} if kind == "GPT2Config" else {"intermediate_size": 64, "num_key_value_heads": 2}
+    config = getattr(transformers, kind)(vocab_size=len(fast) + tokens, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = transformers.AutoModelForCausalLM.from_config(config)
+    net.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def write_resnet(folder: Path) -> Path:
+    """A ResNet of transformers for seven classes of colour images, with new weights and its own mean and scale."""
+    import torch
+    import transformers
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=7)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.ResNetForImageClassification(config).save_pretrained(folder)
+    scale = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.2]}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**scale, "image_processor_type": "ViTImageProcessor"}))
+    return folder

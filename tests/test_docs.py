@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.support import MEASURED, RECIPES, ROOT, logs, main_of, run_ranks, write_encoder
+from tests.support import MEASURED, RECIPES, ROOT, logs, main_of, run_ranks, write_decoder, write_encoder, write_resnet
 
 # The page of a copy that has not been edited speaks of the original, whose page is tested.
 OWN = [page for page in (ROOT / "recipes").glob("*/README.md") if f"recipes/{page.parent.name}/" in page.read_text()]
@@ -50,6 +50,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "news.csv").write_text("\n".join(["text,topics", *topics]))
     tagged = [{"tokens": ["a", word, "film"], "tags": ["O", "B-X", "I-X"]} for word in ("good", "bad", "very") * 10]
     (folder / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
+    write_decoder(folder / "llama", "".join(texts)[:50_000], positions=512)
+    write_resnet(folder / "microsoft/resnet-18")
     generator = np.random.default_rng(0)
     names = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households")
     houses = pd.DataFrame(generator.uniform(1, 50, (400, len(names))), columns=pd.Index(names))

@@ -21,6 +21,7 @@ FLOORS = (
     ("common.losses", "common.figures"),
     ("common.parts",),
     ("common.data", "common.optim", "common.checkpoint", "common.checksums"),
+    ("common.weights",),
     ("common.module",),
     ("common.sources", "common.nets"),
     ("common.strategies",),

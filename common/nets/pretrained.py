@@ -1,25 +1,141 @@
 """Pretrained nets of transformers with their heads."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import transformers
 from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from common.checksums import check_files
 from common.errors import InputError
+from common.weights import BUILDING, Building, is_shape
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers says on stderr: what matters of it is looked at here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@_quietly()
+def load(
+    kind: Any, name: str, key: str, what: str, num_labels: int | None = None, vocab_size: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A net of transformers by its folder or hub name, with its weights in the present default precision.
+
+    The folder of a ``config.json`` alone gives a new net. Where a module builds its net, a checkpoint's description
+    takes the place of the folder, and its weights follow.
+
+    Args:
+        kind: its class, such as ``transformers.AutoModelForCausalLM``.
+        name: folder or hub name (safetensors weights).
+        key: the setting that names it, for messages.
+        what: what it should be, for messages.
+        num_labels: classes of its head; where it has others, the head is made anew.
+        vocab_size: tokens of a new net; None for those of its config.
+
+    Returns:
+        The net and its description: what its ``config``, its ``generation`` config and its ``preprocessing`` say, and
+        the number of ``classes`` that it came with.
+
+    Raises:
+        InputError: there is no such net, or it lacks weights.
+    """
+    disable_progress_bar()  # it would write to stderr
+    known, loads = BUILDING.get(None) or Building({}, True)
+    place = str(path) if (path := Path(name).expanduser()).is_dir() else name
+    dtype = torch.get_default_dtype()
+    try:
+        if its := known.get(name):
+            config: Any = _config(its["config"])
+        elif known and not loads:
+            raise InputError(f"{key} {name!r}: the checkpoint is of {', '.join(map(repr, known))}; give that name")
+        else:
+            check_files(Path(place))
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            if is_shape(place):
+                loads = False
+                if vocab_size is not None:
+                    config.vocab_size = vocab_size
+                if not rank_zero_only.rank:
+                    print(f"{key} {name}: has a config.json and no weights; the net is a new one", flush=True)
+        classes = config.num_labels
+        if num_labels not in (None, classes):
+            config.id2label = {number: f"LABEL_{number}" for number in range(num_labels)}
+        if loads:
+            net = _with_weights(kind, place, config, dtype, num_labels is not None)
+        else:
+            net = kind.from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:80]
+        problem = f"neither a folder with {what} in safetensors nor a hub name ({reason})"
+        raise InputError(f"{key} {name!r}: {problem}") from error
+    net.name_or_path = name
+    if its is None:
+        its = {"config": _plain(net.config), "classes": classes, "preprocessing": preprocessing(place)}
+        known[name] = its | {"generation": _plain(net.generation_config) if net.can_generate() else {}}
+    elif net.can_generate():
+        net.generation_config = GenerationConfig.from_dict(its["generation"])
+    return net, known[name]
+
+
+def _config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    return type(AutoConfig.for_model(settings["model_type"])).from_dict(dict(settings))
+
+
+def _plain(settings: PretrainedConfig | GenerationConfig) -> dict[str, Any]:
+    """All settings as plain values, which a checkpoint can hold."""
+    return json.loads(settings.to_json_string(use_diff=False))
+
+
+def _with_weights(kind: Any, place: str, config: PretrainedConfig, dtype: torch.dtype, has_head: bool) -> Any:
+    net, found = kind.from_pretrained(
+        place, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+        ignore_mismatched_sizes=has_head, output_loading_info=True,
+    )  # fmt: skip
+    body = f"{net.base_model_prefix}."
+    others = [name for name, *_ in found["mismatched_keys"] if name.startswith(body)]
+    missing = [name for name in found["missing_keys"] if name.startswith(body) or not has_head]
+    if lacks := [*sorted(missing), *others]:
+        raise ValueError(f"its files lack {lacks[0]}")
+    return net
+
+
+def body_of(net: nn.Module) -> str:
+    """Where in a net the body of its net of transformers is: the start of its parameters' names.
+
+    Of any other net that is ``body.``.
+    """
+    found = next((module for module in net.modules() if isinstance(module, PreTrainedModel)), None)
+    body = found.base_model if found is not None else None
+    return next((f"{name}." for name, module in net.named_modules() if module is body and name), "body.")
+
+
+@_quietly()
 def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
     """Refuse a net whose tokenizer gives a token of the data another number.
 
@@ -66,35 +182,41 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 class Pretrained(nn.Module):
-    """A pretrained net of transformers with its head, such as a teacher.
+    """A pretrained net of transformers with its head, to be trained further or as a teacher.
+
+    Where its head has other classes than the data, in number, an image or text net gets a new one.
 
     Args:
         num_classes: number of classes of the data and the head. A language model may know more tokens; they are left
             out.
         name: folder or hub name of the net (safetensors weights).
         task: what its head does. Images, in [0, 1], get the mean and scale that its ``preprocessor_config.json`` names.
+        freeze: keep the body as it is and train the head alone.
 
     Raises:
-        InputError: there is no such net, or its head has other classes.
+        InputError: there is no such net, or it knows fewer tokens.
     """
 
-    def __init__(self, num_classes: int, name: str, task: Literal["image", "text", "next token"] = "image"):
+    def __init__(
+        self, num_classes: int, name: str, task: Literal["image", "text", "next token"] = "image", freeze: bool = False
+    ):
         super().__init__()
-        disable_progress_bar()  # it would write to stderr
         kinds = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
-        check_files(Path(name))
-        try:
-            self.model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:80]
-            problem = f"neither a folder with such a net in safetensors nor a hub name ({reason})"
-            raise InputError(f"{type(self).__name__} name {name!r}: {problem}") from error
-        self.preprocessing = preprocessing(name) if task == "image" else {}
-        self.num_classes, language = num_classes, task == "next token"
-        found: int = self.model.config.vocab_size if language else self.model.config.num_labels  # type: ignore
-        if found < num_classes or (found > num_classes and not language):
-            raise InputError(f"{type(self).__name__} name {name!r}: has {found} classes, the data {num_classes}")
+        key, language = f"{type(self).__name__} name", task == "next token"
+        self.model, its = load(kind, name, key, "such a net", None if language else num_classes)
+        self.num_classes, self.freeze = num_classes, freeze
+        self.preprocessing: dict[str, Any] = its["preprocessing"] if task == "image" else {}
+        self.new_head = "" if language or its["classes"] == num_classes else f"{its['classes']} classes"
+        if language and (found := self.model.config.vocab_size) < num_classes:
+            raise InputError(f"{key} {name!r}: knows {found} tokens, and the data have {num_classes}")
+        self.model.base_model.requires_grad_(not freeze)
+
+    def train(self, mode: bool = True) -> "Pretrained":
+        """A frozen body stays in evaluation mode: it cannot adapt to dropout."""
+        super().train(mode)
+        self.model.base_model.train(mode and not self.freeze)
+        return self
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "*batch classes"]:
         """Logits of a batch.
@@ -102,13 +224,8 @@ class Pretrained(nn.Module):
         Raises:
             InputError: images have other channels, or another size, than the net takes.
         """
-        if self.preprocessing:
-            images, each = inputs["pixel_values"], ("image_mean", "image_std")
-            mean, std = (images.new_tensor(self.preprocessing[name])[:, None, None] for name in each)
-            if images.shape[1] != len(mean):
-                problem = f"takes images of {len(mean)} channels, and the data have {images.shape[1]}"
-                raise InputError(f"model.net name {self.model.name_or_path!r}: {problem}; set data.source.mode")
-            inputs["pixel_values"] = (images - mean) / std
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = self._scaled(inputs["pixel_values"])
         try:
             return self.model(**inputs).logits[..., : self.num_classes]
         except ValueError as error:
@@ -116,3 +233,11 @@ class Pretrained(nn.Module):
                 raise
             reason = str(error).splitlines()[0][:90]
             raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; set data.source.size") from error
+
+    def _scaled(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
+        mean, std = (images.new_tensor(self.preprocessing.get(name, [])) for name in ("image_mean", "image_std"))
+        takes = len(mean) or getattr(self.model.config, "num_channels", images.shape[1])
+        if images.shape[1] != takes:
+            problem = f"takes images of {takes} channels, and the data have {images.shape[1]}"
+            raise InputError(f"model.net name {self.model.name_or_path!r}: {problem}; set data.source.mode")
+        return (images - mean[:, None, None]) / std[:, None, None] if len(mean) else images

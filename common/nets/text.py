@@ -1,7 +1,5 @@
 """Nets for texts, made from transformers."""
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -12,10 +10,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from common.checksums import check_files
 from common.errors import InputError
+from common.nets.pretrained import load
+from common.parts import blocks
 
 
 class PretrainedEncoder(nn.Module):
@@ -33,16 +31,7 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, num_classes: int, name: str, freeze: bool = False, dropout: float = 0.1):
         super().__init__()
-        disable_progress_bar()  # it would write to stderr
-        check_files(Path(name))
-        try:
-            self.body = AutoModel.from_pretrained(
-                name, use_safetensors=True, trust_remote_code=False, dtype=torch.get_default_dtype()
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:80]
-            problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
-            raise InputError(f"model.net name {name!r}: {problem}") from error
+        self.body, _ = load(AutoModel, name, "model.net name", "an encoder")
         if hasattr(self.body, "pooler"):
             self.body.pooler = None  # distributed training refuses unused parameters
         self.body.requires_grad_(not freeze)
@@ -108,23 +97,9 @@ class PretrainedWordClassifier(nn.Module):
 
     def __init__(self, num_classes: int, name: str, freeze: bool = False):
         super().__init__()
-        disable_progress_bar()  # it would write to stderr
-        check_files(Path(name))
-        before = get_verbosity()
-        set_verbosity_error()  # it would warn that the head is new
-        try:
-            self.model = AutoModelForTokenClassification.from_pretrained(
-                name, num_labels=num_classes, ignore_mismatched_sizes=True, use_safetensors=True,
-                trust_remote_code=False, dtype=torch.get_default_dtype(),
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:80]
-            problem = f"neither a folder with an encoder in safetensors nor a hub name ({reason})"
-            raise InputError(f"model.net name {name!r}: {problem}") from error
-        finally:
-            set_verbosity(before)
+        self.model, _ = load(AutoModelForTokenClassification, name, "model.net name", "an encoder", num_classes)
         self.model.base_model.requires_grad_(not freeze)
-        self.freeze, self.body_name = freeze, f"model.{self.model.base_model_prefix}."
+        self.freeze = freeze
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
@@ -160,6 +135,76 @@ def causal_lm(
         return AutoModelForCausalLM.from_config(config)  # SDPA attention wherever the net has it
     except (ValueError, KeyError) as error:
         raise InputError(f"{key}: {type(config).__name__} makes no language model: {error}") from error
+
+
+def check_net(config: PretrainedConfig | None, weights: str | None, context: int) -> None:
+    """Check that there is either a config or a net to train further, and that the config has positions enough.
+
+    Raises:
+        InputError: there are both or neither, or ``context`` tokens are too many.
+    """
+    if config is not None and weights is not None:
+        problem = "model.weights have a configuration of their own"
+        raise InputError(f"model.config: {problem}; add the recipe's pretrained.yaml by --config, or give null")
+    if config is not None:
+        check_context(config, context)
+    elif weights is None:
+        raise InputError("model.config is null, and there are no model.weights; give one of them")
+
+
+def language_model(
+    config: PretrainedConfig | None,
+    weights: str | None,
+    vocab_size: int,
+    context: int,
+    eos_id: int | None = None,
+) -> PreTrainedModel:
+    """A causal language model of transformers for the tokens of the data: a new one, or one to train further.
+
+    Args:
+        config: of a new one.
+        weights: folder or hub name of the other; it may know more tokens than the data have. The folder of a
+            ``config.json`` alone gives a new one of that shape.
+        vocab_size: number of tokens of the data.
+        context: tokens that it has to take at a time.
+        eos_id: the token that ends a text; None if nothing is generated.
+
+    Raises:
+        InputError: transformers has no such net, or it knows fewer tokens or takes fewer at a time.
+    """
+    if weights is None:
+        assert config is not None, "check_net has seen to it"
+        return causal_lm(config, vocab_size, eos_id)
+    net, _ = load(AutoModelForCausalLM, weights, "model.weights", "a language model", vocab_size=vocab_size)
+    if (known := net.get_input_embeddings().num_embeddings) < vocab_size:
+        problem = f"knows {known} tokens, and the data have {vocab_size}"
+        raise InputError(f"model.weights {weights!r}: {problem}; give its own tokenizer, or data.tokenizer null")
+    check_context(net.config, context, f"model.weights {weights!r}")
+    for each in (net.config, net.generation_config) if eos_id is not None else ():
+        ends = each.eos_token_id
+        if eos_id not in (ends if isinstance(ends, list) else [ends]):
+            each.eos_token_id = eos_id
+    return net
+
+
+def freeze_blocks(net: PreTrainedModel, count: int) -> list[nn.Module]:
+    """Freeze the first blocks of a language model and its embeddings; nothing for 0.
+
+    Returns:
+        The frozen parts; they are to stay in evaluation mode.
+
+    Raises:
+        InputError: it has fewer blocks.
+    """
+    layers = blocks(net)
+    if not 0 <= count <= len(layers):
+        raise InputError(f"model.frozen_blocks {count}: must be 0 to {len(layers)}, the blocks of this net")
+    if not count:
+        return []
+    tables = [module for module in net.base_model.modules() if isinstance(module, nn.Embedding)]
+    for part in (frozen := [*tables, *layers[:count]]):
+        part.requires_grad_(False)
+    return frozen
 
 
 def check_context(

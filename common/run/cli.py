@@ -37,7 +37,7 @@ from typing_extensions import override
 
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest
+from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, speaking_of
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run import layers
@@ -170,7 +170,8 @@ class RecipeCLI(LightningCLI):
     Args:
         module_class: the recipe's LightningModule.
         datamodule_class: the recipe's DataModule.
-        links: facts of the built DataModule that become arguments of the module, by their full keys.
+        links: facts of the built DataModule that become arguments of the module, by their full keys; or an argument of
+            the module that becomes one of the DataModule.
         args: command-line arguments; None for the process's own.
 
     Raises:
@@ -245,8 +246,11 @@ class RecipeCLI(LightningCLI):
             parser.add_class_arguments(kind, key, skip={"monitor"})
         parser.add_argument("--best.monitor", "--monitor", type=str, default="val/loss")
         parser.add_argument(TRAINER_HELP, action="help")
+        if self.command == "fit":
+            help = "A checkpoint, the name of a run or the folder of an export, whose weights the net starts with."
+            parser.add_argument("--init_from", type=str | None, default=None, help=help)
         for source, target in self.links.items():
-            parser.link_arguments(source, target, apply_on="instantiate")
+            parser.link_arguments(source, target, apply_on="instantiate" if source[:5] == "data." else "parse")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -267,6 +271,8 @@ class RecipeCLI(LightningCLI):
             self.config = parser.parse_args(self.argv)
         if checkpoint is None and "ckpt_path" in self.config[self.subcommand]:
             self.config[self.subcommand].ckpt_path = None  # auto, of a first start
+        if start := self.config[self.subcommand].get("init_from"):
+            self._start_from(start, checkpoint, given)
         self._check(self.config[self.subcommand])
 
     @override
@@ -332,6 +338,20 @@ class RecipeCLI(LightningCLI):
             problem = f"is not of the run {self.run.path}; give --name another name"
             raise InputError(f"--ckpt_path {checkpoint}: {problem}")
 
+    def _start_from(self, name: str, checkpoint: Path | None, given: list[str]) -> None:
+        """Find what ``--init_from`` names, and let the facts of its data hold."""
+        config = self.config.fit
+        if checkpoint is not None:  # the run goes on, and has begun with these weights
+            if "auto" not in [value for flag, value in layers.flags(self.argv) if flag == "ckpt_path"]:
+                raise InputError("--init_from: --ckpt_path goes on from the weights of a checkpoint; give one of them")
+            config.init_from = None
+            return
+        config.init_from = str(self.run.weights(name))
+        if not Path(config.init_from).is_dir() and "facts_of" in config.data and "data.facts_of" not in given:
+            config.data.facts_of = config.init_from
+        if not rank_zero_only.rank:
+            print(f"fit: starts with the weights of {config.init_from}", flush=True)
+
     def _config_of(self, checkpoint: Path) -> dict[str, Any]:
         """The config that a checkpoint was trained with: its run's own, or else the hyper-parameters in it."""
         beside = checkpoint.parent.parent / "config.yaml"
@@ -354,7 +374,7 @@ class RecipeCLI(LightningCLI):
 
     def _check(self, config: Any) -> None:
         for source, target in self.links.items():
-            if config.get(target) is not None:
+            if config.get(target) is not None and source[:5] == "data.":
                 raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
         if not config.get("ckpt_path") and (facts_of := config.data.get("facts_of")) and Path(facts_of).exists():
             read_checkpoint(facts_of, hint="name another with --data.facts_of")  # the whole file, with its checksums
@@ -390,7 +410,7 @@ class RecipeCLI(LightningCLI):
                     item.init_args[key] = value.value
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
-        if config.get("ckpt_path") and "facts_of" in self.resolved["data"]:
+        if (config.get("ckpt_path") or config.get("init_from")) and "facts_of" in self.resolved["data"]:
             self.resolved["data"]["facts_of"] = None  # the checkpoint of this command, and not of another
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
@@ -433,6 +453,7 @@ class RecipeCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -442,11 +463,15 @@ class RecipeCLI(LightningCLI):
             if refused := re.search(r"^  - (trainer\.strategy: .*)$", str(error), re.MULTILINE):
                 raise InputError(refused[1]) from error  # of this one it keeps the text only
             raise
+        self.model.of_checkpoint, self.model.init_from = config.get("ckpt_path"), config.get("init_from")
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
+        # To start with weights, other samples than theirs are no mistake, but a choice.
+        fix = "give --data.facts_of null" if self.config[subcommand].get("init_from") else "begin a new run"
         try:
-            super()._run_subcommand(subcommand)
+            with speaking_of(fix, instead_of="begin a new run"):
+                super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # as which Lightning ends
                 raise KeyboardInterrupt from error

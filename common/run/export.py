@@ -38,6 +38,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
 
     disable_progress_bar()  # it stands on stderr
     model.float8 = False  # weights are the same without, and other machines have no float8
+    model.of_checkpoint = ckpt_path
     model.configure_model()
     checkpoint = read_checkpoint(ckpt_path)
     model.load_state_dict(checkpoint["state_dict"])
@@ -72,6 +73,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         special = {"eos_token": ends, "pad_token": ends} if ends else {}
         if context := getattr(datamodule, "context", None):
             special["model_max_length"] = context
+        special = datamodule.facts.get("special") or special  # a pretrained net's own
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     elif isinstance(made_from := datamodule.facts.get("tokenizer"), Mapping) and made_from:
         special = {name: value for name, value in made_from.items() if name != "json"}

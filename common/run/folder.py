@@ -110,6 +110,23 @@ class RunFolder:
             raise InputError(f"--ckpt_path {name}: {path} does not exist (found: {found}); {hint}")
         return path
 
+    def weights(self, name: str) -> Path:
+        """The checkpoint or the folder of an export that ``--init_from`` names; of a run its best, or else its last.
+
+        Raises:
+            InputError: there is none.
+        """
+        path = Path(name).expanduser()
+        for run in (self.path.parent / name, path) if "/" not in name else (path,):
+            kept = [run / f"checkpoints/{kind}.ckpt" for kind in ("best", "last")]
+            if found := next(filter(Path.exists, kept), None):
+                return found.absolute()
+        if path.exists():
+            return path.absolute()
+        hint = nearest(name, self._named_like("*.ckpt"))
+        problem = "no run of this recipe with a checkpoint, no checkpoint and no folder of an export"
+        raise InputError(f"--init_from {name}: {problem}{hint or '; name one'}")
+
     def start_from(self, checkpoint: str | None) -> None:
         """Choose the folder :attr:`starting`, where a fit writes until its first step is made.
 

@@ -41,7 +41,7 @@ def preflight(trainer: L.Trainer, model: BaseModule, datamodule: BaseDataModule)
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    model.float8, model.weight_init = False, None
+    model.float8, model.weight_init, model.loads_weights = False, None, False
     geometry(trainer)  # the loader's own checks
     # Of whole size, which the loader's first need not be.
     batch = datamodule.train_data[list(range(datamodule.batch_size))]

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 
 from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
-from common.sources.tokenizers import KnownTokenizer, TokenizerSource
+from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
 FORMAT = 3  # bump when the same source and settings would give other tokens
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
@@ -174,8 +174,9 @@ class Text:
 
     Args:
         path: of the text.
-        tokenizer: how to get the tokenizer.
+        tokenizer: how to get the tokenizer; None for that of the checkpoint, or else of the weights.
         facts: those of the checkpoint that a command is about, whose tokenizer holds; empty if there is none.
+        weights: folder or hub name of a net that is trained further; None for a new one.
         val_fraction: see :func:`prepare`.
         kwargs: further arguments of :func:`prepare`.
 
@@ -183,30 +184,31 @@ class Text:
         tokenizer: the tokenizer.
         eos_id: the token that ends a text.
         vocab_size: number of tokens.
-        facts: the tokenizer, which token ends a text, and by what the tokenizer was made; of the corpus ``documents``,
-            ``fingerprint`` and ``held``, and the ``val_fraction`` it is split by. All are plain values.
+        facts: the tokenizer, which token ends a text, further ``special`` settings, and by what it was made; of the
+            corpus ``documents``, ``fingerprint`` and ``held``, and the ``val_fraction`` it is split by. All are plain
+            values.
 
     Raises:
-        InputError: those of :func:`prepare`, or another tokenizer or share than that of the checkpoint is given.
+        InputError: those of :func:`prepare` and :func:`common.sources.tokenizers.chosen`, or another tokenizer or share
+            than that of the checkpoint is given.
     """
 
     def __init__(
         self,
         path: str | None,
-        tokenizer: TokenizerSource,
+        tokenizer: TokenizerSource | None,
         facts: Mapping[str, Any],
+        weights: str | None = None,
         val_fraction: float = 0.1,
         **kwargs: Any,
     ):
         if facts and "eos_token" not in facts:
             raise InputError("data.facts_of: the checkpoint is of no text and has no tokenizer; name another, or null")
-        kind = type(tokenizer).__qualname__
-        given = {key: value for key, value in vars(tokenizer).items() if key != "eos_token"}
+        source = chosen(tokenizer, weights, facts)
+        given = {key: value for key, value in vars(source).items() if key != "eos_token"}
         # Checkpoints hold plain values alone; a class of one's own may have others.
-        by = [
-            kind,
-            {key: value if isinstance(value, int | float | str) else str(value) for key, value in given.items()},
-        ]
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in given.items()}
+        by = facts["made_by"] if facts and tokenizer is None else [type(source).__qualname__, plain]
         if facts and by != facts["made_by"]:
             problem = "the checkpoint was trained with {} {}, and this is another".format(*facts["made_by"])
             raise InputError(f"data.tokenizer: {problem}; remove it")
@@ -215,8 +217,9 @@ class Text:
             raise InputError(f"data.val_fraction {val_fraction}: {problem}; give {before}, or begin a new run")
         known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
         kwargs |= {"val_fraction": val_fraction, "known": known, "held": facts.get("held")}
-        self._prepare = partial(prepare, path, tokenizer, **kwargs)
-        self.facts: dict[str, Any] = {**facts, "made_by": by, "val_fraction": val_fraction}
+        self._prepare = partial(prepare, path, source, **kwargs)
+        special = facts.get("special", {}) if facts else source.special()
+        self.facts: dict[str, Any] = {**facts, "made_by": by, "special": special, "val_fraction": val_fraction}
         self.tokenizer = known.build([]) if known else self.corpus.tokenizer
         vocab = self.tokenizer.get_vocab()
         self.eos_id, self.vocab_size = vocab[known.eos_token] if known else self.corpus.eos_id, max(vocab.values()) + 1

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from typing_extensions import override
 
 from common.errors import InputError, short_path
+from common.weights import is_shape
 
 EOS = "<|endoftext|>"
 
@@ -25,6 +26,10 @@ class TokenizerSource(ABC):
     def settings(self) -> dict[str, Any]:
         """All settings that the tokenizer depends on, as JSON values."""
         return dict(vars(self))
+
+    def special(self) -> dict[str, Any]:
+        """Further arguments of ``transformers.PreTrainedTokenizerFast``, as plain values, which an export keeps."""
+        return {}
 
     @abstractmethod
     def build(self, texts: Iterable[str]) -> Tokenizer:
@@ -95,8 +100,7 @@ class PretrainedTokenizer(TokenizerSource):
         files = [path] if path.is_file() else [*sorted(path.glob("*.json")), *sorted(path.glob("*.model"))]
         return {"name": self.name, "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]}
 
-    @override
-    def build(self, texts: Iterable[str]) -> Tokenizer:
+    def _read(self) -> Any:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path, name = Path(self.name).expanduser(), short_path(self.name)
@@ -105,10 +109,24 @@ class PretrainedTokenizer(TokenizerSource):
                 found = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
                 found = AutoTokenizer.from_pretrained(path if path.is_dir() else self.name, trust_remote_code=False)
-            tokenizer: Tokenizer = found.backend_tokenizer
+            found.backend_tokenizer  # noqa: B018  # a slow one has none
         except Exception as error:  # tokenizers raises nothing narrower for a foreign file
             fix = "give a folder, a tokenizer.json or a hub name"
             raise InputError(f"{name}: no fast tokenizer there ({shorten(str(error), 36)}); {fix}") from error
+        return found
+
+    @override
+    def special(self) -> dict[str, Any]:
+        found = self._read()
+        tokens = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
+        length = {"model_max_length": found.model_max_length} if found.model_max_length < 1 << 30 else {}
+        template = {"chat_template": found.chat_template} if isinstance(found.chat_template, str) else {}
+        return {**tokens, **length, **template}
+
+    @override
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        found, name = self._read(), short_path(self.name)
+        tokenizer: Tokenizer = found.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # A bare tokenizer.json does not say which token ends a text.
@@ -118,3 +136,25 @@ class PretrainedTokenizer(TokenizerSource):
             raise InputError(f"{name}: no end-of-text token; set eos_token in its tokenizer_config.json")
         self.eos_token = known[0]
         return tokenizer
+
+
+def chosen(tokenizer: TokenizerSource | None, weights: str | None, facts: Mapping[str, Any]) -> TokenizerSource:
+    """The tokenizer that is given, or else that of a checkpoint or of a pretrained net.
+
+    Args:
+        tokenizer: the one that is given.
+        weights: folder or hub name of the net.
+        facts: those of the checkpoint that a command is about; empty if there is none.
+
+    Raises:
+        InputError: there is none, or one that is made from a text is given to a pretrained net.
+    """
+    if tokenizer is None and weights is None:
+        if facts:
+            return KnownTokenizer(facts["tokenizer"], facts["eos_token"])
+        raise InputError("data.tokenizer is null, and there are no model.weights to take it from; name one")
+    made = tokenizer is not None and not isinstance(tokenizer, PretrainedTokenizer)
+    if made and weights is not None and not facts and not is_shape(weights):
+        problem = f"{type(tokenizer).__name__} is not the tokenizer of model.weights"
+        raise InputError(f"data.tokenizer: {problem}; add the recipe's pretrained.yaml by --config, or give null")
+    return tokenizer or PretrainedTokenizer(str(weights))

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from common.errors import InputError
 from common.module import BaseModule, Stage
+from common.nets import body_of
 from common.sources.files import Labels
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
@@ -89,7 +90,7 @@ class ClassificationModule(BaseModule):
             if self.columns is None:
                 raise
             raise InputError(f"model.net: {str(error).splitlines()[0]}") from error
-        self.lr_scales = {getattr(net, "body_name", "body."): self.body_lr_scale}
+        self.lr_scales = {body_of(net): self.body_lr_scale}
         return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch *members_classes"]:

@@ -11,8 +11,10 @@ from typing_extensions import override
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError
+from common.nets.pretrained import check_tokens
 from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
+from common.weights import is_shape
 
 from .difficulty import Difficulty, check_order, order_digest
 from .lessons import CurriculumSampler, Lesson, Pacing, halvings
@@ -24,7 +26,7 @@ class CurriculumData(BaseDataModule):
     """A corpus, tokenized once and packed; its lessons grow with the tokens that training has seen.
 
     Args:
-        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the weights.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
         column: the text's column, in files and data sets with columns.
@@ -39,6 +41,7 @@ class CurriculumData(BaseDataModule):
         val_path: a text for validation, given like ``path``, in place of that share.
         test_path: a text for testing, given like ``path``; None to test on that for validation.
         cache_dir: folder of prepared corpora.
+        weights: folder or hub name of a net that is trained further; comes from the model.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
             ``export``.
         batch_size: windows per rank and micro-batch at full size.
@@ -48,7 +51,7 @@ class CurriculumData(BaseDataModule):
 
     def __init__(
         self,
-        tokenizer: TokenizerSource,
+        tokenizer: TokenizerSource | None = None,
         path: str | None = None,
         column: str = "text",
         context: int = 128,
@@ -60,6 +63,7 @@ class CurriculumData(BaseDataModule):
         val_path: str | None = None,
         test_path: str | None = None,
         cache_dir: str = CACHE,
+        weights: str | None = None,
         facts_of: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -79,12 +83,15 @@ class CurriculumData(BaseDataModule):
         self.difficulty, self.tokens_seen = difficulty, 0
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
-            path, tokenizer, read_facts(facts_of),
+            path, tokenizer, read_facts(facts_of), weights,
             column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
             cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
-        self.tokenizer, self.facts = self.text.tokenizer, {**self.text.facts, "context": context}
+        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.facts["context"] = context
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
+        if weights and tokenizer and facts_of is None and not is_shape(weights):
+            check_tokens(weights, self.tokenizer.get_vocab(), "model.weights")
         if facts_of is None:
             len(self.windows)  # too little text shows before ranks start
 

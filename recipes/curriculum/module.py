@@ -10,7 +10,7 @@ from typing_extensions import override
 from common.data import data_ranks
 from common.losses import cross_entropy, item_cross_entropy, precise, text_scores
 from common.module import BaseModule, Stage
-from common.nets import causal_lm, check_context
+from common.nets import check_net, freeze_blocks, language_model
 
 from .data import Batch
 from .lessons import Lesson, Pacing
@@ -21,9 +21,12 @@ class CurriculumModule(BaseModule):
     """A decoder-only transformer trained with the cross-entropy of the next token, by a curriculum.
 
     Args:
-        config: any causal language model of transformers, by its config's class path and settings.
+        config: any causal language model of transformers, by its config's class path and settings; None for that of the
+            weights.
         vocab_size: number of tokens; comes from the data.
         context: tokens of a window; comes from the data.
+        weights: folder or hub name of a causal language model of transformers to train further; None for a new one.
+        frozen_blocks: how many of its first blocks stay as they are, and with them the embeddings.
         self_paced: share of the windows that count in each micro-batch of each rank: the windows with the lowest loss,
             at least one (Kumar et al. 2010, https://papers.nips.cc/paper/3923; here the loss that admits this share is
             their threshold); None for all of them.
@@ -34,21 +37,26 @@ class CurriculumModule(BaseModule):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: PretrainedConfig | None,
         vocab_size: int,
         context: int,
+        weights: str | None = None,
+        frozen_blocks: int = 0,
         self_paced: Pacing | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        check_context(config, context)
+        check_net(config, weights, context)
+        self.weights, self.frozen_blocks = weights, frozen_blocks
         self.config, self.vocab_size = config, vocab_size
-        self.self_paced = self_paced
+        self.context, self.self_paced = context, self_paced
         self.lesson: Lesson | None = None  # of the last complete step
 
     @override
     def build_net(self) -> nn.Module:
-        return causal_lm(self.config, self.vocab_size)
+        net = language_model(self.config, self.weights, self.vocab_size, self.context)
+        self.frozen = freeze_blocks(net, self.frozen_blocks)
+        return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""

@@ -14,6 +14,7 @@ from .data import CurriculumData
 from .module import CurriculumModule
 
 LINKS = {
+    "model.weights": "data.weights",
     "data.vocab_size": "model.vocab_size",
     "data.context": "model.context",
 }

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError, nearest, speaking_of
-from common.nets.pretrained import check_tokens
+from common.nets.pretrained import Pretrained, check_tokens
+from common.weights import fill
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -98,6 +99,9 @@ class FrozenNet:
         Raises:
             InputError: it has other classes, or another tokenizer.
         """
+        if isinstance(self.net, Pretrained) and self.net.new_head:
+            problem = f"has {self.net.new_head}, the data {self.net.num_classes}; it would have to be trained first"
+            raise InputError(f"{self.key} {self.net.model.name_or_path!r}: {problem}")
         found = next((each for each in self.net.modules() if isinstance(each, PreTrainedModel)), None)
         if found is None:
             return None
@@ -150,17 +154,7 @@ class FrozenNet:
             raise InputError(f"{self.checkpoint_key} {path}: has another tokenizer than data.source; name another")
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
-        if not state.keys() & net.state_dict().keys():
-            state = {f"model.{name}": value for name, value in state.items()}  # saved from the net inside our wrapper
-        try:
-            net.load_state_dict(state)
-        except RuntimeError as error:
-            reason = re.sub(
-                r"copying a param with shape torch.Size(.*?) from checkpoint, the shape in current model is torch.Size"
-                r"(.*?)\.$", r"\1 there and \2 here", str(error).splitlines()[1].strip(),
-            )  # fmt: skip
-            problem = f"does not fit {self.key} {type(net).__name__}: {reason}"
-            raise InputError(f"{self.checkpoint_key} {problem}") from error
+        fill(net, state, self.checkpoint_key, self.key)
 
 
 def _value(data: Mapping[str, Any], key: str) -> Any:

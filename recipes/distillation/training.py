@@ -55,7 +55,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     if config["model"]["augmentation"] is None:  # as for texts; the layer may have one
         base["model"]["augmentation"] = None
     layers = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DEFAULTS, recipe / "config.yaml", layer)]
-    facts = json.dumps([FORMAT, layers, base, fingerprint], sort_keys=True)
+    facts = json.dumps([FORMAT, layers, base, fingerprint, *_stamp(config["model"]["teacher"])], sort_keys=True)
     folder = Path(cache_dir).expanduser() / "teachers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     make_cache(folder.parent)
     done = folder / "done"  # holds the folder of the finished run; a copy of the recipe has another name
@@ -70,6 +70,13 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
                 raise
             done.write_text(f"runs/{recipe.name}/teacher", encoding="utf-8")
     return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
+
+
+def _stamp(net: Mapping[str, Any]) -> list[Any]:
+    """What changes when the weights do that a net begins with: names, sizes and times of the files of their folder."""
+    folder = Path(str(net.get("init_args", {}).get("name"))).expanduser()
+    stats = ((path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file())
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[str, Any], folder: Path) -> None:

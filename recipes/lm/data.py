@@ -14,9 +14,11 @@ from typing_extensions import override
 from common.checkpoint import read_facts
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
+from common.nets.pretrained import check_tokens
 from common.sources.files import column, load_splits, named_columns
 from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
+from common.weights import is_shape
 
 Batch = TokenBatch
 
@@ -86,7 +88,7 @@ class LMData(BaseDataModule):
     """A corpus, tokenized once and packed.
 
     Args:
-        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the weights.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
         column: the text's column, in files and data sets with columns.
@@ -99,6 +101,7 @@ class LMData(BaseDataModule):
         prompts_column: the prompts' column in such a table.
         keep: its columns that ``predict`` writes beside the texts.
         cache_dir: folder of prepared corpora.
+        weights: folder or hub name of a net that is trained further; comes from the model.
         facts_of: a checkpoint whose tokenizer holds; that of ``--ckpt_path`` if there is one. Without the text then:
             ``predict`` and ``export``.
         batch_size: windows per rank and micro-batch.
@@ -108,7 +111,7 @@ class LMData(BaseDataModule):
 
     def __init__(
         self,
-        tokenizer: TokenizerSource,
+        tokenizer: TokenizerSource | None = None,
         path: str | None = None,
         column: str = "text",
         context: int = 128,
@@ -120,6 +123,7 @@ class LMData(BaseDataModule):
         prompts_column: str = "prompt",
         keep: list[str] | None = None,
         cache_dir: str = CACHE,
+        weights: str | None = None,
         facts_of: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -134,12 +138,15 @@ class LMData(BaseDataModule):
         self.prompts_path, self.prompts_column, self.keep = prompts_path, prompts_column, keep
         # Prepared here and not in `prepare_data`: the module needs its facts, and mistakes show before ranks start.
         self.text = Text(
-            path, tokenizer, read_facts(facts_of),
+            path, tokenizer, read_facts(facts_of), weights,
             column=column, val_fraction=val_fraction, val_path=val_path, test_path=test_path,
             cache_dir=Path(cache_dir).expanduser(),
         )  # fmt: skip
-        self.tokenizer, self.facts = self.text.tokenizer, {**self.text.facts, "context": context}
+        self.tokenizer, self.facts = self.text.tokenizer, self.text.facts
+        self.facts["context"] = context
         self.eos_id, self.vocab_size = self.text.eos_id, self.text.vocab_size
+        if weights and tokenizer and facts_of is None and not is_shape(weights):
+            check_tokens(weights, self.tokenizer.get_vocab(), "model.weights")
 
         if facts_of is None:
             self._check_context()

@@ -14,7 +14,7 @@ from common.data import global_seed, seed_draws, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy, item_cross_entropy, text_scores
 from common.module import BaseModule, Stage
-from common.nets import causal_lm, check_context
+from common.nets import check_net, freeze_blocks, language_model
 from common.parts import gathered
 
 from .data import Batch, PromptBatch, PromptDataset
@@ -24,10 +24,13 @@ class LMModule(BaseModule):
     """A decoder-only transformer trained with the cross-entropy of the next token.
 
     Args:
-        config: any causal language model of transformers, by its config's class path and settings.
+        config: any causal language model of transformers, by its config's class path and settings; None for that of the
+            weights.
         vocab_size: number of tokens; comes from the data.
         eos_id: the token that ends a text; comes from the data.
         context: tokens of a window; comes from the data.
+        weights: folder or hub name of a causal language model of transformers to train further; None for a new one.
+        frozen_blocks: how many of its first blocks stay as they are, and with them the embeddings.
         sample_tokens: length of the sample after each validation; 0 for none.
         temperature: of the samples; 0 takes the most likely token.
         kwargs: of :class:`common.module.BaseModule`.
@@ -37,16 +40,19 @@ class LMModule(BaseModule):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: PretrainedConfig | None,
         vocab_size: int,
         eos_id: int,
         context: int,
+        weights: str | None = None,
+        frozen_blocks: int = 0,
         sample_tokens: int = 200,
         temperature: float = 0.8,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        check_context(config, context)
+        check_net(config, weights, context)
+        self.weights, self.frozen_blocks = weights, frozen_blocks
         self.config, self.vocab_size, self.eos_id = config, vocab_size, eos_id
         self.context = context
         for name, value in (("sample_tokens", sample_tokens), ("temperature", temperature)):
@@ -56,7 +62,9 @@ class LMModule(BaseModule):
 
     @override
     def build_net(self) -> nn.Module:
-        return causal_lm(self.config, self.vocab_size, self.eos_id)
+        net = language_model(self.config, self.weights, self.vocab_size, self.context, self.eos_id)
+        self.frozen = freeze_blocks(net, self.frozen_blocks)
+        return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
         """Logits of the next token at each position."""
@@ -94,7 +102,7 @@ class LMModule(BaseModule):
                 new: Any = net.generate(seen.to(self.device), **options)  # type: ignore[operator]
             ids += new[0, seen.shape[1] :].tolist() if len(ids) < end else []
             end = len(ids) if ids[-1] == self.eos_id else end
-        self.net.train(self.training)
+        self.train(self.training)
         return ids
 
     def _any_rank(self, decision: bool) -> bool:
@@ -131,7 +139,8 @@ class LMModule(BaseModule):
     @override
     def flops_per_item(self) -> float:
         """Forward and backward operations per token (PaLM, appendix B, https://arxiv.org/abs/2204.02311)."""
-        return 6 * self.num_params + 12 * self.config.num_hidden_layers * self.config.hidden_size * self.context
+        config: Any = self.net.config
+        return 6 * self.num_params + 12 * config.num_hidden_layers * config.hidden_size * self.context
 
     @override
     def num_items(self, batch: Batch) -> int:

@@ -14,6 +14,7 @@ from .data import LMData
 from .module import LMModule
 
 LINKS = {
+    "model.weights": "data.weights",
     "data.vocab_size": "model.vocab_size",
     "data.eos_id": "model.eos_id",
     "data.context": "model.context",

@@ -1,0 +1,133 @@
+"""Weights that a net starts with: of a folder or the hub, of a checkpoint, of an export."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.checkpoint import read_checkpoint
+from common.checksums import check_files
+from common.errors import InputError
+
+
+class Building(NamedTuple):
+    """How nets of a folder or hub name are made, see :func:`common.nets.pretrained.load`.
+
+    Attributes:
+        known: what a checkpoint says of them, by their names; that of others is added when they are made.
+        loads: whether they get their weights; not if those of a checkpoint follow.
+    """
+
+    known: dict[str, dict[str, Any]]
+    loads: bool
+
+
+BUILDING: ContextVar[Building] = ContextVar("how nets of a folder or hub name are made")
+
+
+@contextmanager
+def building(known: dict[str, dict[str, Any]], loads: bool) -> Iterator[None]:
+    """Make nets of a folder or hub name so; the arguments are those of :class:`Building`."""
+    token = BUILDING.set(Building(known, loads))
+    try:
+        yield
+    finally:
+        BUILDING.reset(token)
+
+
+def is_shape(name: str) -> bool:
+    """Whether a name is that of a folder with the ``config.json`` of a net and no weights of any kind."""
+    folder = Path(name).expanduser()
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+    return (folder / "config.json").is_file() and not any(path.name.endswith(kinds) for path in folder.iterdir())
+
+
+class Start(NamedTuple):
+    """What a net starts with: weights by their names, and facts of the data that they were trained on."""
+
+    state: dict[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
+    """Weights of a checkpoint, or of the folder of an export.
+
+    Args:
+        path: the file or folder.
+        net: the net that is to have them; it decides how an export is read.
+        key: the setting that names it, for messages.
+
+    Raises:
+        InputError: it holds no weights, or is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        checkpoint = read_checkpoint(path, hint=f"name another with {key}")
+        state = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name[:4] == "net."}
+        return Start(state, checkpoint.get("facts", {}))
+    check_files(folder)
+    inner = next((module for module in net.modules() if isinstance(module, PreTrainedModel)), None)
+    try:
+        if inner is not None:  # whose files may have older names
+            state = type(inner).from_pretrained(path, use_safetensors=True, dtype=inner.dtype).state_dict()
+        else:
+            state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = f"is no export of such a net ({str(error).splitlines()[0][:60]})"
+        raise InputError(f"{key} {path}: {problem}; name another, or a checkpoint") from error
+    beside = {name: folder / f"{name}.json" for name in ("facts", "tokenizer")}
+    found = {name: file.read_text(encoding="utf-8") for name, file in beside.items() if file.is_file()}
+    facts = json.loads(found.pop("facts", "{}"))
+    return Start(state, facts | found)
+
+
+def meaning(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens."""
+    found = {"classes": facts.get("class_names"), "columns": facts.get("columns")}
+    if tokenizer := facts.get("tokenizer"):
+        found["tokens"] = json.loads(tokenizer if isinstance(tokenizer, str) else tokenizer["json"])["model"]
+    return {name: value for name, value in found.items() if value}
+
+
+def read_nets(path: str | None) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of nets that came from a folder or hub name; nothing for an export and for None."""
+    if path is None or Path(path).is_dir():
+        return {}
+    return read_checkpoint(path, mmap=True).get("nets", {})
+
+
+def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "the net") -> None:
+    """Load weights into a net; those of a net inside a wrapper of ours fit the wrapper too.
+
+    Args:
+        net: the net.
+        weights: by their names; of tied ones, one is enough.
+        key: the setting that they come from, for messages.
+        its: the setting of the net, for messages.
+
+    Raises:
+        InputError: a name or a shape does not fit.
+    """
+    own, state = net.state_dict(), dict(weights)
+    if not state.keys() & own.keys():
+        state = {f"model.{name}": weight for name, weight in state.items()}
+    places = {own[name].data_ptr(): weight for name, weight in state.items() if name in own and own[name].numel()}
+    tied = {name: places[weight.data_ptr()] for name, weight in own.items() if weight.data_ptr() in places}
+    try:
+        net.load_state_dict({**tied, **state})
+    except RuntimeError as error:
+        reason = re.sub(
+            r"copying a param with shape torch.Size(.*?) from checkpoint, the shape in current model is torch.Size"
+            r"(.*?)\.$", r"\1 there and \2 here", str(error).splitlines()[1].strip(),
+        )  # fmt: skip
+        problem = f"does not fit {its} {type(net).__name__}: {shorten(reason, 120)}"
+        raise InputError(f"{key} {problem}") from error

@@ -1,0 +1,371 @@
+"""Weights from elsewhere: nets that transformers has saved, and runs of one's own, train further by flags."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+
+from common.checkpoint import read_checkpoint
+from tests.support import (
+    EXACT,
+    ROOT,
+    TINY,
+    difference,
+    is_refused,
+    logs,
+    main_of,
+    read_metrics,
+    run_ranks,
+    write_decoder,
+    write_resnet,
+)
+
+FIT = [
+    *TINY, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    "--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1",
+]  # fmt: skip
+TEXT = ["--data.path", "my.txt", "--data.context", "32"]
+# As of a run that ends where another goes on: its schedule depends on its length.
+STEADY = ["--model.lr_scheduler", "null", "--last.every_n_train_steps", "2"]
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def preset(recipe: str) -> list[str]:
+    return ["fit", "--config", str(ROOT / f"recipes/{recipe}/pretrained.yaml"), *FIT]
+
+
+@pytest.fixture
+def text(work: Path, small_text: Path) -> str:
+    found = small_text.read_text(encoding="utf-8")[:20_000]
+    (work / "my.txt").write_text(found, encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def photos(work: Path) -> Path:
+    """Colour images of two kinds, told apart by their brightness."""
+    for kind, name in enumerate(("cat", "dog")):
+        (work / "photos" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = np.random.default_rng([kind, number]).integers(100 * kind, 100 * kind + 150, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(work / f"photos/{name}/{number}.png")
+    return work / "photos"
+
+
+IMAGES = ["--data.source.path", "photos", "--data.source.size", "16", "--data.batch_size", "4"]
+
+
+def state_of(recipe: str, run: str, name: str = "last") -> dict[str, Any]:
+    return read_checkpoint(f"runs/{recipe}/{run}/checkpoints/{name}.ckpt")
+
+
+def same_state(*states: dict[str, Any]) -> bool:
+    """Whether two checkpoints hold the same weights and the same state of the optimizer, to the bit."""
+    torch.testing.assert_close(*[state["optimizer_states"] for state in states], rtol=0, atol=0)
+    weights = [state["state_dict"] for state in states]
+    return all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main_of(recipe)(args)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert len(line) <= 240
+    return line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "frozen"),
+    [
+        ("lm", "LlamaConfig", 0),
+        *(pytest.param("lm", kind, 0, marks=pytest.mark.matrix) for kind in ("GPT2Config", "Qwen3Config", "OPTConfig")),
+        *(pytest.param("lm", kind, 1, marks=pytest.mark.matrix) for kind in ("GPT2Config", "GPTNeoXConfig")),
+        pytest.param("lm", "LlamaConfig", 2, marks=pytest.mark.matrix),
+        pytest.param("curriculum", "GPT2Config", 1, marks=pytest.mark.matrix),
+    ],
+)
+def test_a_language_model_trains_further(
+    recipe: str, kind: str, frozen: int, work: Path, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With its own tokenizer, in fp32; resumed to the bit and exported when its folder and the text are gone."""
+    folder = write_decoder(work / "net", text, kind, tokens=12, dtype="bfloat16")
+    mine = AutoTokenizer.from_pretrained(folder)
+    args = [*preset(recipe), *TEXT, *STEADY, "--model.weights", "./net", "--model.frozen_blocks", str(frozen)]
+    args += ["--model.sample_tokens", "4"] if recipe == "lm" else []
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    capfd.readouterr()
+    cli = main_of(recipe)([*args, "--name", "whole"])
+    assert not capfd.readouterr().err
+    assert type(cli.model.net) is type(start)
+    assert {p.dtype for p in cli.model.net.parameters()} == {torch.float32}
+    assert cli.datamodule.tokenizer.get_vocab() == mine.get_vocab()
+    moved = {name for name, p in cli.model.net.named_parameters() if not torch.equal(p, start.get_parameter(name))}
+    assert moved == {name for name, p in cli.model.net.named_parameters() if p.requires_grad}
+    assert all(not part.training for part in cli.model.train().frozen)
+    main_of(recipe)([*args, "--trainer.max_steps", "2"])
+    shutil.rmtree(folder)
+    main_of(recipe)(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert same_state(state_of(recipe, "default"), state_of(recipe, "whole"))
+    (work / "my.txt").unlink()
+    cli = main_of(recipe)(["export"])
+    there = AutoModelForCausalLM.from_pretrained(work / f"runs/{recipe}/default/export")
+    ids = AutoTokenizer.from_pretrained(work / f"runs/{recipe}/default/export")("the import system").input_ids
+    assert ids == mine("the import system").input_ids
+    assert there.generation_config.eos_token_id == mine.eos_token_id
+    with torch.no_grad():
+        logits = [net(input_ids=torch.tensor([ids])).logits for net in (there, cli.model.net.eval())]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("net", "freeze"),
+    [
+        ("resnet", True),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in (("resnet", False), ("vit", True), ("vit", False))),
+    ],
+)
+def test_an_image_net_trains_further(net: str, freeze: bool, work: Path, photos: Path) -> None:
+    """With a new head, its own mean and scale; the body more slowly, or not at all."""
+    if net == "resnet":
+        write_resnet(work / "net")
+    else:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=7, **sizes)
+        transformers.ViTForImageClassification(config).save_pretrained(work / "net")
+    start = AutoModelForImageClassification.from_pretrained(work / "net").base_model.state_dict()
+    args = [*preset("classification"), *IMAGES, *STEADY, "--model.net.name", "./net"]
+    args += ["--model.net.freeze", str(freeze).lower()]
+    cli = main_of("classification")([*args, "--name", "whole"])
+    body = cli.model.net.model.base_model
+    same = [torch.equal(value, start[name]) for name, value in body.state_dict().items()]
+    assert all(same) if freeze else not any(same[:2])
+    assert body.training != freeze
+    rates = {group["lr"] for group in cli.trainer.optimizers[0].param_groups}
+    assert rates == ({1.0e-3} if freeze else {1.0e-3, 1.0e-4})
+    main_of("classification")([*args, "--trainer.max_steps", "2"])
+    shutil.rmtree(work / "net")
+    main_of("classification")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert same_state(state_of("classification", "default"), state_of("classification", "whole"))
+    cli = main_of("classification")(["export"])
+    there = AutoModelForImageClassification.from_pretrained(work / "runs/classification/default/export")
+    assert there.config.id2label == {0: "cat", 1: "dog"}
+    images = torch.rand(3, 3, 16, 16)
+    scaled = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
+    with torch.no_grad():
+        logits = there(pixel_values=scaled if net == "resnet" else images).logits
+        assert torch.allclose(logits, cli.model.net.eval()(pixel_values=images), atol=1e-6)
+    assert (work / "runs/classification/default/export/preprocessor_config.json").exists() == (net == "resnet")
+
+
+@pytest.mark.parametrize(
+    "strategy", [name if name == "fsdp2" else pytest.param(name, marks=pytest.mark.matrix) for name in EXACT]
+)
+def test_ranks_start_with_the_same_weights(strategy: str, work: Path, text: str) -> None:
+    """Of a folder, and of a run, under every strategy."""
+    if is_refused("lm", strategy):
+        pytest.skip("refused")
+    write_decoder(work / "net", text, tokens=6)
+    args = [*preset("lm"), *TEXT, "--model.weights", "./net", "--model.sample_tokens", "0", "--trainer.max_steps", "3"]
+    together = strategy in ("tensor_parallel", "pipeline")
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.devices", "2"]
+    main_of("lm")([*args, "--data.batch_size", "8", "--name", "one"])
+    for name, more in (("two", []), ("next", ["--init_from", "one"])):
+        if more:
+            main_of("lm")([*args, "--data.batch_size", "8", "--name", "one", *more])
+        ranks = [*args, *layer, "--data.batch_size", "8" if together else "4", "--name", name]
+        ranks += ["--init_from", "one.1"] if more else []
+        codes = run_ranks(main_of("lm"), ranks, folder=work / "logs")
+        assert codes == [0, 0], logs(work / "logs")
+        losses = [read_metrics(work / f"runs/lm/{run}/metrics.csv", "train/loss") for run in (name, "one")]
+        assert len(losses[0]) == 3
+        assert difference(*losses) < 1e-5
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_a_run_starts_with_the_weights_of_another(
+    whole: bool, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """By its name, its checkpoint or its export; with one command for each start of a job; to the bit."""
+    args = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/small.yaml"), *STEADY]
+    main_of("classification")([*args, "--name", "base"])
+    if whole:
+        main_of("classification")(["export", "--name", "base"])
+    best = "runs/classification/base/checkpoints/best.ckpt"
+    weights = {
+        name: p for name, p in state_of("classification", "base", "best")["state_dict"].items() if "net." in name
+    }
+    for start in ("runs/classification/base/export", best) if whole else (best,):
+        cli = main_of("classification")([*args, "--init_from", start, "--model.optimizer.lr", "0"])
+        assert cli.resolved["data"]["facts_of"] is None
+        state = state_of("classification", "default")
+        assert state["global_step"] == 4
+        assert all(torch.equal(state["state_dict"][name], p) for name, p in weights.items())
+    main_of("classification")([*args, "--init_from", "base", "--trainer.max_steps", "2"])
+    again = [*args, "--init_from", "base", "--name", "whole", "--ckpt_path", "auto"]
+    main_of("classification")(again)
+    shutil.rmtree("runs/classification/base")
+    main_of("classification")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert same_state(state_of("classification", "default"), state_of("classification", "whole"))
+    assert refused("classification", [*args, "--init_from", "defalt"], capfd).startswith(
+        "--init_from defalt: no run of this"
+    )
+    line = refused("classification", [*again[:-1], "last", "--trainer.max_steps", "6"], capfd)
+    assert "--ckpt_path goes on from the weights of a checkpoint; give one of them" in line
+
+
+@pytest.mark.matrix
+def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a run whose weights do not fit; other samples of the same classes are a choice."""
+    small = ["--config", str(ROOT / "recipes/classification/small.yaml")]
+    table = ["--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    args = ["fit", *FIT, *small, *table, "--data.source.path"]
+    main_of("classification")([*args, "photos", "--name", "base"])
+    start = ["--init_from", "base"]
+    shutil.copytree(photos / "cat", work / "others/cow")
+    shutil.copytree(photos / "dog", work / "others/dog")
+    line = refused("classification", [*args, "others", *start], capfd)
+    assert "the checkpoint was not trained on a class 'cow'" in line
+    line = refused("classification", [*args, "others", *start, "--data.facts_of", "null"], capfd)
+    assert "its classes are ['cat', 'dog'], and those of the data ['cow', 'dog']" in line
+    line = refused("classification", [*args, "photos", *start, "--model.net.config.hidden_size", "16"], capfd)
+    assert "does not fit the net ImageClassifier: size mismatch for model.vit.embeddings.cls_token" in line
+    for path in photos.glob("*/*.png"):
+        Image.open(path).rotate(90).save(path)
+    line = refused("classification", [*args, "photos", *start], capfd)
+    assert "they are others, or have changed; give those of the training, or give --data.facts_of null" in line
+    main_of("classification")([*args, "photos", *start, "--data.facts_of", "null"])
+
+
+def fewer(folder: Path, text: str) -> None:
+    write_decoder(folder, text, tokens=-40)
+
+
+def body_alone(folder: Path, text: str) -> None:
+    write_decoder(folder, text)
+    AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
+
+
+def cut_short(folder: Path, text: str) -> None:
+    file = write_decoder(folder, text) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-99])
+
+
+def without_tokenizer(folder: Path, text: str) -> None:
+    write_decoder(folder, text)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+BPE = "--data.tokenizer common.sources.tokenizers.BPE"
+OTHER = "--data.tokenizer common.sources.tokenizers.PretrainedTokenizer --data.tokenizer.name other"
+MISFITS: list[tuple[Callable[[Path, str], Any], str, str]] = [
+    (write_decoder, BPE, "BPE is not the tokenizer of model.weights; add the recipe's pretrained.yaml by --config, or"),
+    (write_decoder, "--model.config transformers.LlamaConfig", "model.weights have a configuration of their own"),
+    (write_decoder, "--data.context 65", "65 exceeds max_position_embeddings 64 of model.weights './net'; shorten it"),
+    (write_decoder, "--model.frozen_blocks 3", "must be 0 to 2, the blocks of this net"),
+    (write_decoder, "--model.weight_init orthogonal", "would replace the weights of the net; set it to null"),
+    (write_decoder, OTHER, "has another tokenizer, token "),
+    (write_decoder, "--model.weights null", "data.tokenizer: is null, and there are no model.weights to take it from"),
+    (fewer, "", "knows 260 tokens, and the data have 300; give its own tokenizer, or data.tokenizer null"),
+    (body_alone, "", "its files lack lm_head.weight"),
+    (cut_short, "", "neither a folder with a language model in safetensors nor a hub name"),
+    (without_tokenizer, "", "no fast tokenizer there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("write", "flags", "problem"),
+    [case if n in (5, 7) else pytest.param(*case, marks=pytest.mark.matrix) for n, case in enumerate(MISFITS)],
+)
+def test_a_misfit_is_a_line(
+    write: Callable[[Path, str], Any],
+    flags: str,
+    problem: str,
+    work: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write(work / "net", text)
+    if OTHER in flags:
+        write_decoder(work / "other", "zyx " * 200)
+    line = refused("lm", [*preset("lm"), *TEXT, "--model.weights", "./net", *flags.split()], capfd)
+    assert problem in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--data.source.mode L", "takes images of 3 channels, and the data have 1; set data.source.mode"),
+        pytest.param("--model.net.name ./nowhere", "neither a folder with such a net", marks=pytest.mark.matrix),
+        pytest.param("--model.net.name my.txt", "neither a folder with such a net", marks=pytest.mark.matrix),
+    ],
+)
+def test_an_image_misfit_is_a_line(
+    flags: str,
+    problem: str,
+    work: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_resnet(work / "net")
+    args = [*preset("classification"), *IMAGES, "--model.net.name", "./net", *flags.split()]
+    assert problem in refused("classification", args, capfd)
+
+
+@pytest.mark.matrix
+def test_a_config_alone_is_a_new_net_of_that_shape(work: Path, text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """For the tokens of the data; it goes on without the folder."""
+    write_decoder(work / "net", text, tokens=99)
+    for path in work.glob("net/*"):
+        if path.name != "config.json":
+            path.unlink()
+    made = ["--data.tokenizer", "common.sources.tokenizers.BPE", "--data.tokenizer.vocab_size", "320"]
+    args = [*preset("lm"), *TEXT, *STEADY, *made, "--model.weights", "./net", "--model.sample_tokens", "0"]
+    net = main_of("lm")(args).model.net
+    assert "model.weights ./net: has a config.json and no weights; the net is a new one" in capfd.readouterr().out
+    assert (net.config.vocab_size, net.config.hidden_size) == (320, 32)
+    shutil.rmtree(work / "net")
+    main_of("lm")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"])
+    assert state_of("lm", "default")["global_step"] == 6
+
+
+@pytest.mark.matrix
+def test_students_and_teachers_begin_with_weights(work: Path, text: str, photos: Path) -> None:
+    """A student of a folder goes on without it; a teacher with other classes is trained first, and anew with others."""
+    write_resnet(work / "net")
+    source = ["--data.source", "common.sources.ImageTable", *IMAGES, "--data.source.mode", "RGB"]
+    args = ["fit", *FIT, *source, "--model.augmentation", "null", "--model.net", "common.nets.Pretrained"]
+    args += ["--model.net.name", "./net", "--model.teacher", "common.nets.Pretrained", "--model.teacher.name", "./net"]
+    (work / "layer.yaml").write_text(
+        "data: {batch_size: 4}\nmodel: {augmentation: null}\ntrainer: {max_epochs: 1, check_val_every_n_epoch: 1}\n"
+    )
+    teachers = []
+    for _ in range(2):
+        cli = main_of("distillation")([*args, "--model.teacher_training", str(work / "layer.yaml")])
+        teachers.append(cli.model.teacher_checkpoint)
+        (work / "net/preprocessor_config.json").touch()
+    assert teachers[0] != teachers[1]
+    write_decoder(work / "llama", text)
+    named = ["--data.source.tokenizer", "common.sources.tokenizers.PretrainedTokenizer"]
+    args = ["fit", *FIT, "--data.source", "TextWindows", *named, "--data.source.tokenizer.name", "llama"]
+    args += ["--data.source.path", "my.txt", "--data.source.context", "32", "--model.augmentation", "null"]
+    args += ["--model.net", "common.nets.Pretrained", "--model.net.name", "llama", "--model.net.task", "next token"]
+    main_of("distillation")([*args, "--model.teacher", "null", "--data.train_fraction", "1.0", "--name", "text"])
+    shutil.rmtree(work / "llama")
+    main_of("distillation")(["export", "--name", "text"])
+    there = AutoModelForCausalLM.from_pretrained(work / "runs/distillation/text/export")
+    assert there.config.vocab_size == 300
