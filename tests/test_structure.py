@@ -32,6 +32,7 @@ STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
 ONE_USER = {
     "common.nets.tables": "classification is to take tables too",
+    "common.sources.images": "the images of a source, which any recipe of images takes by class path",
     "common.sources.tables": "classification is to take tables too",
 }
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
