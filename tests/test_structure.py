@@ -31,7 +31,7 @@ FLOORS = (
 # The files of a recipe that may import the run.
 STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
-ONE_USER: dict[str, str] = {}
+ONE_USER = {"common.sources.images": "the images of a source, which any recipe of images takes by class path"}
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
 
 
