@@ -483,6 +483,9 @@ class RecipeCLI(LightningCLI):
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:
             return InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another")
+        if isinstance(error, TypeError) and "should be an instance of class `PreTrainedConfig`" in message:
+            problem = "a net of transformers is made from its config"
+            return InputError(f"model.net: {problem}; take common.nets.ImageClassifier with --model.net.config CLASS")
         misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", message)
         if isinstance(error, RuntimeError | ValueError) and misfit and self.config[self.subcommand].get("ckpt_path"):
             return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")
