@@ -119,9 +119,9 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
     if (m := re.search(r"Importing '(\w+)[\w.]*' is not allowed", text)) and not find_spec(m[1]):
         return _not_there(m[1])
     if m := re.search(r"(?:class_path '(.*)':\s+)?the following arguments are required: ([\w, ]+)", text):
-        flags = [f"--{keys[0]}.{name}" for name in m[2].split(", ")] if keys and keys[0] in known else []
+        needed = [f"--{keys[0]}.{name}" for name in m[2].split(", ")] if keys and keys[0] in known else []
         in_list = keys and keys[0] in ("trainer.callbacks", "trainer.logger")
-        return f"{m[1]} needs {m[2]}" + (f"; give {' and '.join(flags)}" if flags and not in_list else "")
+        return f"{m[1]} needs {m[2]}" + (f"; give {' and '.join(needed)}" if needed and not in_list else "")
     for said, short in SHORT.items():
         if m := re.search(said, text):
             return m.expand(short)
@@ -188,12 +188,13 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
     """Return the nearest key as a hint; it may be one of another group."""
     key = key.replace("-", "_")
     group, *names = key.split(".")
-    name = names[0] if names else group
-    exact = ELSEWHERE | {each.split(".")[-1]: each for each in reversed([*known])}
-    if name in exact and len(names) < 2:
-        return f"; did you mean {exact[name]!r}?"
+    name, rest = (names[0], names[1:]) if names else (group, [])
+    own = {each.split(".")[-1]: each for each in reversed([*known])}
+    elsewhere = f"; did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else "; --help lists them"
+    if name in own and not rest:
+        return f"; did you mean {own[name]!r}?"
     if group not in GROUPS:
-        return nearest(key, known) or nearest(group, known) or "; --help lists them"
-    own = {each.split(".")[-1]: each for each in known}
+        near = "" if name in ELSEWHERE else nearest(key, known) or nearest(group, known)
+        return near or elsewhere
     right = closest(name, own)
-    return f"; did you mean {'.'.join([own[right], *names[1:]])!r}?" if right else "; --help lists them"
+    return f"; did you mean {'.'.join([own[right], *rest])!r}?" if right else elsewhere
