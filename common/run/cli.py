@@ -514,6 +514,9 @@ class RecipeCLI(LightningCLI):
         if isinstance(error, IndexError) and "index out of range in self" in message:  # of an embedding
             problem = f"{net} knows fewer tokens than the tokenizer of the data"
             return InputError(f"model.net: {problem}; set its vocab_size, or take the tokenizer that it was made with")
+        if isinstance(error, TypeError) and "should be an instance of class `PreTrainedConfig`" in message:
+            problem = "a net of transformers is made from its config"
+            return InputError(f"model.net: {problem}; take common.nets.ImageClassifier with --model.net.config CLASS")
         misfit = re.search(r"in loading state_dict for \w+:\s*(.*)|loaded state dict (.*)", message)
         if isinstance(error, RuntimeError | ValueError) and misfit and self.config[self.subcommand].get("ckpt_path"):
             return InputError(f"--ckpt_path: does not fit this model or optimizer: {misfit[1] or misfit[2]}")

@@ -77,6 +77,11 @@ def check(argv: list[str]) -> None:
             raise InputError(f"{value}:1: holds no keys; a config is a mapping such as 'trainer: {{max_epochs: 3}}'")
 
 
+def written(defaults: Sequence[Path]) -> list[str]:
+    """All keys of the configs that every command loads, as flags have them: those of a class without its init_args."""
+    return [_plain(entry.key) for path in defaults for entry in _entries(path, str(path))]
+
+
 def keys(argv: list[str]) -> set[str]:
     """All keys that flags and their files give."""
     return {key for flag, value in flags(argv) for key in (flag, *(entry.key for entry in _read(flag, value)))}

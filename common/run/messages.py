@@ -7,6 +7,7 @@ import difflib
 import inspect
 import pkgutil
 import re
+import sys
 from argparse import Action, ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.errors import InputError, closest, nearest
-from common.run.layers import GROUPS, flags, locate
+from common.run.layers import GROUPS, flags, locate, written
 from common.run.readers import reading
 
 LIMIT = 240
@@ -40,7 +41,7 @@ LIBRARIES = (
 )  # fmt: skip
 # What other programs call a key.
 ELSEWHERE = {
-    "lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr", "weight_decay": "model.optimizer.weight_decay",
+    "learning_rate": "model.optimizer.lr",
     "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs", "steps": "trainer.max_steps",
     "gpus": "trainer.devices", "device": "trainer.accelerator", "grad_clip": "trainer.gradient_clip_val",
     "fp16": "trainer.precision", "bf16": "trainer.precision", "workers": "data.num_workers", "resume": "ckpt_path",
@@ -50,6 +51,7 @@ ELSEWHERE = {
 
 def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]) -> str:
     """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
+    known = {**dict.fromkeys(written(defaults)), **known}  # type: ignore[dict-item]  # arguments of its classes too
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
     if told := _data(error, key, argv, defaults, known):
         key, problem = told
@@ -117,9 +119,9 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
     if (m := re.search(r"Importing '(\w+)[\w.]*' is not allowed", text)) and not find_spec(m[1]):
         return _not_there(m[1])
     if m := re.search(r"(?:class_path '(.*)':\s+)?the following arguments are required: ([\w, ]+)", text):
-        flags = [f"--{keys[0]}.{name}" for name in m[2].split(", ")] if keys and keys[0] in known else []
+        needed = [f"--{keys[0]}.{name}" for name in m[2].split(", ")] if keys and keys[0] in known else []
         in_list = keys and keys[0] in ("trainer.callbacks", "trainer.logger")
-        return f"{m[1]} needs {m[2]}" + (f"; give {' and '.join(flags)}" if flags and not in_list else "")
+        return f"{m[1]} needs {m[2]}" + (f"; give {' and '.join(needed)}" if needed and not in_list else "")
     for said, short in SHORT.items():
         if m := re.search(said, text):
             return m.expand(short)
@@ -132,16 +134,22 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
         if m[1] in names:
             return "comes from the recipe itself and cannot be set; remove it"
         hint = nearest(m[1], [*names, "class_path", "init_args"]) or (f"; it has {', '.join(names)}" if names else "")
+        others = re.findall(r"([\w.]+)(?:,|$)", getattr(known.get(keys[0]), "extra_help", str)())
+        have = [other.rpartition(".")[2] for other in others if len(others) < 12 and m[1] in _names(other)]
+        hint = f"; give --{keys[0]} too, as {' or '.join(have)}" if have and not hint.startswith("; did") else hint
         return f"no such argument of {path}{hint}"
     if len(keys) == 1 and (m := re.search(r"Expected a dot import path string: (\S+)", text)):
         classes = re.findall(r"\.(\w+)(?:,|$)", getattr(known.get(keys[0]), "extra_help", str)())
+        places = ("transformers", "torch.nn", "torch.optim", "torch.optim.lr_scheduler", "kornia.augmentation")
+        if found := [f"{place}.{m[1]}" for place in places if hasattr(sys.modules.get(place), m[1])]:
+            return f"no class {m[1]!r}; did you mean {found[0]!r}?"
         if hint := nearest(m[1], classes):
             return f"no class {m[1]!r}{hint}"
         few = len(classes) < 12  # an argument that takes any net lists hundreds
         hint = (
             f"; it takes {', '.join(classes)}; import one of your own in module.py" if few else "; give its full path"
         )
-        return f"no class {m[1]!r}{hint if classes else ''}"
+        return f"no class {m[1]!r}{hint if classes else f'; see --{keys[0]}.help'}"
     if choices := re.findall(r"'([^']+)'", " ".join(re.findall(r"typing\.Literal\[([^\]]+)", text))):
         hint = nearest(given, choices) or f"; choose from {', '.join(dict.fromkeys(choices))}"
         return f"{given!r} is not accepted{hint}"
@@ -151,7 +159,8 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
     if set(types) - {"NoneType"}:
         kinds = " or ".join(dict.fromkeys(types)).replace("NoneType", "null").replace("Sequence", "list")
         several = "list" in kinds and re.fullmatch(r"[^\s,\[\]]+(,[^\s,\[\]]+)+", given)
-        return f"expected {kinds}, got {given[:60]!r}" + (f"; write [{given}]" if several else "")
+        fix = f"; write [{given}]" if several else "; write a list such as [1, 2]" if "tuple" in kinds else ""
+        return f"expected {kinds}, got {given[:60]!r}{fix}"
     line = (text.partition("Errors:\n")[2] or text.strip().rpartition("\n")[2]).partition("\n")[0]
     return re.sub(r"^[ -]*(Parser key \S+:|argument -\S+:|Type .* callable class:)?|\. Got value: .*", "", line)
 
@@ -179,11 +188,13 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
     """Return the nearest key as a hint; it may be one of another group."""
     key = key.replace("-", "_")
     group, *names = key.split(".")
-    name = names[0] if names else group
-    if name in ELSEWHERE and group in (*GROUPS, name):
-        return f"; did you mean {ELSEWHERE[name]!r}?"
+    name, rest = (names[0], names[1:]) if names else (group, [])
+    own = {each.split(".")[-1]: each for each in reversed([*known])}
+    elsewhere = f"; did you mean {ELSEWHERE[name]!r}?" if name in ELSEWHERE else "; --help lists them"
+    if name in own and not rest:
+        return f"; did you mean {own[name]!r}?"
     if group not in GROUPS:
-        return nearest(key, known) or nearest(group, known) or "; --help lists them"
-    own = {each.split(".")[-1]: each for each in known}
+        near = "" if name in ELSEWHERE else nearest(key, known) or nearest(group, known)
+        return near or elsewhere
     right = closest(name, own)
-    return f"; did you mean {'.'.join([own[right], *names[1:]])!r}?" if right else "; --help lists them"
+    return f"; did you mean {'.'.join([own[right], *rest])!r}?" if right else elsewhere

@@ -16,8 +16,8 @@ from typing_extensions import override
 from common.run.layers import COMMANDS, GROUPS
 
 TRAINER_HELP = "--trainer.help"
-# What the help shows, in this order: the recipe's own arguments, and those of the run. What libraries say of the latter
-# is long, or nothing.
+# What the help shows, in this order: the recipe's own arguments, and those of the run, with a text where their own is
+# long or missing.
 TITLES = {"data": "data: where samples come from", "model": "model: the net and how it is trained", "": "run"}
 RUN = {
     "name": "the run's name, its folder in runs/<recipe>/",
