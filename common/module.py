@@ -149,7 +149,7 @@ class BaseModule(L.LightningModule):
         self.mean_loss: Any = nn.ModuleDict({stage: WeightedMean() for stage in ("val", "test")})
         self.higher_is_better: dict[str, bool] = {}  # of the metrics of torchmetrics that were logged, by name
         self._facts: Mapping[str, Any] = {}
-        self.highest_losses, self._eval_batch = HighestLosses(), 0
+        self.highest_losses, self._noted = HighestLosses(), torch.empty(0)
         self._losses = StepLosses()  # of the micro-batches since the last logged step
         self._given = GivenSettings()
         self.writes_row = False
@@ -425,10 +425,7 @@ class BaseModule(L.LightningModule):
 
     def note_losses(self, losses: Float[Tensor, " samples"]) -> None:
         """Note the loss of each real sample of a batch in evaluation: the report shows those with the highest."""
-        loader = getattr(self.trainer, f"{'val' if self.trainer.state.fn != 'test' else 'test'}_dataloaders")
-        if isinstance(sampler := getattr(loader, "sampler", None), EvalSampler):
-            positions = sampler.positions(self._eval_batch, len(losses))
-            self.highest_losses.add(losses, torch.tensor(positions, dtype=torch.int64))
+        self._noted = losses.detach()
 
     def captions(self, batch: Any) -> list[str]:
         """What the report says of each sample of a batch; by default what ``predict_step`` says of its class."""
@@ -437,10 +434,14 @@ class BaseModule(L.LightningModule):
         return [f"{_short(target)} → {_short(prediction)}" for target, prediction in pairs]
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"], batch_idx: int) -> None:
-        self._eval_batch = batch_idx
+        self._noted = torch.empty(0)
+        loss, count = self.shared_step(batch, stage)
+        loader = getattr(self.trainer, f"{stage}_dataloaders")
         if not batch_idx:
             self.highest_losses.clear()
-        loss, count = self.shared_step(batch, stage)
+        if isinstance(sampler := getattr(loader, "sampler", None), EvalSampler):
+            positions = sampler.positions(batch_idx, len(self._noted))
+            self.highest_losses.add(self._noted, torch.tensor(positions, dtype=torch.int64))
         # A rank whose whole batch is padding has a mean over nothing.
         self.mean_loss[stage].update(torch.where(count > 0, loss, 0.0), count)
         self.log(f"{stage}/loss", self.mean_loss[stage], prog_bar=True)

@@ -364,7 +364,7 @@ def test_targets_are_exact_whatever_the_precision(houses: Path, work: Path) -> N
 def test_baselines_can_be_left_out(work: Path) -> None:
     main(["fit", *SMALL, "--model.baselines", "false"])
     main(["test"])
-    assert not (work / "runs/regression/default/texts").exists()
+    assert not (work / "runs/regression/default/texts/test-baselines.txt").exists()
 
 
 def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path) -> None:

@@ -32,12 +32,14 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
     """
     if not hasattr(samples, "__len__") or not len(samples):
         raise InputError("samples: there are none to predict; give a list or an array")
-    if facts["shapes"].keys() == TEXTS:
+    shapes = facts.get("shapes", {})
+    if shapes.keys() == TEXTS:
         inputs = _texts(samples, facts["tokenizer"])
-    elif "pixel_values" in facts["shapes"]:
-        inputs = {"pixel_values": _images(samples, facts["shapes"]["pixel_values"], facts["range"])}
+    elif "pixel_values" in shapes:
+        inputs = {"pixel_values": _images(samples, shapes["pixel_values"], facts["range"])}
     else:
-        raise InputError(f"samples: the net takes {', '.join(facts['shapes'])}, neither images nor whole texts")
+        takes = f"the net takes {', '.join(shapes)}" if shapes else "the checkpoint does not say what its net takes"
+        raise InputError(f"samples: {takes}, neither images nor whole texts; predict by the command line")
     data = Labelled(inputs, torch.full((len(samples),), -1), list(facts["class_names"]))
     return LabelledDataset(data, torch.arange(len(samples)))
 

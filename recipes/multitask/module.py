@@ -126,5 +126,5 @@ class MultiTaskModule(BaseModule):
         outputs, columns = self(batch), {"index": batch.index[batch.mask].tolist()}
         for task in self.tasks:
             given, wanted = (values[task["name"]][batch.mask] for values in (outputs, batch.target))
-            columns |= task_columns(task, given, wanted)
+            columns |= task_columns(task, given, wanted, self.facts["class_names"])
         return columns

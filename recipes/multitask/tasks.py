@@ -195,18 +195,20 @@ class TaskMetrics(nn.Module):
         return scores | {f"{stage}/loss_{name}": loss for name, loss in self.losses.items()}
 
 
-def task_columns(task: Task, output: Tensor, target: Tensor) -> dict[str, list[Any]]:
+def task_columns(task: Task, output: Tensor, target: Tensor, names: Sequence[str] = ()) -> dict[str, list[Any]]:
     """Columns of a table: target and prediction of a task for each sample.
 
     Args:
         task: the task.
         output: output of its head, (batch, width).
         target: class numbers (batch,) or real numbers (batch, width).
+        names: of the classes; numbers are written where there are none.
     """
     name = task["name"]
     if task["kind"] == "classification":
         sure, best = output.float().softmax(-1).max(-1)
-        return {name: target.tolist(), f"{name}_prediction": best.tolist(), f"{name}_probability": sure.tolist()}
+        both = ([names[n] for n in numbers] if names else numbers for numbers in (target.tolist(), best.tolist()))
+        return dict(zip((name, f"{name}_prediction"), both, strict=True)) | {f"{name}_probability": sure.tolist()}
     parts = [name] if task["width"] == 1 else [f"{name}{number}" for number in range(task["width"])]
     both = zip(parts, target.T.tolist(), output.float().T.tolist(), strict=True)
     return {
