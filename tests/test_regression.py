@@ -8,7 +8,6 @@ import re
 import shlex
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from common.sources.tables import (
     scaled_quantiles,
     split_rows,
 )
+from recipes.regression.data import Batch
 from recipes.regression.heads import Gaussian, Head, Mean, Quantiles, scores
 from recipes.regression.module import RegressionModule
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
@@ -544,8 +544,8 @@ def test_outputs_of_several_targets_do_not_mix() -> None:
     module = RegressionModule(TabM, Gaussian(), columns, optimizer=torch.optim.AdamW)
     outputs = torch.arange(24.0).view(2, 3, 4)  # rows, members, outputs: mean and variance of a, then of b
     module.net = lambda *_: outputs  # type: ignore[assignment]
-    batch: Any = SimpleNamespace(numeric=None, categorical=None)
-    found = module.forward(batch)
+    nothing, real = torch.empty(2, 0), torch.ones(2, dtype=torch.bool)
+    found = module.forward(Batch(nothing, nothing.long(), torch.zeros(2, 2), torch.arange(2), real))
     assert torch.equal(found[0], outputs[0, :, :2])
     assert torch.equal(found[1], outputs[0, :, 2:])
     assert torch.equal(found[2], outputs[1, :, :2])

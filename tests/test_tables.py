@@ -179,8 +179,8 @@ def test_rows_are_split_as_the_user_says(work: Path) -> None:
     def samples(column: str, known: Any) -> TableSamples:
         table.to_csv("birds.csv", index=False)
         others = [name for name in by.values() if name != by[column]]
-        source: Any = LabelledTable("birds.csv", "species", drop=others, **{column: by[column]})
-        return TableSamples(source, 0.1, 0.2, 0, known)
+        settings: dict[str, Any] = {"drop": others, column: by[column]}
+        return TableSamples(LabelledTable("birds.csv", "species", **settings), 0.1, 0.2, 0, known)
 
     def parts(column: str) -> list[Any]:
         first = samples(column, {})
