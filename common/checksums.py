@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, such as an export or a prepared text."""
+"""Files of a folder, such as an export or a prepared text: their checksums, and whether weights are among them."""
 
 import json
 import zlib
@@ -41,3 +41,10 @@ def check_files(folder: Path, sums: Mapping[str, int] | None = None, fix: str = 
         damaged = "a file"
     if damaged:
         raise InputError(f"{folder}: {damaged} is missing or damaged; {fix}")
+
+
+def is_shape(name: str) -> bool:
+    """Whether a name is that of a folder with the ``config.json`` of a net and no weights of any kind."""
+    folder = Path(name).expanduser()
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+    return (folder / "config.json").is_file() and not any(path.name.endswith(kinds) for path in folder.iterdir())

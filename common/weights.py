@@ -44,13 +44,6 @@ def building(known: dict[str, dict[str, Any]], loads: bool) -> Iterator[None]:
         BUILDING.reset(token)
 
 
-def is_shape(name: str) -> bool:
-    """Whether a name is that of a folder with the ``config.json`` of a net and no weights of any kind."""
-    folder = Path(name).expanduser()
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
-    return (folder / "config.json").is_file() and not any(path.name.endswith(kinds) for path in folder.iterdir())
-
-
 class Start(NamedTuple):
     """What a net starts with: weights by their names, and facts of the data that they were trained on."""
 

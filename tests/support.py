@@ -345,7 +345,8 @@ def write_resnet(folder: Path) -> Path:
     import torch
     import transformers
 
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=7)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 7}
+    config = transformers.ResNetConfig(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.ResNetForImageClassification(config).save_pretrained(folder)

@@ -139,8 +139,9 @@ def test_an_image_net_trains_further(net: str, freeze: bool, work: Path, photos:
     if net == "resnet":
         write_resnet(work / "net")
     else:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=7, **sizes)
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8, "num_labels": 7}
+        config = transformers.ViTConfig(**sizes)
         transformers.ViTForImageClassification(config).save_pretrained(work / "net")
     start = AutoModelForImageClassification.from_pretrained(work / "net").base_model.state_dict()
     args = [*preset("classification"), *IMAGES, *STEADY, "--model.net.name", "./net"]

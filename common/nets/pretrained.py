@@ -25,9 +25,9 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
-from common.checksums import check_files
+from common.checksums import check_files, is_shape
 from common.errors import InputError
-from common.weights import BUILDING, Building, is_shape
+from common.weights import BUILDING, Building
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from typing_extensions import override
 
+from common.checksums import is_shape
 from common.errors import InputError, short_path
-from common.weights import is_shape
 
 EOS = "<|endoftext|>"
 
