@@ -541,6 +541,6 @@ def test_what_does_not_fit_is_one_line(encoder: str, work: Path, capfd: pytest.C
     assert "WordClassifier knows fewer tokens than the tokenizer of the data; set its vocab_size" in line
     other = ["--data.source", "common.sources.ImageTable", "--data.source.path", path, "--data.source.label", "labels"]
     line = refused(["fit", *FIT, *other, "--data.source.size", "8", "--model.teacher", "null"], capfd, "distillation")
-    assert line == (
-        "--data.source: has several labels per sample, which this recipe does not take; recipes/classification does"
+    assert line.endswith(
+        ": has several labels per sample, which this recipe does not take; recipes/classification does"
     )
