@@ -80,7 +80,8 @@ class WordClassifier(nn.Module):
     ) -> Float[Tensor, "batch time classes"]:
         """Logits of each token."""
         check_context(self.model.config, input_ids.shape[1], "model.net.config", "data.source.max_length")
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits.clone()  # a linear layer gives a view, of which FSDP2 warns
 
 
 class PretrainedWordClassifier(nn.Module):
@@ -106,7 +107,8 @@ class PretrainedWordClassifier(nn.Module):
     ) -> Float[Tensor, "batch time classes"]:
         """Logits of each token."""
         check_context(self.model.config, input_ids.shape[1], "model.net", "data.source.max_length")
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits.clone()  # a linear layer gives a view, of which FSDP2 warns
 
     def train(self, mode: bool = True) -> "PretrainedWordClassifier":
         """A frozen body stays in evaluation mode: it cannot adapt to dropout."""
