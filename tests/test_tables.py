@@ -77,7 +77,7 @@ def test_each_member_learns_by_itself(smoothing: float, weight: Any) -> None:
     columns: Any = {"targets": ["kind"], "unit": 1.0, "mean": [], "std": [], "scaling": "standard"}
     columns |= {"numeric": {"x": numbers}, "categorical": {}}
     module = ClassificationModule(
-        lambda *facts: TabM(*facts, k=5, d_block=8, n_bins=2, dropout=0.0), ["a", "b"], Columns(**columns),
+        lambda *facts: TabM(*facts, k=5, d_block=8, n_bins=2, dropout=0.0), ["a", "b"], columns=Columns(**columns),
         label_smoothing=smoothing, optimizer=torch.optim.AdamW,
     )  # fmt: skip
     module.configure_model()
