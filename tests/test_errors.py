@@ -653,11 +653,19 @@ def test_missing_checkpoint_names_those_found(
     assert "(found: last)" in line
 
 
-@pytest.mark.parametrize("prompts", ["[]", "['']"])
-def test_empty_prompts(prompts: str, resumable: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("[]", "at least one text is needed, and each must be a text; try '[\"def \"]'"),
+        ("['']", "none may be empty, as number 0 is, counted from 0"),
+    ],
+)
+def test_empty_prompts(
+    prompts: str, said: str, resumable: Path, lm_args: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--ckpt_path", "last", "--data.prompts", prompts]
     line = refused(LM, ["predict", *TINY, *lm_args, *flags], capfd)
-    assert line.startswith("--data.prompts: at least one is needed")
+    assert line == f"--data.prompts: {said}"
 
 
 def test_run_folder_that_cannot_be_made(

@@ -20,7 +20,8 @@ from common.nets.tables import TabM
 from common.sources.labelled import LabelledBatch
 from common.sources.tables import Columns, Table, encode, row_keys
 from recipes.classification.module import ClassificationModule
-from recipes.classification.tables import LabelledTable, TableSamples, mean_of_members
+from recipes.classification.objectives import OneLabel, SeveralLabels
+from recipes.classification.tables import LabelledTable, TableSamples
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 main = main_of("classification")
@@ -65,10 +66,41 @@ def predictions() -> Any:
 
 def test_members_are_averaged_as_probabilities() -> None:
     logits = 3 * torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)).double()
-    found = mean_of_members(logits)
+    found = OneLabel().mean_of_members(logits)
     assert found.exp().numpy() == pytest.approx(logits.softmax(-1).mean(1).numpy(), rel=1e-12)
     assert found.softmax(-1).numpy() == pytest.approx(found.exp().numpy(), rel=1e-12)
     assert (found.softmax(-1) - logits.mean(1).softmax(-1)).abs().max() > 0.05, "which the mean of logits is not"
+
+
+def test_several_labels_are_averaged_as_probabilities() -> None:
+    logits = 3 * torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = SeveralLabels().mean_of_members(logits)
+    assert found.sigmoid().numpy() == pytest.approx(logits.sigmoid().mean(1).numpy(), rel=1e-12)
+
+
+@pytest.mark.parametrize("given", ["columns", "cells"])
+def test_rows_of_several_labels(given: str, birds: Path) -> None:
+    """In columns of 0 and 1, or in one cell each; members are averaged as probabilities, rows to predict have none."""
+    table = bird_table()
+    table["sings"], table["swims"] = (table["species"] == "wren").astype(int), (table["habitat"] == "sea").astype(int)
+    pairs = table[["sings", "swims"]].to_numpy()
+    table["does"] = [";".join(name for name, has in zip(("sings", "swims"), row, strict=True) if has) for row in pairs]
+    table.to_csv(birds, index=False)
+    label = {"columns": ["[sings, swims]"], "cells": ["does", "--data.source.separator", ";"]}[given]
+    drop = {"columns": "[does]", "cells": "[sings, swims]"}[given]
+    args = [*FIT[:-1], *label, "--data.source.drop", drop, "--model.objective", "SeveralLabels"]
+    cli = main([*args, "--trainer.max_steps", "150", "--data.batch_size", "32"])
+    assert cli.datamodule.class_names == ["sings", "swims"]
+    main(["test", *EVERY])
+    assert read_metrics(RUN / "test/metrics.csv", "test/f1(swims)")[-1] > 0.9
+    rows = table.drop(columns=["sings", "swims", "does"]).head(8)
+    rows.to_csv("new.csv", index=False)
+    birds.unlink()
+    main(["predict", "--data.predict_source", "LabelledTable", "--data.predict_source.path", "new.csv", *EVERY])
+    found = predictions()
+    assert [*found] == ["index", "prediction", "p(sings)", "p(swims)"]
+    module = ClassificationModule.load_from_checkpoint(RUN / "checkpoints/best.ckpt")
+    assert module.predict(rows)["p(swims)"] == pytest.approx(found["p(swims)"].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("smoothing", "weight"), [(0.0, None), (0.2, torch.tensor([0.5, 2.0]))])
@@ -234,11 +266,12 @@ def test_raw_rows_without_the_table_of_training(birds: Path, work: Path) -> None
     main(["predict", *rows, "--data.predict_source.label", "species", *EVERY])
     assert predictions().equals(first), "labels are not looked at"
     main(["export"])
-    columns, classes = (json.loads((RUN / f"export/{name}.json").read_text()) for name in ("columns", "classes"))
+    facts = json.loads((RUN / "export/facts.json").read_text())
+    columns, classes = facts["columns"], facts["class_names"]
     module = ClassificationModule.load_from_checkpoint(RUN / "checkpoints/best.ckpt").eval()
     assert (columns, classes) == (module.columns, ["auk", "lark", "wren"])
     with torch.no_grad():
-        found = mean_of_members(module.net(*encode(new, columns))).exp()
+        found = OneLabel().mean_of_members(module.net(*encode(new, columns))).exp()
     assert found.numpy() == pytest.approx(first[[f"p({name})" for name in classes]].to_numpy(), abs=1e-5)
 
 
@@ -315,7 +348,7 @@ MISTAKES = [
     case({}, "--model.net.n_bins 500", "--model.net.n_bins: must be from 2 to 104 for so many training rows, got 500"),
     case({}, "--model.net common.nets.ConvNet", "--model.net: may be for images or texts, and data.source is of"),
     case({}, f"{SOURCE} common.sources.Digits", "may be for tables alone, and data.source is of another kind"),
-    case({}, f"{SOURCE} common.sources.tables.Table {SOURCE}.path x", "common.sources.tables.Table is no Source"),
+    case({}, f"{SOURCE} common.sources.tables.Table {SOURCE}.path x", "birds.csv holds a table; give --config"),
     case({}, "--model.augmentation '[{class_path: kornia.augmentation.RandomHorizontalFlip}]'",
          "--model.augmentation: is for images, and data.source has none; set it to null"),
     case({}, "--data.predict_source common.sources.Digits", "--data.predict_source: is Digits, and that of the"),

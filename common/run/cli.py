@@ -458,7 +458,7 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # jsonargparse wraps what a constructor raises where several types are accepted, as for callbacks.
-            if isinstance(error.__cause__, InputError | MisconfigurationException):
+            if isinstance(error.__cause__, InputError | MisconfigurationException | StrictDataclassError):
                 raise error.__cause__ from error
             if refused := re.search(r"^  - (trainer\.strategy: .*)$", str(error), re.MULTILINE):
                 raise InputError(refused[1]) from error  # of this one it keeps the text only

@@ -102,8 +102,9 @@ def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list
     if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
         return m[1], "is null; it needs a value", []
     keys = re.findall(r"""(?:Parser key "|Linked "|--> |[Oo]ption '|arguments?:? (?:-c/)?--)(\w[\w.-]*)""", text)[:1]
-    # Of the alternatives of a union, the one that went into a class says more than those that did not.
-    if m := re.search(r"\n( *)- Problem with given class_path.*?(?=\n\1- |\Z)", text, re.DOTALL):
+    # Of the alternatives of a union, the first that went into a class says more than those that did not.
+    into = r"Problem with given class_path|Type [^\n]* expects a function or a callable class: (?:Parser key|Option)"
+    if m := re.search(rf"\n( *)- (?:{into}).*?(?=\n\1- |\Z)", text, re.DOTALL):
         text = m[0]
     inner = dict.fromkeys(re.findall(r"""(?:Parser key "|Option '|arguments: --)(\w[\w-]*)""", text))
     keys += [name for name in inner if name not in keys[0].split(".")]

@@ -94,7 +94,7 @@ def reading(key: str, value: str, known: Mapping[str, Any], recipe: Path) -> str
     if not path_like and not key.endswith("path"):
         return ""
     source = "data.predict_source" if key.startswith("data.predict_source") else "data.source"
-    readers = _readers(known[source]) if source in known else []
+    readers = _readers(known[source], recipe) if source in known else []
     flag = "data.path" if "data.path" in known else f"{source}.path"
     names = ", ".join(reader.__name__ for reader in readers)
     if not place.exists():
@@ -129,10 +129,11 @@ def reading(key: str, value: str, known: Mapping[str, Any], recipe: Path) -> str
     return f"{short_path(value)} holds {kind.name}; give {' '.join([told, f'--{flag} {value}', *more])}"
 
 
-def _readers(action: Any) -> list[type]:
-    """The classes that an argument takes and that read a path."""
-    paths = re.findall(r"([\w.]+)(?:,|$)", action.extra_help())
-    return [kind for kind in map(pkgutil.resolve_name, paths) if "path" in inspect.signature(kind).parameters]
+def _readers(action: Any, recipe: Path) -> list[type]:
+    """The classes that an argument takes and that read a path; not those of another recipe in this process."""
+    kinds = map(pkgutil.resolve_name, re.findall(r"([\w.]+)(?:,|$)", action.extra_help()))
+    own = [k for k in kinds if k.__module__[:8] != "recipes." or Path(inspect.getfile(k)).parent == recipe]
+    return [kind for kind in own if "path" in inspect.signature(kind).parameters]
 
 
 def _elsewhere(value: str, kind: Kind | None, recipe: Path) -> str:

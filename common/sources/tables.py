@@ -562,6 +562,23 @@ def _column(frame: DataFrame, name: str, key: str) -> Series:
     return frame[name]
 
 
+def frame_of(samples: Any) -> DataFrame:
+    """A frame of pandas, or what becomes one, such as a list of records.
+
+    Raises:
+        InputError: it becomes none, or has no rows.
+    """
+    from pandas import DataFrame
+
+    try:
+        frame = DataFrame(samples)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"samples: no rows of a table ({error}); give a frame of pandas") from error
+    if not len(frame):
+        raise InputError("samples: there are none to predict")
+    return frame
+
+
 def encode(
     frame: DataFrame, columns: Columns, key: str = "data.source.path"
 ) -> tuple[Float32[Tensor, "rows numeric"], Int64[Tensor, "rows categorical"]]:

@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from common.errors import InputError
+from common.errors import InputError, speaking_of
 from common.module import BaseModule, Stage
 from common.nets import body_of
 from common.sources.files import Labels
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
-from common.sources.tables import Columns, cardinalities, scaled_quantiles
+from common.sources.tables import Columns, cardinalities, frame_of, scaled_quantiles
 
 from .data import Batch
 from .objectives import Objective, OneLabel
-from .tables import mean_of_members
+from .tables import rows_to_predict
 
 
 class ClassificationModule(BaseModule):
@@ -100,7 +100,7 @@ class ClassificationModule(BaseModule):
 
     def logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
         """Logits of each class; those of an ensemble give the mean of its members' probabilities."""
-        return self(batch) if self.columns is None else mean_of_members(self(batch))
+        return self(batch) if self.columns is None else self.objective.mean_of_members(self(batch))
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -129,8 +129,11 @@ class ClassificationModule(BaseModule):
 
     @override
     def encode(self, samples: Any) -> LabelledDataset:
-        """Images or texts, see :func:`common.sources.memory.unlabelled`."""
-        return unlabelled(samples, self.facts)
+        """Images or texts, see :func:`common.sources.memory.unlabelled`; or rows, see ``frame_of``."""
+        if self.columns is None:
+            return unlabelled(samples, self.facts)
+        with speaking_of("samples", instead_of="data.source.path"):
+            return rows_to_predict(frame_of(samples), self.facts)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:

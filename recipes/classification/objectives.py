@@ -4,6 +4,7 @@ A sample has one class (:class:`OneLabel`), or any number of labels (:class:`Sev
 tag (:class:`WordTags`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,10 @@ class Objective:
     def probabilities(self, logits: Float[Tensor, "batch *classes"]) -> Float[Tensor, "batch *classes"]:
         """Of each class, in at least fp32."""
         return precise(logits).softmax(-1)
+
+    def mean_of_members(self, logits: Float[Tensor, "batch members classes"]) -> Float[Tensor, "batch classes"]:
+        """Logits of the mean of an ensemble's probabilities (https://arxiv.org/abs/2410.24210)."""
+        return precise(logits).log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
 
     def outcomes(self, names: Sequence[str]) -> Any:
         """A metric that keeps what :meth:`scores` and :meth:`pictures` need of all samples."""
@@ -188,6 +193,11 @@ class SeveralLabels(Objective):
     @override
     def probabilities(self, logits: Tensor) -> Tensor:
         return precise(logits).sigmoid()
+
+    @override
+    def mean_of_members(self, logits: Tensor) -> Tensor:
+        yes, no = (F.logsigmoid(sign * precise(logits)).logsumexp(1) for sign in (1, -1))
+        return yes - no
 
     @override
     def outcomes(self, names: Sequence[str]) -> CatMetric:

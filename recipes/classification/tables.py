@@ -1,6 +1,5 @@
 """Tables whose rows each have a class: their source, and their rows as samples."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 from typing_extensions import override
 
 from common.checkpoint import check_made_by
 from common.errors import InputError, speaking_of
-from common.losses import precise
 from common.sources import Labelled, Source
-from common.sources.files import hashed, parts_named
+from common.sources.files import encode_label_columns, encode_label_lists, hashed, parts_named, separated
 from common.sources.labelled import LabelledDataset, Parts, as_known, one_of_each, parts_facts, split_by_class
 from common.sources.tables import (
     DataFrame,
@@ -34,6 +32,8 @@ from common.sources.tables import (
     tell_equal,
 )
 
+INPUTS = "numeric", "categorical"  # of the nets of common.nets.tables
+
 
 class LabelledTable(Source):
     """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
@@ -42,7 +42,8 @@ class LabelledTable(Source):
 
     Args:
         path: a file or a glob, a hub name, or a loader such as ``sklearn.datasets.load_wine``.
-        label: name of the column of classes; None for rows to predict, with or without it.
+        label: name of the column of classes; or a list of columns of 0 and 1, one per label; None for rows to predict,
+            with or without it.
         categorical: columns of numbers that are categories, such as postal codes.
         drop: columns to leave out.
         split: a column that says the part of each row: train, val or test. The net gets none of these three.
@@ -50,12 +51,13 @@ class LabelledTable(Source):
         time: a column of numbers or dates; the latest rows test, those before them validate.
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share one class with unseen ones.
+        separator: what stands between several labels in a cell of text; None if a cell is one label.
     """
 
     def __init__(
         self,
         path: str,
-        label: str | None = None,
+        label: list[str] | str | None = None,
         categorical: Sequence[str] = (),
         drop: Sequence[str] = (),
         split: str | None = None,
@@ -63,12 +65,13 @@ class LabelledTable(Source):
         time: str | None = None,
         scaling: Scaling = "quantile",
         rare: int = 5,
+        separator: str | None = None,
     ):
         with speaking():
             self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
         self.split, self.group = split, group
         self.scaling: Scaling = scaling
-        self.rare = rare
+        self.rare, self.separator = rare, separator
 
     @override
     def read(self) -> Labelled:
@@ -79,6 +82,22 @@ class LabelledTable(Source):
     @override
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         return self.table.columns(names)
+
+    def classes(self, frame: DataFrame) -> Labelled:
+        """The rows' classes, without the rows.
+
+        Raises:
+            InputError: no column of them is named, or a value is no class.
+        """
+        label = self.table.target
+        if isinstance(label, list):
+            found = [frame[name].tolist() for name in label]
+            return Labelled({}, *encode_label_columns(label, found), labels="several")
+        if label is not None and self.separator is not None:
+            cells = zip(frame[label], frame[label].isna(), strict=True)
+            lists = [separated(None if missing else cell, self.separator) for cell, missing in cells]
+            return Labelled({}, *encode_label_lists(lists), labels="several")
+        return Labelled({}, *read_classes(frame, self.table))
 
 
 @contextmanager
@@ -117,6 +136,7 @@ class TableSamples:
             "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": seed,
             "source.scaling": source.scaling, "source.rare": source.rare, "source.categorical": list(table.categorical),
             "source.split": table.split, "source.group": table.group, "source.time": table.time,
+            "source.separator": source.separator,
         }  # fmt: skip
         check_made_by(known, made_by)
         self._source, self._split = source, (val_fraction, test_fraction, seed)
@@ -129,7 +149,7 @@ class TableSamples:
         source, known = self._source.table, self.facts
         with speaking():
             frame = source.read()
-            data = Labelled({}, *read_classes(frame, source))
+            data = self._source.classes(frame)
             if "columns" in known:
                 check_source(frame, source, known["columns"])
                 data = as_known(data, known["class_names"])
@@ -140,7 +160,7 @@ class TableSamples:
                 tell_equal(keys, parts)
                 train, no_numbers = frame.iloc[parts.train], np.empty((len(parts.train), 0))
                 columns = fit_columns(train, no_numbers, source, self._source.scaling, self._source.rare)
-                self.facts |= {"columns": columns, "class_names": data.class_names}
+                self.facts |= {"columns": columns, "class_names": data.class_names, "labels": data.labels}
         self.facts["parts"] = parts_facts(keys, parts)
         return replace(data, inputs=self._inputs(frame)), parts
 
@@ -167,11 +187,11 @@ class TableSamples:
             raise InputError(f"data.source.split {source.split!r}: names no row for training; name some train")
         alike = keys if source.group or 2 * len(one_of_each(keys)) > len(keys) else every
         groups = keys[order] if source.group else None
-        ordered = Labelled({}, data.target[order], data.class_names, num_test, num_val, groups=groups)
+        ordered = replace(data, target=data.target[order], num_test=num_test, num_val=num_val, groups=groups)
         return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys
 
     def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:
-        return dict(zip(("numeric", "categorical"), encode(frame, self.facts["columns"]), strict=True))
+        return dict(zip(INPUTS, encode(frame, self.facts["columns"]), strict=True))
 
     @property
     def labelled(self) -> Labelled:
@@ -194,12 +214,19 @@ class TableSamples:
             InputError: they cannot be read, or not be encoded as those of the training.
         """
         with speaking_of("data.predict_source", instead_of="data.source"), speaking():
-            frame = source.table.read()
-            data = Labelled(self._inputs(frame), torch.full((len(frame),), -1), self.facts["class_names"])
-        return LabelledDataset(data, torch.arange(len(frame)))
+            return rows_to_predict(source.table.read(), self.facts)
 
 
-def mean_of_members(logits: Float[Tensor, "batch members classes"]) -> Float[Tensor, "batch classes"]:
-    """Logarithms of the mean of the members' probabilities (Gorishniy et al., https://arxiv.org/abs/2410.24210)."""
-    each = precise(logits).log_softmax(-1)
-    return each.logsumexp(1) - math.log(logits.shape[1])
+def rows_to_predict(frame: DataFrame, facts: Mapping[str, Any]) -> LabelledDataset:
+    """A data set of the rows of a frame, whose labels are not looked at.
+
+    Args:
+        frame: the rows.
+        facts: of the net's data.
+
+    Raises:
+        InputError: they cannot be encoded as those of the training.
+    """
+    inputs: dict[str, Tensor] = dict(zip(INPUTS, encode(frame, facts["columns"]), strict=True))
+    data = Labelled(inputs, torch.full((len(frame),), -1), facts["class_names"])
+    return LabelledDataset(data, torch.arange(len(frame)))

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from common.errors import InputError, speaking_of
 from common.module import BaseModule, Stage
-from common.sources.tables import Columns, cardinalities, scaled_quantiles
+from common.sources.tables import Columns, cardinalities, frame_of, scaled_quantiles
 
 from .baselines import baseline_table
 from .data import Batch, RowDataset, rows_to_predict
@@ -123,16 +123,8 @@ class RegressionModule(BaseModule):
     @override
     def encode(self, samples: Any) -> RowDataset:
         """Rows as a frame of pandas, or what becomes one, with or without the target."""
-        from pandas import DataFrame
-
-        try:
-            frame = DataFrame(samples)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"samples: no rows of a table ({error}); give a frame of pandas") from error
-        if not len(frame):
-            raise InputError("samples: there are none to predict")
         with speaking_of("samples", instead_of="data.predict_source"):
-            return rows_to_predict(frame, self.columns)
+            return rows_to_predict(frame_of(samples), self.columns)
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
