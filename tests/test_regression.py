@@ -395,7 +395,7 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     assert [row["target"] for row in second] == [f"{rent:.7g}" if rent == rent else "" for rent in new["rent"]]
     module = RegressionModule.load_from_checkpoint(checkpoint).eval()
     with torch.no_grad():
-        median = module.predict(module.net(*encode(new, module.columns)))[:, 0, 0]
+        median = module.predictions(module.net(*encode(new, module.columns)))[:, 0, 0]
     assert median.tolist() == pytest.approx([float(row["prediction"]) for row in first], rel=1e-5)
 
 
@@ -550,7 +550,7 @@ def test_outputs_of_several_targets_do_not_mix() -> None:
     assert torch.equal(found[1], outputs[0, :, 2:])
     assert torch.equal(found[2], outputs[1, :, :2])
     means = Gaussian().predict(found)[:, 0].view(2, 2)
-    assert torch.equal(module.predict(found)[..., 0], means * torch.tensor([2.0, 0.5]) + torch.tensor([10.0, -1.0]))
+    assert torch.equal(module.predictions(found)[..., 0], means * torch.tensor([2.0, 0.5]) + torch.tensor([10.0, -1.0]))
 
 
 @pytest.mark.parametrize(

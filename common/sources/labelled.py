@@ -105,7 +105,7 @@ def split_by_class(
         val_fraction: share of all samples for validation, if the source has no validation split of its own.
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         seed: seed of the split alone, so runs with other seeds test on the same samples.
-        keys: of the samples, see :func:`keys_of`.
+        keys: of the samples, see :func:`keys_of`; all different if equal ones need not stay together.
 
     Raises:
         InputError: the shares leave nothing to train on, the seed is out of range, samples have no labels, or a class
@@ -140,14 +140,7 @@ def split_by_class(
     ours = len(data.target) - data.num_val - data.num_test
     _, val, test = torch.arange(len(data.target)).split([ours, data.num_val, data.num_test])
     rest = one_of_each(keys[:ours])
-    strata = strata_of(data, rest, max(round(1 / min(val_fraction, test_fraction)), 3))
-    number = len(data.class_names) if data.labels == "one" else int(strata.max()) + 1
-    of_each = torch.bincount(strata[rest], minlength=number)
-    too_few = of_each.min() < 3 or len(rest) * min(val_fraction, test_fraction) < number
-    if data.groups is None and too_few:
-        if not rank_zero_only.rank:
-            print("data.source: has too few different samples to keep equal ones in one part", flush=True)
-        keys, rest = torch.arange(len(keys)), torch.arange(ours)
+    strata = _strata(data, rest, val_fraction, test_fraction)
     # What is drawn counts; samples of own parts count as so many of it.
     total = len(rest) if not (data.num_val or data.num_test) else len(data.target) * len(rest) / ours
     if not data.num_test:
@@ -159,6 +152,24 @@ def split_by_class(
     for number, part in zip(drawn, together([parts[number] for number in drawn], keys[:ours]), strict=True):
         parts[number] = part
     return Parts(*parts)
+
+
+def differ_enough(data: Labelled, val_fraction: float, test_fraction: float, keys: Int64[Tensor, " samples"]) -> bool:
+    """Whether samples of equal keys can stay together, and each part still has every class; says if they cannot."""
+    if data.groups is not None or data.labels == "next token" or not data.class_names:
+        return True
+    rest = one_of_each(keys[: len(keys) - data.num_val - data.num_test])
+    strata = _strata(data, rest, val_fraction, test_fraction)
+    number = len(data.class_names) if data.labels == "one" else int(strata.max()) + 1
+    of_each = torch.bincount(strata[rest], minlength=number)
+    enough = bool(of_each.min() >= 3 and len(rest) * min(val_fraction, test_fraction) >= number)
+    if not enough and len(one_of_each(keys)) < len(keys) and not rank_zero_only.rank:
+        print("data.source: has too few different samples to keep equal ones in one part", flush=True)
+    return enough
+
+
+def _strata(data: Labelled, drawn: Tensor, val_fraction: float, test_fraction: float) -> Int64[Tensor, " samples"]:
+    return strata_of(data, drawn, max(round(1 / min(val_fraction, test_fraction)), 3))
 
 
 def strata_of(data: Labelled, drawn: Int64[Tensor, " drawn"], least: int) -> Int64[Tensor, " samples"]:
@@ -215,6 +226,13 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
             digest.update((values[number] if mask is None else values[number][mask[number] > 0]).tobytes())
         digests += digest.digest()
     return torch.frombuffer(digests, dtype=torch.int64)
+
+
+def with_labels(keys: Int64[Tensor, " samples"], data: Labelled) -> Int64[Tensor, " samples"]:
+    """A number for each sample by its key and its labels: what tells samples apart whose inputs are equal."""
+    rows = zip(keys.numpy(), data.target.contiguous().numpy().reshape(len(keys), -1), strict=True)
+    digests = (hashlib.blake2b(key.tobytes() + row.tobytes(), digest_size=8).digest() for key, row in rows)
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
 
 
 def as_known(data: Labelled, known: Sequence[str]) -> Labelled:
@@ -317,8 +335,9 @@ class Samples:
     Attributes:
         facts: what they are ``made_by``, the arguments of the split; ``class_names`` and ``labels``, what has a class;
             of inputs the ``shapes`` and, if they are images, the ``range`` of values; of texts the ``tokenizer``;
-            ``by_file``, whether images are known by their files; and ``parts``, with the samples' ``keys`` (those of
-            training, validation and test in turn) and the ``sizes`` of the three.
+            ``by_file``, whether images are known by their files; ``equal_together``, whether equal samples are in one
+            part; and ``parts``, with the samples' ``keys`` (those of training, validation and test in turn) and the
+            ``sizes`` of the three.
 
     Raises:
         InputError: those of the source and of :func:`split_by_class`; the checkpoint does not know a class, or has
@@ -356,8 +375,11 @@ class Samples:
             there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
             raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
         keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
+        together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, keys))
         if known is None:
-            parts = split_by_class(data, *self._split, keys)
+            every = torch.arange(len(keys))
+            parts = split_by_class(data, *self._split, keys if together else every)
+            keys = keys if together else with_labels(keys, data)
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
                 "labels": data.labels,
@@ -380,14 +402,20 @@ class Samples:
                 parts = split_by_class(data, *self._split, keys)
             else:
                 own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
+                every = torch.arange(len(keys))
+                alike, keys = (keys, keys) if together else (every, with_labels(keys, data))
                 if not own and len(keys) < len(known["keys"]) and torch.isin(keys, known["keys"]).all():
-                    every = torch.arange(len(keys))  # none is new, and a class may have become too rare to draw
-                    drawn = Parts(every, every[:0], every[:0])
+                    drawn = Parts(every, every[:0], every[:0])  # none is new, and a class may be too rare to draw
                 else:
-                    drawn = split_by_class(data, *self._split, keys)
-                parts = same_parts(keys, drawn, known, own)
+                    drawn = split_by_class(data, *self._split, alike)
+                parts = same_parts(keys, drawn, known, own, together)
         self.facts["parts"] = parts_facts(keys, parts)
         return data, parts
+
+    def _can_be_together(self, data: Labelled, keys: Int64[Tensor, " samples"]) -> bool:
+        val_fraction, test_fraction, seed = self._split
+        check_split(val_fraction, test_fraction, seed)
+        return differ_enough(data, val_fraction, test_fraction, keys)
 
     @property
     def labelled(self) -> Labelled:

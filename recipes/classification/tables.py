@@ -16,7 +16,17 @@ from common.checkpoint import check_made_by
 from common.errors import InputError, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import encode_label_columns, encode_label_lists, hashed, parts_named, separated
-from common.sources.labelled import LabelledDataset, Parts, as_known, one_of_each, parts_facts, split_by_class
+from common.sources.labelled import (
+    LabelledDataset,
+    Parts,
+    as_known,
+    check_split,
+    differ_enough,
+    one_of_each,
+    parts_facts,
+    split_by_class,
+    with_labels,
+)
 from common.sources.tables import (
     DataFrame,
     Scaling,
@@ -154,7 +164,7 @@ class TableSamples:
                 check_source(frame, source, known["columns"])
                 data = as_known(data, known["class_names"])
                 parts, keys = self._drawn(frame, data, known["parts"]["keys"])
-                parts = same_rows(frame, source, keys, parts, known["parts"], equal_together=True)
+                parts = same_rows(frame, source, keys, parts, known["parts"], known["equal_together"])
             else:
                 parts, keys = self._drawn(frame, data)
                 tell_equal(keys, parts)
@@ -173,21 +183,27 @@ class TableSamples:
         """
         source = self._source.table
         if source.time:
+            self.facts["equal_together"] = False
             return split_rows(frame, source, *self._split)
         keys = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
         if source.group:
             keys = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}")
-        every = torch.arange(len(keys))
-        if known is not None and not source.split and len(keys) < len(known) and torch.isin(keys, known).all():
-            return Parts(every, every[:0], every[:0]), keys  # none is new, and a class may be too rare to draw
         own = parts_named(frame[source.split].tolist(), source.split) if source.split else np.zeros(len(frame), int)
         order = torch.from_numpy(np.argsort(own, kind="stable"))
         num_train, num_val, num_test = np.bincount(own, minlength=3).tolist()
         if not num_train:
             raise InputError(f"data.source.split {source.split!r}: names no row for training; name some train")
-        alike = keys if source.group or 2 * len(one_of_each(keys)) > len(keys) else every
         groups = keys[order] if source.group else None
         ordered = replace(data, target=data.target[order], num_test=num_test, num_val=num_val, groups=groups)
+        val_fraction, test_fraction, seed = self._split
+        check_split(val_fraction, test_fraction, seed)
+        if "equal_together" not in self.facts:
+            copies = bool(source.group) or 2 * len(one_of_each(keys)) > len(keys)
+            self.facts["equal_together"] = copies and differ_enough(ordered, val_fraction, test_fraction, keys[order])
+        every = torch.arange(len(keys))
+        alike, keys = (keys, keys) if self.facts["equal_together"] else (every, with_labels(keys, data))
+        if known is not None and not source.split and len(keys) < len(known) and torch.isin(keys, known).all():
+            return Parts(every, every[:0], every[:0]), keys  # none is new, and a class may be too rare to draw
         return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys
 
     def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:

@@ -69,7 +69,9 @@ class RegressionModule(BaseModule):
         )
         return standardized.to(self.outcomes.dtype) * std + mean
 
-    def predict(self, outputs: Float[Tensor, "batch_targets members outputs"]) -> Float[Tensor, "batch targets values"]:
+    def predictions(
+        self, outputs: Float[Tensor, "batch_targets members outputs"]
+    ) -> Float[Tensor, "batch targets values"]:
         """The head's predictions in the targets' own units."""
         return self.in_units(self.head.predict(outputs).unflatten(0, (-1, len(self.columns["targets"]))))
 
@@ -128,7 +130,7 @@ class RegressionModule(BaseModule):
 
     @override
     def predict_step(self, batch: Batch) -> dict[str, list[Any]]:
-        rows = torch.cat([self.in_units(batch.target[..., None]), self.predict(self(batch))], -1)[batch.mask]
+        rows = torch.cat([self.in_units(batch.target[..., None]), self.predictions(self(batch))], -1)[batch.mask]
         columns = {}
         for name, values in zip(self.columns["targets"], rows.unbind(1), strict=True):
             of = f"({name})" if len(self.columns["targets"]) > 1 else ""
