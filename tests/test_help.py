@@ -46,7 +46,7 @@ def test_help_of_all_commands_a_class_and_the_trainer(work: Path, capsys: pytest
     assert all(f"\n  {name} " in commands for name in ("fit", "validate", "test", "predict", "preflight", "export"))
     images = printed("classification", ["fit", "--data.source.help", "ImageTable"], capsys)
     assert "--data.source.size " in images
-    assert "(default 28)" in images
+    assert "(default label)" in images
     trainer = printed("classification", ["fit", "--trainer.help"], capsys)
     assert "--trainer.accumulate_grad_batches" in trainer
     assert "--model" not in trainer

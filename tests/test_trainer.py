@@ -267,7 +267,7 @@ def test_a_stranger_predicts_rows(work: Path) -> None:
         encoded.append([scaled, *one_hot, row["size"] is not None, row["size"] is None])
     hidden = torch.tensor(encoded).float() @ state["net.blocks.0.linear.weight"].T + state["net.blocks.0.linear.bias"]
     output = hidden.relu() @ state["net.output.weight"].T + state["net.output.bias"]
-    predictions = output[:, 0] * columns["std"] + columns["mean"]
+    predictions = output[:, 0] * columns["std"][0] + columns["mean"][0]
     torch.testing.assert_close(predictions.tolist(), cli.model.predict(new)["prediction"], rtol=1e-5, atol=1e-5)
 
 

@@ -12,7 +12,6 @@ import fsspec
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
@@ -58,6 +57,7 @@ class Images:
 
     def __init__(self, table: Any, column: str, size: Sequence[int] | None = None, mode: str | None = None):
         import datasets
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         self.column = column
         self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))

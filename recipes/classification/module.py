@@ -98,7 +98,7 @@ class ClassificationModule(BaseModule):
         output = self.net(**batch.inputs)
         return output if isinstance(output, Tensor) else output.logits
 
-    def logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def logits(self, batch: Batch) -> Float[Tensor, "batch *classes"]:
         """Logits of each class; those of an ensemble give the mean of its members' probabilities."""
         return self(batch) if self.columns is None else self.objective.mean_of_members(self(batch))
 
