@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric, MeanMetric
 from typing_extensions import override
 
 from common.data import (
@@ -92,6 +92,17 @@ class WeightedMean(MeanMetric):
         dtype = torch.float32 if value.device.type == "mps" else torch.float64
         self.mean_value = self.mean_value.to(dtype) + value.to(dtype) * weight
         self.weight = self.weight.to(dtype) + weight
+
+
+class EvaluatedRows(CatMetric):
+    """What an evaluation keeps of each sample, in at least fp32: ``bf16-true`` would round it."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
+
+    @override
+    def update(self, value: Tensor) -> None:
+        self.value.append(precise(value))  # type: ignore[union-attr]
 
 
 class BaseModule(L.LightningModule):

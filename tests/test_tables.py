@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,40 @@ def test_mistakes(
         table.loc[ROWS - 1, name] = value
     table.to_csv(birds, index=False)
     assert line in refused([*FIT, "--data.split_seed", "1", *shlex.split(flags)], capfd)
+
+
+class Buggy(torch.nn.Linear):
+    """A net of one's own with a mistake in it."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(4, num_classes, bais=False)  # type: ignore[call-arg]
+
+
+def test_a_bug_in_a_net_of_ones_own_keeps_its_traceback() -> None:
+    module = ClassificationModule(Buggy, ["a", "b"], optimizer=torch.optim.AdamW)
+    with pytest.raises(TypeError, match="bais"):
+        module.build_net()
+
+
+def test_equal_rows_of_other_classes_stay_where_they_are_as_rows_come(work: Path) -> None:
+    """Of two columns of few words most rows are equal; they are split one by one, by their classes too."""
+    random = np.random.default_rng(3)
+    words, classes = np.array(["x", "y", "z"]), np.array(["p", "q"])
+    rows = pd.DataFrame({"a": random.choice(words, 900), "b": random.choice(words, 900)})
+    rows = rows.assign(label=random.choice(classes, 900))
+
+    def parts(count: int, known: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        rows.head(count).to_csv("few.csv", index=False)
+        samples = TableSamples(LabelledTable("few.csv", "label"), 0.1, 0.2, 0, known)
+        rows_of = [sorted(map(tuple, rows.iloc[part].to_numpy().tolist())) for part in samples.parts]
+        return [Counter(each) for each in rows_of], samples.facts
+
+    before, facts = parts(300, {})
+    for count in (600, 900):
+        after, facts = parts(count, facts)
+        assert all(not (old - new) for old, new in zip(before, after, strict=True)), "none is missing in its part"
+        assert sum(after[0].values()) > sum(before[0].values()), "new rows train too"
+        before = after
 
 
 def test_one_class_and_rare_ones_are_refused(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:

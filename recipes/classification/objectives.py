@@ -13,12 +13,13 @@ import torch.nn.functional as F
 import torchmetrics.functional.classification as scores
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torchmetrics import CatMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics import classification as metrics
 from typing_extensions import override
 
 from common.errors import InputError
 from common.losses import cross_entropy, item_cross_entropy, precise
+from common.module import EvaluatedRows
 from common.sources.files import Labels
 
 from .entities import EntityCounts, precision_recall_f1, types_of
@@ -200,8 +201,8 @@ class SeveralLabels(Objective):
         return yes - no
 
     @override
-    def outcomes(self, names: Sequence[str]) -> CatMetric:
-        return CatMetric(nan_strategy="disable")
+    def outcomes(self, names: Sequence[str]) -> EvaluatedRows:
+        return EvaluatedRows()
 
     @override
     def update(self, outcomes: Any, probabilities: Tensor, target: Tensor, mask: Tensor) -> None:

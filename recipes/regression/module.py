@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics import CatMetric
 from typing_extensions import override
 
 from common.errors import InputError, speaking_of
-from common.module import BaseModule, Stage
+from common.losses import precise
+from common.module import BaseModule, EvaluatedRows, Stage
 from common.sources.tables import Columns, cardinalities, frame_of, scaled_quantiles
 
 from .baselines import baseline_table
@@ -45,7 +45,7 @@ class RegressionModule(BaseModule):
         self.make_net, self.head, self.columns, self.baselines = net, head, columns, baselines
         self.quantiles = scaled_quantiles(columns)
         # Of every row of an evaluation: target, prediction, interval, and whether the row is real.
-        self.outcomes: Any = CatMetric(nan_strategy="disable")
+        self.outcomes: Any = EvaluatedRows()
 
     @override
     def build_net(self) -> nn.Module:
@@ -63,11 +63,9 @@ class RegressionModule(BaseModule):
 
     def in_units(self, standardized: Float[Tensor, "batch targets values"]) -> Float[Tensor, "batch targets values"]:
         """Targets or predictions in the targets' own units."""
-        mean, std = (
-            torch.tensor(self.columns[fact], dtype=self.outcomes.dtype, device=standardized.device)[:, None]
-            for fact in ("mean", "std")
-        )
-        return standardized.to(self.outcomes.dtype) * std + mean
+        values = precise(standardized)
+        mean, std = (values.new_tensor(self.columns[fact])[:, None] for fact in ("mean", "std"))
+        return values * std + mean
 
     def predictions(
         self, outputs: Float[Tensor, "batch_targets members outputs"]
