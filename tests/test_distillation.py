@@ -271,6 +271,7 @@ def teachers_processes() -> set[str]:
     return {number for number in numbers if b"--name\0teacher" in Path(f"/proc/{number}/cmdline").read_bytes()}
 
 
+@pytest.mark.matrix
 def test_sigterm_ends_the_training_of_a_teacher(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:
     """Its process ends too; the next fit goes on with the teacher."""
     before = signal.getsignal(signal.SIGTERM)
@@ -485,6 +486,7 @@ def test_ranks_wait_for_one_teacher(work: Path, cache: None) -> None:
 # Text
 
 
+@pytest.mark.matrix
 def test_language_models(work: Path, small_text: Path) -> None:
     cli = main_of(RECIPE)(["fit", *text_args(small_text), *LONGER])
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}

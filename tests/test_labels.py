@@ -474,7 +474,7 @@ def test_a_stopped_run_goes_on_to_the_bit(kind: str, encoder: str, work: Path) -
     ("kind", "strategy"),
     [
         ("several", "fsdp2"),
-        ("words", "ddp"),
+        pytest.param("words", "ddp", marks=pytest.mark.matrix),
         pytest.param("several", "ddp", marks=pytest.mark.matrix),
         pytest.param("words", "fsdp2", marks=pytest.mark.matrix),
     ],

@@ -131,6 +131,7 @@ def test_a_checkpoint_travels(fit: Any, work: Path, record_property: Any) -> Non
 
 
 @needs_megatron
+@pytest.mark.matrix
 def test_what_else_is_done_with_a_run(fit: Any, work: Path) -> None:
     """Two ranks write samples; validate, predict and preflight on two ranks and on one agree; export is one net."""
     run = fit(
@@ -208,7 +209,7 @@ def test_killed_run_goes_on_to_the_bit(world: int, work: Path, lm_args: list[str
 
 
 @needs_megatron
-@pytest.mark.parametrize("fault", ["kill_1", "sigterm_1"])
+@pytest.mark.parametrize("fault", ["kill_1", pytest.param("sigterm_1", marks=pytest.mark.matrix)])
 def test_every_rank_ends(fault: str, work: Path, lm_args: list[str]) -> None:
     """The other rank of a group is waited for in every layer."""
     args = [

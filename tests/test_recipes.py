@@ -209,7 +209,9 @@ def test_a_copy_uses_its_own_classes(work: Path, clone: Path) -> None:
             assert set(re.findall(r"class_path: ([\w.]+)\.attacks\.PGD", text)) == {package}
 
 
-@pytest.mark.parametrize("way", ["module", "ddp", pytest.param("fsdp2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "way", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("module", "fsdp2"))]
+)
 def test_ways_to_start(way: str, work: Path, small_text: Path) -> None:
     """As a module, and by path with the ranks that a strategy launches itself; a command of the docs has torchrun."""
     recipe = "classification" if way == "ddp" else "lm"

@@ -498,7 +498,7 @@ def test_intervals_are_logged_and_drawn(head: str, houses: Path, work: Path) -> 
     assert {path.stem for path in (run / "figures").glob("val-*.png")} == {"val-predictions", "val-residuals"}
 
 
-@pytest.mark.parametrize("head", ["Mean", "Quantiles"])
+@pytest.mark.parametrize("head", [pytest.param("Mean", marks=pytest.mark.matrix), "Quantiles"])
 def test_several_targets_have_their_own_metrics_and_predictions(head: str, houses: Path, work: Path) -> None:
     """Losses and metrics without a name are means over the targets; raw rows may lack one."""
     table = house_table()

@@ -111,7 +111,8 @@ def test_images(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run / "figures/test-worst_samples.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("recipe", ["regression", pytest.param("lm", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("recipe", ["regression", "lm"])
 def test_ranks_find_the_same(recipe: str, work: Path, small_text: Path) -> None:
     """As text, which is not printed: pages belong into the report."""
     args = small_args(recipe, small_text)

@@ -41,7 +41,7 @@ from tests.support import (
     strategies_of,
     turn,
 )
-from tests.test_resume import digest
+from tests.test_resume import VARIANTS, digest
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -59,7 +59,7 @@ CELLS = [
 ON_ALL = ("ddp", "fsdp2", "deepspeed_zero2")
 FAST = {
     *((recipe, name, 2, 1 + i % 2) for i, recipe in enumerate(RECIPES) for name in [ON_ALL[i % 3]]),
-    *((turn(name, i), name, 2, 1 + i % 2) for i, name in enumerate(EXACT) if name not in ON_ALL),
+    *((turn(name, i), name, 2, 1 + i % 2) for i, name in enumerate(EXACT) if name not in (*ON_ALL, *VARIANTS)),
     (turn("fsdp2", 1), "fsdp2", 1, 2),
 }
 
@@ -154,11 +154,8 @@ def reference(
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [name if name == "lm" else pytest.param(name, marks=pytest.mark.matrix) for name in RECIPES],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_goes_on_under_every_strategy(recipe: str, fit: Fit, record_property: Callable[[str, Any], None]) -> None:
     """Two steps under each, one after the other, on one rank and on two, end where a single process does.
 
@@ -299,7 +296,8 @@ def test_texts_and_metrics_do_not_depend_on_the_strategy(
 MUON = ["--model.optimizer", "common.optim.MuonAdamW"]
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "fsdp2"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_optimizers_of_whole_matrices_and_l1_equal_one_process(strategy: str, fit: Fit) -> None:
     args = (*MUON, "--model.l1", "1.0e-4", "--trainer.max_steps", "20", "--trainer.limit_val_batches", "0")
     runs = [fit("lm", None, 1, *args, name="single"), fit("lm", strategy, 2, *args, name="ranks")]
@@ -470,6 +468,7 @@ def test_what_a_strategy_would_leave_out_is_refused(
     assert not (work / "runs/lm/default/checkpoints").exists()
 
 
+@pytest.mark.matrix
 def test_batch_norm_in_16_bits(work: Path) -> None:
     """Its statistics are in fp32 under FSDP2 as under DDP; DeepSpeed, which cannot, says so."""
     losses = {}

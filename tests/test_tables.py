@@ -296,6 +296,7 @@ def test_a_stopped_run_goes_on_to_the_bit(birds: Path) -> None:
     assert digest("default") == digest("whole")
 
 
+@pytest.mark.matrix
 def test_two_ranks_equal_one(birds: Path, work: Path) -> None:
     layer = ["--config", str(ROOT / "configs/strategy/ddp.yaml"), "--trainer.accelerator", "cpu"]
     for world in (1, 2):

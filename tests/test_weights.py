@@ -168,9 +168,8 @@ def test_an_image_net_trains_further(net: str, freeze: bool, work: Path, photos:
     assert (work / "runs/classification/default/export/preprocessor_config.json").exists() == (net == "resnet")
 
 
-@pytest.mark.parametrize(
-    "strategy", [name if name == "fsdp2" else pytest.param(name, marks=pytest.mark.matrix) for name in EXACT]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", EXACT)
 def test_ranks_start_with_the_same_weights(strategy: str, work: Path, text: str) -> None:
     """Of a folder, and of a run, under every strategy."""
     if is_refused("lm", strategy):
