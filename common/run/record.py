@@ -504,7 +504,9 @@ class PredictionWriter(BasePredictionWriter):
             raise InputError(f"data.keep: {min(twice)!r} is also a column of the predictions; rename it in the data")
         for batches in everyone if kept else ():
             for number, batch in enumerate(batches):
-                beside = {name: [column[i] for i in batch["index"]] for name, column in kept.items()}
+                # Numbers as they are, in all their digits.
+                cells = {name: [column[i] for i in batch["index"]] for name, column in kept.items()}
+                beside = {k: [repr(v) if isinstance(v, float) else v for v in values] for k, values in cells.items()}
                 batches[number] = {"index": batch["index"], **beside, **batch}
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)

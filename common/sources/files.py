@@ -243,7 +243,7 @@ class TextTable(Source):
         return Labelled(inputs, target, names, num_test, num_val, made_from, groups, labels)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        return named_columns(load_splits(self.path, split=self.split).parts, names)
+        return named_columns(load_splits(self.path, split=self.split, as_written=True).parts, names)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str, Int64[Tensor, "texts time"]]:
@@ -320,7 +320,11 @@ class Splits(NamedTuple):
 
 
 def load_splits(
-    path: str, folder_reader: str | None = None, split: str | None = None, conll: Sequence[str] | None = None
+    path: str,
+    folder_reader: str | None = None,
+    split: str | None = None,
+    conll: Sequence[str] | None = None,
+    as_written: bool = False,
 ) -> Splits:
     """Load a data set with ``datasets``: its train split, and those for validation and testing if there are any.
 
@@ -329,6 +333,7 @@ def load_splits(
         folder_reader: the ``datasets`` builder for a folder.
         split: a column of the train split that says the part of each row, in place of the data set's splits.
         conll: names of the columns of a file in CoNLL format; None for other files.
+        as_written: leave the cells of CSV files as their text.
 
     Raises:
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
@@ -340,6 +345,8 @@ def load_splits(
     local = Path(path).expanduser()
     reader = READERS.get(local.suffix.lower()) if conll is None else "conll"
     settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
+    if as_written and reader == "csv":
+        settings |= {"dtype": str, "keep_default_na": False}
     try:
         if local.is_dir() and folder_reader:
             files = _folders(local)
@@ -351,9 +358,10 @@ def load_splits(
         elif local.exists():
             kind = "a folder" if local.is_dir() else f"a file of kind {local.suffix or local.name!r}"
             raise InputError(f"data.source.path {path}: is {kind}; name files of kind {', '.join(READERS)}")
-        elif reader or path.count("/") > 1 or path.startswith((".", "~")):
+        elif reader or path.count("/") != 1 or path.startswith((".", "~")) or Path(path).parent.exists():
             hint = nearest(local.name, (p.name for p in local.parent.glob("*")))
-            raise InputError(f"data.source.path {path}: no such file{hint}")
+            fix = hint or ("; a hub name is OWNER/NAME" if "/" not in path else "")
+            raise InputError(f"data.source.path {path}: no such file{fix}")
         else:
             splits = datasets.load_dataset(path)
     except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:

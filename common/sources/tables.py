@@ -147,14 +147,14 @@ class Table(TableSource):
         return rows.remove_columns(list(self.drop)).to_pandas()
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        return named_columns([_load(self.path)], names)
+        return named_columns([_load(self.path, as_written=True)], names)
 
 
-def _load(path: str) -> Any:
+def _load(path: str, as_written: bool = False) -> Any:
     """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
     package, _, name = path.rpartition(".")
     if package != "sklearn.datasets":
-        return load_splits(path).parts[0]
+        return load_splits(path, as_written=as_written).parts[0]
     import datasets
     from sklearn import datasets as bundled
 
