@@ -255,7 +255,7 @@ class RunRecord(Callback):
         best, kept = _best(trainer), self.config["best"]
         if best is not None and best.is_decided and kept["mode"] != best.mode:
             kept["mode"] = best.mode
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._write_config(self.run.path)
 
     @override
