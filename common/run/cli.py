@@ -37,7 +37,7 @@ from typing_extensions import override
 
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, speaking_of
+from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, short_path, speaking_of
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run import layers
@@ -192,6 +192,8 @@ class RecipeCLI(LightningCLI):
         self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
         self.package = module_class.__module__.rpartition(".")[0]
         _HOME.set(self.package)
+        self.began_with: str | None = None  # the weights with which the run has begun
+        self.began_with_facts: dict[str, str | None] = {}  # its own ``data.facts_of``, if it was given one
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
@@ -272,7 +274,7 @@ class RecipeCLI(LightningCLI):
         if checkpoint is None and "ckpt_path" in self.config[self.subcommand]:
             self.config[self.subcommand].ckpt_path = None  # auto, of a first start
         if start := self.config[self.subcommand].get("init_from"):
-            self._start_from(start, checkpoint, given)
+            self._start_from(start, checkpoint)
         self._check(self.config[self.subcommand])
 
     @override
@@ -300,6 +302,9 @@ class RecipeCLI(LightningCLI):
     def _parse_after(self, checkpoint: Path, head: list[str], flags: list[str]) -> None:
         """Parse with the config of the checkpoint's run first, so that whatever is given now wins over it."""
         before = _at_home(self._config_of(checkpoint), self.package)
+        self.began_with = before.pop("init_from", None)
+        self.began_with_facts = {k: v for k, v in before.get("data", {}).items() if k == "facts_of"}
+        before.get("data", {}).pop("facts_of", None)
         # A logger or callback that is given again takes the place of the run's own.
         for key, again in layers.classes(flags).items():
             items = before.get("trainer", {}).get(key)
@@ -338,16 +343,20 @@ class RecipeCLI(LightningCLI):
             problem = f"is not of the run {self.run.path}; give --name another name"
             raise InputError(f"--ckpt_path {checkpoint}: {problem}")
 
-    def _start_from(self, name: str, checkpoint: Path | None, given: list[str]) -> None:
+    def _start_from(self, name: str, checkpoint: Path | None) -> None:
         """Find what ``--init_from`` names, and let the facts of its data hold."""
         config = self.config.fit
-        if checkpoint is not None:  # the run goes on, and has begun with these weights
-            if "auto" not in [value for flag, value in layers.flags(self.argv) if flag == "ckpt_path"]:
-                raise InputError("--init_from: --ckpt_path goes on from the weights of a checkpoint; give one of them")
+        if checkpoint is not None:  # a run that goes on may say what it has begun with
+            if self.began_with is None or Path(self.began_with) not in self.run.starts(name):
+                began = f"has begun with {short_path(self.began_with) if self.began_with else 'no such weights'}"
+                problem = f"the run of --ckpt_path {began}; leave it out, or begin another --name"
+                raise InputError(f"--init_from {name}: {problem}")
             config.init_from = None
             return
-        config.init_from = str(self.run.weights(name))
-        if not Path(config.init_from).is_dir() and "facts_of" in config.data and "data.facts_of" not in given:
+        self.began_with = config.init_from = str(self.run.weights(name))
+        own = "data.facts_of" in layers.keys(self.argv)
+        self.began_with_facts = {"facts_of": config.data.facts_of} if own else {}
+        if not Path(config.init_from).is_dir() and "facts_of" in config.data and not own:
             config.data.facts_of = config.init_from
         if not rank_zero_only.rank:
             print(f"fit: starts with the weights of {config.init_from}", flush=True)
@@ -410,8 +419,11 @@ class RecipeCLI(LightningCLI):
                     item.init_args[key] = value.value
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
-        if (config.get("ckpt_path") or config.get("init_from")) and "facts_of" in self.resolved["data"]:
-            self.resolved["data"]["facts_of"] = None  # the checkpoint of this command, and not of another
+        if config.get("ckpt_path") or config.get("init_from"):  # those of this command, and not of another
+            self.resolved["data"].pop("facts_of", None)
+            self.resolved["data"] |= self.began_with_facts
+        if self.began_with and self.subcommand == "fit":
+            self.resolved["init_from"] = self.began_with
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))
