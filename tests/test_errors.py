@@ -197,6 +197,7 @@ WRONG_YAML = [
          "callbacks[0].init_args"),
     case(LM, "", "--trainer '{max_steps: 3, max_steps: 4}'", "--trainer", "trainer.max_steps: repeats the key"),
     case(LM, "model:\n  vocab_size: 3\n", "", "bad.yaml:2", "model.vocab_size: is taken from data.vocab_size"),
+    case(LM, "data: {weights: ./nowhere}\n", "", "bad.yaml:1", "data.weights: is taken from model.weights and cannot be"),
     case(LM, "", "--model.vocab_size=3", "--model.vocab_size", "is taken from data.vocab_size"),
     case(CLASSES, "", "--model='{class_names: [a]}'", "--model", "model.class_names: is taken from"),
     case(LM, "trainer:\n  max_steps: [3\n", "", "bad.yaml:3", "not valid YAML"),

@@ -252,7 +252,8 @@ class RecipeCLI(LightningCLI):
             help = "A checkpoint, the name of a run or the folder of an export, whose weights the net starts with."
             parser.add_argument("--init_from", type=str | None, default=None, help=help)
         for source, target in self.links.items():
-            parser.link_arguments(source, target, apply_on="instantiate" if source[:5] == "data." else "parse")
+            of_built = source.startswith("data.")
+            parser.link_arguments(source, target, apply_on="instantiate" if of_built else "parse")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -382,8 +383,9 @@ class RecipeCLI(LightningCLI):
         }
 
     def _check(self, config: Any) -> None:
+        given = layers.keys(self.argv)
         for source, target in self.links.items():
-            if config.get(target) is not None and source[:5] == "data.":
+            if target in given:
                 raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
         if not config.get("ckpt_path") and (facts_of := config.data.get("facts_of")) and Path(facts_of).exists():
             read_checkpoint(facts_of, hint="name another with --data.facts_of")  # the whole file, with its checksums
