@@ -87,12 +87,12 @@ class RunFolder:
             InputError: there is no such file.
         """
         folder = self.path / "checkpoints"
-        if "/" not in name and (kept := folder / f"{name}.ckpt").exists():
+        if "/" not in name and os.path.exists(kept := folder / f"{name}.ckpt"):
             return kept
         if name not in ("last", "best"):
-            if Path(name).exists():
+            if os.path.exists(name):
                 return Path(name).absolute()
-            if "/" not in name and (kept := folder / name).exists():
+            if "/" not in name and os.path.exists(kept := folder / name):
                 return kept
             names = sorted(each.stem for each in folder.glob("*.ckpt"))
             found = f" nor checkpoint of the run (found: {', '.join(names)})" if names and "/" not in name else ""
