@@ -130,7 +130,7 @@ WRONG_TYPES = [
     case(CLASSES, "", "--model.balance_classes perhaps", "--model.balance_classes", "expected bool, got 'perhaps'"),
     case(LM, "trainer:\n  gradient_clip_val: x\n", "", "bad.yaml:2",
          "trainer.gradient_clip_val: expected int or float"),
-    case(LM, "data:\n  prompts: 3\n", "", "bad.yaml:2", "data.prompts: expected list, got '3'"),
+    case(LM, "data:\n  prompts: 3\n", "", "bad.yaml:2", "data.prompts: expected list, got '3'; if it is a text, put it in quotes"),
     case(LM, "model:\n  optimizer: {class_path: torch.optim.SGD, init_args: {lr: fast}}\n", "", "bad.yaml:2",
          "model.optimizer.init_args.lr: expected float, got 'fast'"),
     case(CLASSES, "", "--model.net.widths [x]", "--model.net.widths", "expected int, got 'x'"),
@@ -414,6 +414,24 @@ def test_parquet_is_looked_into(
     assert line in refused(recipe, ["fit", *flags.split()], capfd)
 
 
+def test_looking_into_data_hides_no_mistake(work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]) -> None:
+    import pandas
+
+    Path("lists.jsonl").write_text("[1, 2]\n[3, 4]\n")
+    pandas.DataFrame({"a": []}).to_parquet("empty.parquet")
+    long = "x" * 300
+    for recipe, args, start in (
+        (CLASSES, ["--data.source", "lists.jsonl"], "--data.source: "),
+        (CLASSES, ["--data.source", "empty.parquet"], "--data.source: "),
+        (CLASSES, ["--data.source.path", "~nobody_here/x"], "--data.source.path: "),
+        (CLASSES, [long], "command line: "),
+        (CLASSES, ["--config", long], "--config "),
+        (CLASSES, ["--ckpt_path", long], "--ckpt_path "),
+        (CLASSES, ["--init_from", "~nobody_here/x"], "--init_from ~nobody_here/x: no run"),
+    ):
+        assert refused(recipe, ["fit", *args], capfd).startswith(start)
+
+
 def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]) -> None:
     """In flags and files, for words, numbers and classes; a text with commas or spaces stays one."""
     Path("name").write_text("a file is not read")
@@ -427,6 +445,7 @@ def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest
         (CLASSES, ["--trainer.devices", "2"], {"devices": "2"}),  # as before: a number, not the list of one GPU
         (LM, ["--data.prompts", "def "], {"prompts": ["def "]}),
         (LM, ["--data.prompts", "3"], {"prompts": ["3"]}),
+        *((LM, ["--data.prompts", text], {"prompts": [text]}) for text in ("- x", "# Title", "Question: who?", "yes")),
     ):
         capfd.readouterr()
         with pytest.raises(SystemExit):

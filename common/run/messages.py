@@ -10,6 +10,7 @@ import re
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: 
     """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
     known = {**dict.fromkeys(written(defaults)), **known}  # type: ignore[dict-item]  # arguments of its classes too
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
-    if told := _data(error, key, argv, defaults, known):
-        key, problem = told
+    with suppress(Exception):  # looking into data explains more, and never less
+        key, problem = _data(error, key, argv, defaults, known) or (key, problem)
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
         names = re.findall(r"\w+", problem)[: None if key else 1]
         where, key = locate(argv, defaults, key, names, values)
@@ -161,6 +162,8 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
         kinds = " or ".join(dict.fromkeys(types)).replace("NoneType", "null").replace("Sequence", "list")
         several = "list" in kinds and re.fullmatch(r"[^\s,\[\]]+(,[^\s,\[\]]+)+", given)
         fix = f"; write [{given}]" if several else "; write a list such as [1, 2]" if "tuple" in kinds else ""
+        if "list" in kinds and re.fullmatch(r"[-+.\w]+", given) and not fix:  # texts of a flag are taken as they are
+            fix = "; if it is a text, put it in quotes"
         return f"expected {kinds}, got {given[:60]!r}{fix}"
     line = (text.partition("Errors:\n")[2] or text.strip().rpartition("\n")[2]).partition("\n")[0]
     return re.sub(r"^[ -]*(Parser key \S+:|argument -\S+:|Type .* callable class:)?|\. Got value: .*", "", line)
