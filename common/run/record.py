@@ -38,7 +38,7 @@ from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
-from common.run.callbacks import BestCheckpoint, mode_of
+from common.run.callbacks import BestCheckpoint, known_mode, likely_mode
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
@@ -280,7 +280,7 @@ class RunRecord(Callback):
         metrics = self.run.path / "metrics.csv"
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()[:1] if metrics.exists() else []
         logged = next(csv.reader(lines), [])
-        if any(name.startswith("val/") for name in logged):
+        if trainer.state.fn == "fit" and self.run.goes_on and any(name.startswith("val/") for name in logged):
             _monitoring(trainer, logged)  # no validation comes first
         states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -294,7 +294,9 @@ class RunRecord(Callback):
         for callback in _monitoring(trainer, [*trainer.callback_metrics]):
             if isinstance(callback, BestCheckpoint):
                 callback.decide(pl_module)
-            mode = mode_of(str(callback.monitor), pl_module)
+            mode = known_mode(str(callback.monitor), pl_module)
+            if not isinstance(callback, BestCheckpoint) and callback.mode == "min":  # which may be no choice
+                mode = mode or likely_mode(str(callback.monitor))
             if mode is not None and mode != callback.mode:
                 name = type(callback).__name__
                 key = "best.mode" if isinstance(callback, BestCheckpoint) else f"trainer.callbacks: mode of {name}"
