@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -455,6 +456,10 @@ def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest
         augmentation = [each["class_path"] for each in config["model"].get("augmentation") or ()]
         everything = config["data"] | config["trainer"] | net | {"augmentation": augmentation}
         assert {key: everything[key] for key in found} == found, args
+    another = jsonargparse.ArgumentParser(exit_on_error=False)
+    another.add_argument("--words", type=list[str])
+    with pytest.raises(jsonargparse.ArgumentError):  # of somebody else, and as it was
+        another.parse_args(["--words", "a"])
 
 
 MONITOR = CALLBACK + "{}\n      init_args: {{monitor: val/los}}\n"

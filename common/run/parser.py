@@ -6,6 +6,7 @@ import re
 import shutil
 import textwrap
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, Union, get_args, get_origin
 
 import jsonargparse
@@ -36,6 +37,7 @@ MORE = {
 }
 
 _UNIONS = (Union, type(int | str))
+_PARSES = ContextVar("whether a parser of a recipe reads arguments", default=False)  # others stay as they are
 _adapt = _typehints.adapt_typehints
 
 
@@ -45,6 +47,8 @@ def _adapt_bare(val: Any, typehint: Any, **settings: Any) -> Any:
     Text that begins as a list or mapping does, and null, stay what they are: no list. Any other text is taken as it is
     written, whatever else it may be in YAML.
     """
+    if not _PARSES.get():
+        return _adapt(val, typehint, **settings)
     union = get_origin(typehint) in _UNIONS
     kinds = get_args(typehint) if union else (typehint,)
     lists = [kind for kind in kinds if get_origin(kind) in _typehints.sequence_origin_types]
@@ -65,6 +69,14 @@ _typehints.adapt_typehints = _adapt_bare
 
 class RecipeParser(LightningArgumentParser):
     """A parser that raises instead of printing its usage, and whose help is short."""
+
+    @override
+    def parse_args(self, *args: Any, **settings: Any) -> Any:
+        before = _PARSES.set(True)
+        try:
+            return super().parse_args(*args, **settings)
+        finally:
+            _PARSES.reset(before)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> Any:
