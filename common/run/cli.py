@@ -22,6 +22,7 @@ from typing import Any
 import jsonargparse
 import jsonargparse._typehints as _typehints
 import lightning as L
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -32,6 +33,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
@@ -522,10 +524,13 @@ class RecipeCLI(LightningCLI):
             port = os.environ.get("MASTER_PORT", "the port")
             return InputError(f"MASTER_PORT: {port} is in use; set another, or none and a free one is found")
         message, net = str(error), type(getattr(self.model, "net", None)).__name__
+        if isinstance(error, InputError) and message.startswith("Caught "):
+            # torch raises what a reading process has raised, with its traceback in the text.
+            return InputError(message.rpartition("InputError: ")[2].strip())
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:
             return InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another")
-        if isinstance(error, IndexError) and "index out of range in self" in message:  # of an embedding
+        if isinstance(error, IndexError) and self.datamodule.facts.get("tokenizer") and _is_unknown_token(error):
             problem = f"{net} knows fewer tokens than the tokenizer of the data"
             return InputError(f"model.net: {problem}; set its vocab_size, or take the tokenizer that it was made with")
         if isinstance(error, TypeError) and "should be an instance of class `PreTrainedConfig`" in message:
@@ -602,6 +607,16 @@ def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
         raise InputError(f"trainer.sync_batchnorm: {problem}; take false, or configs/strategy/ddp.yaml")
 
 
+def _is_unknown_token(error: IndexError) -> bool:
+    """Whether an embedding was asked for the batch's tokens, and has too few rows."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    asked, rows = frames[-1].get("input"), frames[-1].get("weight")  # of torch.nn.functional.embedding
+    tokens = [ids for frame in frames if isinstance(ids := frame.get("input_ids"), Tensor)]
+    if not (isinstance(asked, Tensor) and isinstance(rows, Tensor) and any(torch.equal(asked, ids) for ids in tokens)):
+        return False
+    return int(asked.max()) >= len(rows)
+
+
 def _name(item: Any) -> str:
     """The name of a class that a config lists, without its package; nothing for none."""
     return str(item.get("class_path", "") if isinstance(item, dict) else item or "").rpartition(".")[2]
@@ -656,8 +671,9 @@ def _trainer_mistake(message: str) -> str:
 def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
     """Turn an anticipated mistake into one line on stderr and exit code 2; ``--debug`` keeps its traceback.
 
-    Where Python has given the arguments, the mistake is raised with that line, and Ctrl-C as it is. Any other exception
-    passes: people edit recipes, and their own bugs need a traceback.
+    Where Python has given the arguments, the mistake is raised with that line, and Ctrl-C as KeyboardInterrupt: in
+    training once the step is saved. Any other exception passes: people edit recipes, and their own bugs need a
+    traceback.
     """
     try:
         yield
@@ -686,6 +702,8 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
+        if error.code == 128 + signal.SIGINT and not cli.ends_process:
+            raise KeyboardInterrupt from None
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
         if not cli.ends_process:
