@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from common.run.cli import RecipeCLI
+from common.run.cli import RecipeCLI, _is_unknown_token
 from common.run.layers import locate
 from tests.support import MEASURED, ROOT, TINY, main_of
 
@@ -846,6 +846,24 @@ def test_bugs_keep_their_traceback(work: Path) -> None:
     assert "Traceback (most recent call last)" in errors[2]
     assert "mine.py" in errors[2]
     assert errors[2].rstrip().endswith("RuntimeError: a bug of mine")
+
+
+class Places(torch.nn.Module):
+    """Adds an embedding of tokens to one of four places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(9, 2), torch.nn.Embedding(4, 2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+
+
+@pytest.mark.parametrize(("ids", "told"), [([[8, 9]], True), ([[8, 8, 8, 8, 8]], False), ([[8, -1]], False)])
+def test_only_unknown_tokens_blame_the_tokenizer(ids: list[list[int]], told: bool) -> None:
+    with pytest.raises(IndexError) as error:
+        Places()(torch.tensor(ids))
+    assert _is_unknown_token(error.value) == told
 
 
 def mistype(word: str, dice: random.Random) -> str:
