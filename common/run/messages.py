@@ -50,9 +50,9 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]) -> str:
+def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action | None]) -> str:
     """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
-    known = {**dict.fromkeys(written(defaults)), **known}  # type: ignore[dict-item]  # arguments of its classes too
+    known = {**dict.fromkeys(written(defaults)), **known}  # arguments of its classes too
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
     with suppress(Exception):  # looking into data explains more, and never less
         key, problem = _data(error, key, argv, defaults, known) or (key, problem)
@@ -71,7 +71,7 @@ def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: 
 
 
 def _data(
-    error: Exception, key: str, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]
+    error: Exception, key: str, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action | None]
 ) -> tuple[str, str] | None:
     """The flag, and what to give instead, where data are given without their reader or by another recipe's key."""
     recipe = defaults[-1].parent
@@ -98,7 +98,7 @@ def _read_other(error: Exception) -> tuple[str, str, list[str]]:
     return key, problem, [problem.split(": ")[0], *re.findall(r"'([^']+)'", problem)[:1]]
 
 
-def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list[str]]:
+def _read_parser(text: str, known: Mapping[str, Action | None]) -> tuple[str, str, list[str]]:
     """Return the same for what jsonargparse says."""
     if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
         return m[1], "is null; it needs a value", []
@@ -115,7 +115,7 @@ def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list
     return ".".join(keys), _problem(text, keys, "".join(given), paths, known), given + paths
 
 
-def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Mapping[str, Action]) -> str:
+def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Mapping[str, Action | None]) -> str:
     if len(keys) == 1 and re.search(r"arguments: --|does not accept option", text):
         return f"no such key{_nearest_key(keys[0], known)}"
     if (m := re.search(r"Importing '(\w+)[\w.]*' is not allowed", text)) and not find_spec(m[1]):
