@@ -15,11 +15,6 @@ class InputError(Exception):
     The message is a single line that names the file or key, and the fix.
     """
 
-    def __init__(self, message: str):
-        if message.startswith("Caught "):  # torch raises what a reading process raised, with its traceback in the text
-            message = message.rpartition("InputError: ")[2].strip()
-        super().__init__(message)
-
 
 class Stopped(BaseException):
     """The run was ended from outside; the command line prints it as one line and exits with ``code``.

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 import yaml
 
 from common.checkpoint import read_checkpoint
-from common.run.cli import RecipeCLI
+from common.run.cli import RecipeCLI, _is_unknown_token
 from common.run.layers import locate
 from tests.support import MEASURED, ROOT, TINY, main_of
 
@@ -130,7 +131,7 @@ WRONG_TYPES = [
     case(CLASSES, "", "--model.balance_classes perhaps", "--model.balance_classes", "expected bool, got 'perhaps'"),
     case(LM, "trainer:\n  gradient_clip_val: x\n", "", "bad.yaml:2",
          "trainer.gradient_clip_val: expected int or float"),
-    case(LM, "data:\n  prompts: 3\n", "", "bad.yaml:2", "data.prompts: expected list, got '3'"),
+    case(LM, "data:\n  prompts: 3\n", "", "bad.yaml:2", "data.prompts: expected list, got '3'; if it is a text, put"),
     case(LM, "model:\n  optimizer: {class_path: torch.optim.SGD, init_args: {lr: fast}}\n", "", "bad.yaml:2",
          "model.optimizer.init_args.lr: expected float, got 'fast'"),
     case(CLASSES, "", "--model.net.widths [x]", "--model.net.widths", "expected int, got 'x'"),
@@ -197,6 +198,7 @@ WRONG_YAML = [
          "callbacks[0].init_args"),
     case(LM, "", "--trainer '{max_steps: 3, max_steps: 4}'", "--trainer", "trainer.max_steps: repeats the key"),
     case(LM, "model:\n  vocab_size: 3\n", "", "bad.yaml:2", "model.vocab_size: is taken from data.vocab_size"),
+    case(LM, "data: {weights: ./nowhere}\n", "", "bad.yaml:1", "data.weights: is taken from model.weights and"),
     case(LM, "", "--model.vocab_size=3", "--model.vocab_size", "is taken from data.vocab_size"),
     case(CLASSES, "", "--model='{class_names: [a]}'", "--model", "model.class_names: is taken from"),
     case(LM, "trainer:\n  max_steps: [3\n", "", "bad.yaml:3", "not valid YAML"),
@@ -413,6 +415,24 @@ def test_parquet_is_looked_into(
     assert line in refused(recipe, ["fit", *flags.split()], capfd)
 
 
+def test_looking_into_data_hides_no_mistake(work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]) -> None:
+    import pandas
+
+    Path("lists.jsonl").write_text("[1, 2]\n[3, 4]\n")
+    pandas.DataFrame({"a": []}).to_parquet("empty.parquet")
+    long = "x" * 300
+    for recipe, args, start in (
+        (CLASSES, ["--data.source", "lists.jsonl"], "--data.source: "),
+        (CLASSES, ["--data.source", "empty.parquet"], "--data.source: "),
+        (CLASSES, ["--data.source.path", "~nobody_here/x"], "--data.source.path: "),
+        (CLASSES, [long], "command line: "),
+        (CLASSES, ["--config", long], "--config "),
+        (CLASSES, ["--ckpt_path", long], "--ckpt_path "),
+        (CLASSES, ["--init_from", "~nobody_here/x"], "--init_from ~nobody_here/x: no run"),
+    ):
+        assert refused(recipe, ["fit", *args], capfd).startswith(start)
+
+
 def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest.CaptureFixture[str]) -> None:
     """In flags and files, for words, numbers and classes; a text with commas or spaces stays one."""
     Path("name").write_text("a file is not read")
@@ -426,6 +446,7 @@ def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest
         (CLASSES, ["--trainer.devices", "2"], {"devices": "2"}),  # as before: a number, not the list of one GPU
         (LM, ["--data.prompts", "def "], {"prompts": ["def "]}),
         (LM, ["--data.prompts", "3"], {"prompts": ["3"]}),
+        *((LM, ["--data.prompts", text], {"prompts": [text]}) for text in ("- x", "# Title", "Question: who?", "yes")),
     ):
         capfd.readouterr()
         with pytest.raises(SystemExit):
@@ -435,6 +456,10 @@ def test_a_bare_value_is_a_list_of_one(work: Path, fit_only: None, capfd: pytest
         augmentation = [each["class_path"] for each in config["model"].get("augmentation") or ()]
         everything = config["data"] | config["trainer"] | net | {"augmentation": augmentation}
         assert {key: everything[key] for key in found} == found, args
+    another = jsonargparse.ArgumentParser(exit_on_error=False)
+    another.add_argument("--words", type=list[str])
+    with pytest.raises(jsonargparse.ArgumentError):  # of somebody else, and as it was
+        another.parse_args(["--words", "a"])
 
 
 MONITOR = CALLBACK + "{}\n      init_args: {{monitor: val/los}}\n"
@@ -462,8 +487,10 @@ WRONG_RUNS = [
     built(LM, {"bad.yaml": MONITOR.format("EarlyStopping")}, "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.monitor: EarlyStopping monitors 'val/los'", "val/loss"),
     built(CLASSES, {}, "--monitor val/f", "--monitor", "'val/f' is not logged", "val/f1"),
-    built(CLASSES, {}, "--monitor val/f1 --best.mode min", "--best.mode", "val/f1 is best where it is largest; set it"),
-    built(CLASSES, {}, "--monitor step", "", "best.mode: nothing says whether a small or a large step is the best; "),
+    built("adversarial", {}, "--monitor val/accuracy --best.mode min", "--best.mode",
+          "val/accuracy is best where it is largest; set it"),
+    *(built(CLASSES, {}, f"--monitor step{more}", "", "best.mode: nothing says whether a small or a large step is the")
+      for more in ("", " --trainer.num_sanity_val_steps 0")),
     built(CLASSES, {"bad.yaml": MONITOR.format("EarlyStopping").replace("los", "auroc")}, "--config bad.yaml",
          "bad.yaml:2", "trainer.callbacks: mode of EarlyStopping: val/auroc is best where it is largest; set it to"),
     built(CLASSES, {"bad.yaml": MONITOR.format("ModelCheckpoint")}, "--config bad.yaml", "bad.yaml:4",
@@ -819,6 +846,24 @@ def test_bugs_keep_their_traceback(work: Path) -> None:
     assert "Traceback (most recent call last)" in errors[2]
     assert "mine.py" in errors[2]
     assert errors[2].rstrip().endswith("RuntimeError: a bug of mine")
+
+
+class Places(torch.nn.Module):
+    """Adds an embedding of tokens to one of four places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(9, 2), torch.nn.Embedding(4, 2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+
+
+@pytest.mark.parametrize(("ids", "told"), [([[8, 9]], True), ([[8, 8, 8, 8, 8]], False), ([[8, -1]], False)])
+def test_only_unknown_tokens_blame_the_tokenizer(ids: list[list[int]], told: bool) -> None:
+    with pytest.raises(IndexError) as error:
+        Places()(torch.tensor(ids))
+    assert _is_unknown_token(error.value) == told
 
 
 def mistype(word: str, dice: random.Random) -> str:

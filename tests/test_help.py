@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.run.callbacks import BestCheckpoint
 from common.run.cli import RecipeCLI
 from tests.support import MEASURED, TINY, main_of
 
@@ -72,6 +73,27 @@ def test_the_metric_says_which_value_is_best(work: Path) -> None:
     assert goes_on.trainer.checkpoint_callbacks[0].mode == "min"  # type: ignore[attr-defined]
     kept = yaml.safe_load((run / "config.yaml").read_text())["best"]
     assert kept == {"monitor": "val/calibration_error", "mode": "min"}
+
+
+def test_a_mode_that_is_given_holds(work: Path) -> None:
+    """Whatever the name says; torchmetrics wins over a name, and over none."""
+    cli = main_of("classification")(["fit", *TINY, "--best.mode", "max"])
+    assert cli.trainer.checkpoint_callbacks[0].mode == "max"
+    best = BestCheckpoint("val/accuracy")
+    cli.model.higher_is_better["val/accuracy"] = False
+    best.decide(cli.model)
+    assert best.mode == "min"
+
+
+def test_another_run_of_the_name_says_nothing_about_metrics(work: Path) -> None:
+    main = main_of("classification")
+    main(["fit", *TINY, "--name", "other"])
+    main(["fit", *TINY])
+    metrics = Path("runs/classification/default/metrics.csv")
+    metrics.write_text(metrics.read_text().replace("val/loss", "val/of_another"))
+    main(["test"])
+    last = "runs/classification/other/checkpoints/last.ckpt"
+    assert main(["fit", "--ckpt_path", last, "--name", "default", "--trainer.max_steps", "5"]).trainer.global_step == 5
 
 
 def test_a_checkpoint_of_the_run_by_its_name(work: Path) -> None:

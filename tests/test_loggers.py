@@ -132,7 +132,8 @@ def test_wandb_knows_config_commit_and_versions(recipe: str, run: Run) -> None:
     environment = config.pop("environment")
     assert config == yaml.safe_load((run.folder / "config.yaml").read_text())
     assert isinstance(config["model"]["optimizer"]["init_args"]["lr"], float)
-    assert environment == json.loads((run.folder / "environment.json").read_text())
+    kept = json.loads((run.folder / "environment.json").read_text())
+    assert environment == {name: value for name, value in kept.items() if name != "uncommitted"}
     assert environment["torch"] == torch.__version__
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert environment["commit"].removesuffix("-dirty") == commit.stdout.strip()
@@ -184,6 +185,15 @@ def test_loggers_show_pictures_and_texts(recipe: str, run: Run) -> None:
         (picture,) = events.Images(key)
         assert picture.step == 3
         assert picture.encoded_image_string.startswith(b"\x89PNG")
+
+
+@every_run
+def test_samples_of_the_data_stay_in_the_folder(recipe: str, run: Run) -> None:
+    kept = {path.stem for path in (*run.folder.glob("texts/*"), *run.folder.glob("figures/*"))}
+    assert {"train-first_batch", "val-worst_samples"} <= kept
+    told = json.dumps([*history(run.wandb), EventAccumulator(str(run.folder)).Reload().Tags()])
+    assert "first_batch" not in told
+    assert "worst_samples" not in told
 
 
 @every_run

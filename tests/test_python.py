@@ -3,6 +3,7 @@
 import csv
 import importlib
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,27 @@ def test_a_mistake_is_raised(work: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert main(["fit", *FIT]).trainer.global_step == 4
     with pytest.raises(InputError, match="--name other: no run of this name has a checkpoint"):
         main(["test", "--name", "other"])
+
+
+def interrupted(args: list[str]) -> None:
+    from recipes.classification import module, train
+
+    step = module.ClassificationModule.training_step
+
+    def stop(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    module.ClassificationModule.training_step = stop  # type: ignore[method-assign]  # in a forked process
+    with pytest.raises(KeyboardInterrupt):
+        train.main(args)
+
+
+def test_ctrl_c_in_training_ends_no_process(work: Path) -> None:
+    assert run_ranks(interrupted, ["fit", *FIT], world=1, folder=work / "log") == [0], logs(work / "log")
+    last = torch.load("runs/classification/default/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
 
 
 def test_images(work: Path) -> None:

@@ -595,6 +595,14 @@ def test_the_config_of_each_start_is_kept(work: Path) -> None:
     assert yaml.safe_load((work / RUN / "config.yaml").read_text())["trainer"]["max_steps"] == 4
 
 
+def test_a_fast_dev_run_touches_no_run(work: Path) -> None:
+    fit("--trainer.max_steps", "1", "--model.optimizer.lr", "0.002")
+    before = bytes_of(work / "runs")
+    for name in ("default", "new"):
+        fit("--name", name, "--trainer.fast_dev_run", "true", "--model.optimizer.lr", "0.5")
+    assert bytes_of(work / "runs") == before
+
+
 def test_a_stop_in_a_validation_leaves_no_reader(work: Path) -> None:
     """A process whose interpreter ends joins its reading processes, which ignore signals."""
     script = (

@@ -54,6 +54,20 @@ def test_the_first_inputs_by_name() -> None:
     assert not net._forward_pre_hooks
 
 
+def test_a_first_batch_that_fails_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Net(nn.Linear):
+        forward = torch.jit.script(torch.nn.functional.relu)  # which has no signature
+
+    monkeypatch.undo()
+    net = Net(3, 2)
+    first = FirstBatch(net)
+    assert net(torch.zeros(4, 3)).shape == (4, 3)
+    assert first.take() == {}
+    assert "the first batch failed, which ends no run" in capsys.readouterr().err
+
+
 def test_what_is_drawn() -> None:
     columns = {
         "numeric": {"size": {"has_missing": True}, "weight": {"has_missing": False}},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
@@ -206,7 +207,8 @@ def test_a_run_starts_with_the_weights_of_another(
     }
     for start in ("runs/classification/base/export", best) if whole else (best,):
         cli = main_of("classification")([*args, "--init_from", start, "--model.optimizer.lr", "0"])
-        assert cli.resolved["data"]["facts_of"] is None
+        assert "facts_of" not in cli.resolved["data"]
+        assert cli.config.fit.data.facts_of == (None if start.endswith("export") else cli.resolved["init_from"])
         state = state_of("classification", "default")
         assert state["global_step"] == 4
         assert all(torch.equal(state["state_dict"][name], p) for name, p in weights.items())
@@ -216,11 +218,37 @@ def test_a_run_starts_with_the_weights_of_another(
     shutil.rmtree("runs/classification/base")
     main_of("classification")(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
     assert same_state(state_of("classification", "default"), state_of("classification", "whole"))
-    assert refused("classification", [*args, "--init_from", "defalt"], capfd).startswith(
-        "--init_from defalt: no run of this"
+    kept = yaml.safe_load(Path("runs/classification/default/config.yaml").read_text())
+    assert kept["init_from"] == str(Path(best).absolute())
+    other = [*again, "--init_from", "other", "--trainer.max_steps", "6"]
+    for given, line in (
+        (["--init_from", "defalt"], "--init_from defalt: no run of this"),
+        (["--init_from", "default"], "--init_from default: is of the run whose name this fit takes"),
+        (other[len(args) :], "--init_from other: the run of --ckpt_path has begun with "),
+    ):
+        assert refused("classification", [*args, *given], capfd).startswith(line)
+
+
+def test_a_layer_may_name_the_weights_of_another(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It decides about the facts too, and is for each start of a job; the run's config starts the same again."""
+    main, small = main_of("classification"), ["--config", str(ROOT / "recipes/classification/small.yaml")]
+    layer = {"init_from": "base", "ckpt_path": "auto", "data": {"facts_of": None}}
+    Path("layer.yaml").write_text(yaml.safe_dump(layer))
+    args = ["fit", *FIT, *small, "--config", "layer.yaml"]
+    main(["fit", *FIT, *small, "--name", "base"])
+    for steps in ("2", "4"):
+        cli = main([*args, "--name", "next", "--trainer.max_steps", steps])
+        assert (cli.trainer.global_step, cli.model.init_from is None) == (int(steps), steps == "4")
+        assert cli.resolved["data"]["facts_of"] is None
+    config = Path("runs/classification/next/config.yaml")
+    again = main(["fit", "--config", str(config), "--name", "again", "--trainer.max_steps", "1"])
+    assert again.model.init_from == str(Path("runs/classification/base/checkpoints/best.ckpt").absolute())
+    assert again.config.fit.data.facts_of is None
+    main(["test", "--name", "next"])
+    line = refused("classification", [*args, "--name", "base"], capfd)
+    assert line.endswith(
+        "--init_from base: the run of --ckpt_path has begun with no such weights; leave it out, or begin another --name"
     )
-    line = refused("classification", [*again[:-1], "last", "--trainer.max_steps", "6"], capfd)
-    assert "--ckpt_path goes on from the weights of a checkpoint; give one of them" in line
 
 
 @pytest.mark.matrix

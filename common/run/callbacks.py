@@ -166,16 +166,14 @@ LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "bits"}
 HIGHER = {"accuracy", "auroc", "f1", "precision", "r2", "recall"}
 
 
-def mode_of(metric: str, pl_module: L.LightningModule | None) -> Literal["min", "max"] | None:
-    """Whether the smallest or the largest value of a metric is the best; None if nothing says so.
-
-    Args:
-        metric: its logged name.
-        pl_module: the module, once it has logged metrics of torchmetrics, which know it.
-    """
+def known_mode(metric: str, pl_module: L.LightningModule) -> Literal["min", "max"] | None:
+    """Which value of a metric torchmetrics calls the best; None if it is no metric of it, or not logged yet."""
     higher = getattr(pl_module, "higher_is_better", {}).get(metric)
-    if higher is not None:
-        return "max" if higher else "min"
+    return None if higher is None else "max" if higher else "min"
+
+
+def likely_mode(metric: str) -> Literal["min", "max"] | None:
+    """Which value the name of a metric calls the best; None if it does not say."""
     words = set(re.split(r"\W|_", metric))
     return "min" if LOWER & words else "max" if HIGHER & words else None
 
@@ -191,27 +189,29 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] | None = None):
         settings = {"save_on_train_epoch_end": False, "enable_version_counter": False}
         super().__init__(filename="best", monitor=monitor, mode=mode or "min", **settings)  # type: ignore[arg-type]
-        self.is_decided = mode is not None
+        self.is_given = self.is_decided = mode is not None
 
     def decide(self, pl_module: L.LightningModule) -> None:
-        """Take the direction of the metric, if none is given.
+        """Take the direction of the metric, if none is given: what torchmetrics says, or else its name.
 
         Raises:
             InputError: nothing says which one it is.
         """
-        if self.is_decided:
+        if self.is_given:
             return
-        if (mode := mode_of(str(self.monitor), pl_module)) is None:
+        if (mode := known_mode(str(self.monitor), pl_module) or likely_mode(str(self.monitor))) is None:
             problem = f"nothing says whether a small or a large {self.monitor} is the best"
             raise InputError(f"best.mode: {problem}; give --best.mode min or max")
-        self.mode, self.kth_value = mode, torch.tensor(math.inf if mode == "min" else -math.inf)
+        if not self.is_decided or self.mode != mode:
+            self.mode, self.kth_value = mode, torch.tensor(math.inf if mode == "min" else -math.inf)
         self.is_decided = True
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(checkpoints_of(trainer))
         self._trainer = trainer  # which knows the checkpoint when it is read
-        if mode_of(str(self.monitor), None):
+        is_told = not trainer.enable_validation or trainer.num_sanity_val_steps  # by the check before training
+        if likely_mode(str(self.monitor)) or not (stage != "fit" or is_told or trainer.fast_dev_run):  # type: ignore[attr-defined]
             self.decide(pl_module)
         super().setup(trainer, pl_module, stage)
 

@@ -22,6 +22,7 @@ from typing import Any
 import jsonargparse
 import jsonargparse._typehints as _typehints
 import lightning as L
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -32,12 +33,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
 from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
-from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, speaking_of
+from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, short_path, speaking_of
 from common.module import BaseModule
 from common.parts import facts_of
 from common.run import layers
@@ -192,6 +194,8 @@ class RecipeCLI(LightningCLI):
         self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
         self.package = module_class.__module__.rpartition(".")[0]
         _HOME.set(self.package)
+        self.began_with: str | None = None  # the weights with which the run has begun
+        self.began_with_facts: dict[str, str | None] = {}  # its own ``data.facts_of``, if it was given one
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
         self.defaults = [DEFAULTS, self.recipe_dir / "config.yaml"]
         default = {"default_config_files": [str(path) for path in self.defaults], "exit_on_error": False}
@@ -250,7 +254,8 @@ class RecipeCLI(LightningCLI):
             help = "A checkpoint, the name of a run or the folder of an export, whose weights the net starts with."
             parser.add_argument("--init_from", type=str | None, default=None, help=help)
         for source, target in self.links.items():
-            parser.link_arguments(source, target, apply_on="instantiate" if source[:5] == "data." else "parse")
+            of_built = source.startswith("data.")
+            parser.link_arguments(source, target, apply_on="instantiate" if of_built else "parse")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -272,7 +277,7 @@ class RecipeCLI(LightningCLI):
         if checkpoint is None and "ckpt_path" in self.config[self.subcommand]:
             self.config[self.subcommand].ckpt_path = None  # auto, of a first start
         if start := self.config[self.subcommand].get("init_from"):
-            self._start_from(start, checkpoint, given)
+            self._start_from(start, checkpoint)
         self._check(self.config[self.subcommand])
 
     @override
@@ -300,6 +305,9 @@ class RecipeCLI(LightningCLI):
     def _parse_after(self, checkpoint: Path, head: list[str], flags: list[str]) -> None:
         """Parse with the config of the checkpoint's run first, so that whatever is given now wins over it."""
         before = _at_home(self._config_of(checkpoint), self.package)
+        self.began_with = before.pop("init_from", None)
+        self.began_with_facts = {k: v for k, v in before.get("data", {}).items() if k == "facts_of"}
+        before.get("data", {}).pop("facts_of", None)
         # A logger or callback that is given again takes the place of the run's own.
         for key, again in layers.classes(flags).items():
             items = before.get("trainer", {}).get(key)
@@ -338,16 +346,20 @@ class RecipeCLI(LightningCLI):
             problem = f"is not of the run {self.run.path}; give --name another name"
             raise InputError(f"--ckpt_path {checkpoint}: {problem}")
 
-    def _start_from(self, name: str, checkpoint: Path | None, given: list[str]) -> None:
+    def _start_from(self, name: str, checkpoint: Path | None) -> None:
         """Find what ``--init_from`` names, and let the facts of its data hold."""
         config = self.config.fit
-        if checkpoint is not None:  # the run goes on, and has begun with these weights
-            if "auto" not in [value for flag, value in layers.flags(self.argv) if flag == "ckpt_path"]:
-                raise InputError("--init_from: --ckpt_path goes on from the weights of a checkpoint; give one of them")
+        if checkpoint is not None:  # a run that goes on may say what it has begun with
+            if self.began_with is None or Path(self.began_with) not in self.run.starts(name):
+                began = f"has begun with {short_path(self.began_with) if self.began_with else 'no such weights'}"
+                problem = f"the run of --ckpt_path {began}; leave it out, or begin another --name"
+                raise InputError(f"--init_from {name}: {problem}")
             config.init_from = None
             return
-        config.init_from = str(self.run.weights(name))
-        if not Path(config.init_from).is_dir() and "facts_of" in config.data and "data.facts_of" not in given:
+        self.began_with = config.init_from = str(self.run.weights(name))
+        own = "data.facts_of" in layers.keys(self.argv)
+        self.began_with_facts = {"facts_of": config.data.facts_of} if own else {}
+        if not Path(config.init_from).is_dir() and "facts_of" in config.data and not own:
             config.data.facts_of = config.init_from
         if not rank_zero_only.rank:
             print(f"fit: starts with the weights of {config.init_from}", flush=True)
@@ -373,8 +385,9 @@ class RecipeCLI(LightningCLI):
         }
 
     def _check(self, config: Any) -> None:
+        given = layers.keys(self.argv)
         for source, target in self.links.items():
-            if config.get(target) is not None and source[:5] == "data.":
+            if target in given:
                 raise InputError(f"{target} is taken from {source} and cannot be set; remove it")
         if not config.get("ckpt_path") and (facts_of := config.data.get("facts_of")) and Path(facts_of).exists():
             read_checkpoint(facts_of, hint="name another with --data.facts_of")  # the whole file, with its checksums
@@ -410,8 +423,11 @@ class RecipeCLI(LightningCLI):
                     item.init_args[key] = value.value
         resolved = yaml.safe_load(self.command_parser.dump(config, skip_unset=False, format="yaml"))
         self.resolved = {key: resolved[key] for key in ("seed_everything", "name", *layers.GROUPS)}
-        if (config.get("ckpt_path") or config.get("init_from")) and "facts_of" in self.resolved["data"]:
-            self.resolved["data"]["facts_of"] = None  # the checkpoint of this command, and not of another
+        if config.get("ckpt_path") or config.get("init_from"):  # those of this command, and not of another
+            self.resolved["data"].pop("facts_of", None)
+            self.resolved["data"] |= self.began_with_facts
+        if self.began_with and self.subcommand == "fit":
+            self.resolved["init_from"] = self.began_with
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))
@@ -508,10 +524,13 @@ class RecipeCLI(LightningCLI):
             port = os.environ.get("MASTER_PORT", "the port")
             return InputError(f"MASTER_PORT: {port} is in use; set another, or none and a free one is found")
         message, net = str(error), type(getattr(self.model, "net", None)).__name__
+        if isinstance(error, InputError) and message.startswith("Caught "):
+            # torch raises what a reading process has raised, with its traceback in the text.
+            return InputError(message.rpartition("InputError: ")[2].strip())
         alien = re.match(rf"{net}\.forward\(\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and alien:
             return InputError(f"model.net: {net} takes no {alien[1]!r}, which the data has; name another")
-        if isinstance(error, IndexError) and "index out of range in self" in message:  # of an embedding
+        if isinstance(error, IndexError) and self.datamodule.facts.get("tokenizer") and _is_unknown_token(error):
             problem = f"{net} knows fewer tokens than the tokenizer of the data"
             return InputError(f"model.net: {problem}; set its vocab_size, or take the tokenizer that it was made with")
         if isinstance(error, TypeError) and "should be an instance of class `PreTrainedConfig`" in message:
@@ -588,6 +607,16 @@ def _check_trainer(trainer: L.Trainer, settings: Any) -> None:
         raise InputError(f"trainer.sync_batchnorm: {problem}; take false, or configs/strategy/ddp.yaml")
 
 
+def _is_unknown_token(error: IndexError) -> bool:
+    """Whether an embedding was asked for the batch's tokens, and has too few rows."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    asked, rows = frames[-1].get("input"), frames[-1].get("weight")  # of torch.nn.functional.embedding
+    tokens = [ids for frame in frames if isinstance(ids := frame.get("input_ids"), Tensor)]
+    if not (isinstance(asked, Tensor) and isinstance(rows, Tensor) and any(torch.equal(asked, ids) for ids in tokens)):
+        return False
+    return int(asked.max()) >= len(rows)
+
+
 def _name(item: Any) -> str:
     """The name of a class that a config lists, without its package; nothing for none."""
     return str(item.get("class_path", "") if isinstance(item, dict) else item or "").rpartition(".")[2]
@@ -642,8 +671,9 @@ def _trainer_mistake(message: str) -> str:
 def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
     """Turn an anticipated mistake into one line on stderr and exit code 2; ``--debug`` keeps its traceback.
 
-    Where Python has given the arguments, the mistake is raised with that line, and Ctrl-C as it is. Any other exception
-    passes: people edit recipes, and their own bugs need a traceback.
+    Where Python has given the arguments, the mistake is raised with that line, and Ctrl-C as KeyboardInterrupt: in
+    training once the step is saved. Any other exception passes: people edit recipes, and their own bugs need a
+    traceback.
     """
     try:
         yield
@@ -672,6 +702,8 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
+        if error.code == 128 + signal.SIGINT and not cli.ends_process:
+            raise KeyboardInterrupt from None
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
         if not cli.ends_process:

@@ -87,12 +87,12 @@ class RunFolder:
             InputError: there is no such file.
         """
         folder = self.path / "checkpoints"
-        if "/" not in name and (kept := folder / f"{name}.ckpt").exists():
+        if "/" not in name and os.path.exists(kept := folder / f"{name}.ckpt"):
             return kept
         if name not in ("last", "best"):
-            if Path(name).exists():
+            if os.path.exists(name):
                 return Path(name).absolute()
-            if "/" not in name and (kept := folder / name).exists():
+            if "/" not in name and os.path.exists(kept := folder / name):
                 return kept
             names = sorted(each.stem for each in folder.glob("*.ckpt"))
             found = f" nor checkpoint of the run (found: {', '.join(names)})" if names and "/" not in name else ""
@@ -116,16 +116,20 @@ class RunFolder:
         Raises:
             InputError: there is none.
         """
-        path = Path(name).expanduser()
-        for run in (self.path.parent / name, path) if "/" not in name else (path,):
-            kept = [run / f"checkpoints/{kind}.ckpt" for kind in ("best", "last")]
-            if found := next(filter(Path.exists, kept), None):
-                return found.absolute()
-        if path.exists():
-            return path.absolute()
+        if found := next(filter(os.path.exists, self.starts(name)), None):
+            if self.holds(found):
+                problem = "is of the run whose name this fit takes"
+                raise InputError(f"--init_from {name}: {problem}; give another --name, or go on with --ckpt_path last")
+            return found
         hint = nearest(name, self._named_like("*.ckpt"))
         problem = "no run of this recipe with a checkpoint, no checkpoint and no folder of an export"
         raise InputError(f"--init_from {name}: {problem}{hint or '; name one'}")
+
+    def starts(self, name: str) -> list[Path]:
+        """The places where weights that ``--init_from`` names are looked for, in this order."""
+        path = Path(os.path.expanduser(name)).absolute()
+        runs = [self.path.parent / name, path] if "/" not in name else [path]
+        return [*(run / f"checkpoints/{kind}.ckpt" for run in runs for kind in ("best", "last")), path]
 
     def start_from(self, checkpoint: str | None) -> None:
         """Choose the folder :attr:`starting`, where a fit writes until its first step is made.

@@ -1,5 +1,6 @@
 """What the command line and the YAML files on it say, key by key, and where: the ground for error messages."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -160,13 +161,13 @@ def _read(flag: str, value: str) -> list[Entry]:
             if config:
                 raise
             return []
-    if config and path.is_file():
+    if config and os.path.isfile(path):  # which takes any text
         return _entries(path, str(path), prefix)
     if flag == "config" and value:
-        names = [p.name for p in (path.parent if path.parent.is_dir() else Path()).iterdir()]
+        names = [p.name for p in (path.parent if os.path.isdir(path.parent) else Path()).iterdir()]
         there = sorted(each for kind in LAYERS for each in ROOT.glob(kind) if each.stem == path.stem)
         hint = f"; there is {', '.join(map(from_here, there))}" if there else nearest(path.name, names)
-        raise InputError(f"--config {value}: {'is a folder' if path.is_dir() else f'no such file{hint}'}")
+        raise InputError(f"--config {value}: {'is a folder' if os.path.isdir(path) else f'no such file{hint}'}")
     return []
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,12 +50,12 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]) -> str:
+def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action | None]) -> str:
     """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
-    known = {**dict.fromkeys(written(defaults)), **known}  # type: ignore[dict-item]  # arguments of its classes too
+    known = {**dict.fromkeys(written(defaults)), **known}  # arguments of its classes too
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
-    if told := _data(error, key, argv, defaults, known):
-        key, problem = told
+    with suppress(Exception):  # looking into data explains more, and never less
+        key, problem = _data(error, key, argv, defaults, known) or (key, problem)
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
         names = re.findall(r"\w+", problem)[: None if key else 1]
         where, key = locate(argv, defaults, key, names, values)
@@ -70,7 +71,7 @@ def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: 
 
 
 def _data(
-    error: Exception, key: str, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action]
+    error: Exception, key: str, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action | None]
 ) -> tuple[str, str] | None:
     """The flag, and what to give instead, where data are given without their reader or by another recipe's key."""
     recipe = defaults[-1].parent
@@ -97,7 +98,7 @@ def _read_other(error: Exception) -> tuple[str, str, list[str]]:
     return key, problem, [problem.split(": ")[0], *re.findall(r"'([^']+)'", problem)[:1]]
 
 
-def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list[str]]:
+def _read_parser(text: str, known: Mapping[str, Action | None]) -> tuple[str, str, list[str]]:
     """Return the same for what jsonargparse says."""
     if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
         return m[1], "is null; it needs a value", []
@@ -114,7 +115,7 @@ def _read_parser(text: str, known: Mapping[str, Action]) -> tuple[str, str, list
     return ".".join(keys), _problem(text, keys, "".join(given), paths, known), given + paths
 
 
-def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Mapping[str, Action]) -> str:
+def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Mapping[str, Action | None]) -> str:
     if len(keys) == 1 and re.search(r"arguments: --|does not accept option", text):
         return f"no such key{_nearest_key(keys[0], known)}"
     if (m := re.search(r"Importing '(\w+)[\w.]*' is not allowed", text)) and not find_spec(m[1]):
@@ -161,6 +162,8 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
         kinds = " or ".join(dict.fromkeys(types)).replace("NoneType", "null").replace("Sequence", "list")
         several = "list" in kinds and re.fullmatch(r"[^\s,\[\]]+(,[^\s,\[\]]+)+", given)
         fix = f"; write [{given}]" if several else "; write a list such as [1, 2]" if "tuple" in kinds else ""
+        if "list" in kinds and re.fullmatch(r"[-+.\w]+", given) and not fix:  # texts of a flag are taken as they are
+            fix = "; if it is a text, put it in quotes"
         return f"expected {kinds}, got {given[:60]!r}{fix}"
     line = (text.partition("Errors:\n")[2] or text.strip().rpartition("\n")[2]).partition("\n")[0]
     return re.sub(r"^[ -]*(Parser key \S+:|argument -\S+:|Type .* callable class:)?|\. Got value: .*", "", line)

@@ -6,6 +6,7 @@ import re
 import shutil
 import textwrap
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, Union, get_args, get_origin
 
 import jsonargparse
@@ -36,24 +37,30 @@ MORE = {
 }
 
 _UNIONS = (Union, type(int | str))
+_PARSES = ContextVar("whether a parser of a recipe reads arguments", default=False)  # others stay as they are
 _adapt = _typehints.adapt_typehints
 
 
 def _adapt_bare(val: Any, typehint: Any, **settings: Any) -> Any:
     """Take a bare value as a list of one, where the type has lists and nothing that the value is by itself.
 
-    Text that begins as a list or mapping does, and null, stay what they are: no list.
+    Text that begins as a list or mapping does, and null, stay what they are: no list. Any other text is taken as it is
+    written, whatever else it may be in YAML.
     """
+    if not _PARSES.get():
+        return _adapt(val, typehint, **settings)
     union = get_origin(typehint) in _UNIONS
     kinds = get_args(typehint) if union else (typehint,)
     lists = [kind for kind in kinds if get_origin(kind) in _typehints.sequence_origin_types]
-    given = val is settings.get("orig_val", val) and not (settings.get("append") or settings.get("serialize"))
-    if lists and given and isinstance(val, str | int | float) and not re.match(r"\s*([\[{]|(null|~)?\s*$)", str(val)):
+    given = settings.get("orig_val", val)
+    is_bare = isinstance(given, str) or (isinstance(given, int | float) and val is given)
+    is_bare = is_bare and not (settings.get("append") or settings.get("serialize"))
+    if lists and is_bare and not re.match(r"\s*([\[{]|(null|~)?\s*$)", str(given)):
         with suppress(ValueError):
             if others := tuple(kind for kind in kinds if kind not in lists):
-                return _adapt(val, Union[others], **settings)  # noqa: UP007
+                return _adapt(given if val is None else val, Union[others], **settings)  # noqa: UP007
         with suppress(ValueError):
-            return _adapt([val], lists[0], **settings)
+            return _adapt([given], lists[0], **settings)
     return _adapt(val, typehint, **settings)
 
 
@@ -62,6 +69,14 @@ _typehints.adapt_typehints = _adapt_bare
 
 class RecipeParser(LightningArgumentParser):
     """A parser that raises instead of printing its usage, and whose help is short."""
+
+    @override
+    def parse_args(self, *args: Any, **settings: Any) -> Any:
+        before = _PARSES.set(True)
+        try:
+            return super().parse_args(*args, **settings)
+        finally:
+            _PARSES.reset(before)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> Any:

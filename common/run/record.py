@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     Timer,
 )
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -38,7 +38,7 @@ from common.data import data_ranks, global_seed, seed_all, step_seed
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
 from common.parts import facts_of
-from common.run.callbacks import BestCheckpoint, mode_of
+from common.run.callbacks import BestCheckpoint, known_mode, likely_mode
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
@@ -56,7 +56,8 @@ WORST = "worst_samples"
 class Media(Callback):
     """Sends a module's pictures and texts to the run's folder and to every logger.
 
-    It adds the first batch that the net gets, and, after training and test, the samples with the highest losses.
+    To the folder alone it adds samples of the data: the first batch that the net gets, and, after training and test,
+    those with the highest losses.
 
     Args:
         every_n_validations: how often during training; that of the last validation is always sent when training ends.
@@ -77,7 +78,8 @@ class Media(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         wanted = self.every_n_validations and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if wanted and trainer.is_global_zero and not trainer.global_step:
-            self._first = FirstBatch(pl_module.net)
+            with spared("the first batch"):
+                self._first = FirstBatch(pl_module.net)
 
     @override
     def on_train_batch_end(  # type: ignore[override]
@@ -91,7 +93,7 @@ class Media(Callback):
             if pl_module.ends_step:  # the run's folder is there
                 first, self._first = self._first, None
                 shown = draw_samples(first.take(), self._labels, pl_module.facts, "a batch as the net sees it")
-                _write(trainer, "train-first_batch", shown, 0)
+                _write(trainer, [], "train-first_batch", shown, 0)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
@@ -131,7 +133,7 @@ class Media(Callback):
             with trainer.precision_plugin.forward_context():  # as in validation
                 media = module.media(stage) | facts_of(trainer.strategy).media()
             for name, item in media.items() if trainer.is_global_zero else ():
-                _write(trainer, f"{stage}-{name}", item, self._step)
+                _write(trainer, trainer.loggers, f"{stage}-{name}", item, self._step)
         with spared("the worst samples"), trainer.precision_plugin.forward_context():
             self._worst = worst_samples(module, stage)
         if trainer.state.fn != "fit":
@@ -144,23 +146,24 @@ class Media(Callback):
             with spared("the worst samples"):
                 how = ": target → prediction" if any("→" in caption for caption in worst[1]) else ""
                 shown = draw_samples(*worst, module.facts, f"the highest losses{how}")
-                _write(trainer, f"{stage}-{WORST}", shown, self._step)
+                _write(trainer, [], f"{stage}-{WORST}", shown, self._step)
 
 
-def _write(trainer: L.Trainer, name: str, item: "Figure | str | None", step: int) -> None:
+def _write(trainer: L.Trainer, loggers: Sequence[Logger], name: str, item: "Figure | str | None", step: int) -> None:
+    folder = Path(trainer.default_root_dir)
     with spared(f"the picture {name}"):
         if isinstance(item, str):
-            _write_text(trainer, name, item, step)
+            _write_text(folder, loggers, name, item, step)
         elif item is not None:
-            _write_figure(trainer, name, item, step)
+            _write_figure(folder, loggers, name, item, step)
 
 
-def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
-    path = Path(trainer.default_root_dir) / "texts" / f"{name}.txt"
+def _write_text(folder: Path, loggers: Sequence[Logger], name: str, text: str, step: int) -> None:
+    path = folder / "texts" / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     key = name.replace("-", "/", 1)
-    for logger in trainer.loggers:
+    for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(key, f"```\n{text}\n```", step)
         elif isinstance(logger, WandbLogger):
@@ -170,15 +173,15 @@ def _write_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
             logger.log_metrics({key: page}, step)  # type: ignore[dict-item]
 
 
-def _write_figure(trainer: L.Trainer, name: str, figure: "Figure", step: int) -> None:
+def _write_figure(folder: Path, loggers: Sequence[Logger], name: str, figure: "Figure", step: int) -> None:
     from common.figures import save_figure
 
-    path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
+    path = folder / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.set_dpi(120)
     pixels = save_figure(figure, path)
     key = name.replace("-", "/", 1)
-    for logger in trainer.loggers:
+    for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(key, pixels, step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
@@ -228,7 +231,9 @@ class RunRecord(Callback):
         (self.folder / "starts.jsonl").write_bytes(starts + f"{json.dumps(start)}\n".encode())
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write config.yaml a second time
-                logger.log_hyperparams({**self.config, "environment": environment})
+                # Names of files stay here: whoever sees a logger's page need not see the clone.
+                told = {key: value for key, value in environment.items() if key != "uncommitted"}
+                logger.log_hyperparams({**self.config, "environment": told})
 
     def _write_config(self, folder: Path) -> None:
         written = folder / ".config.yaml.tmp"  # a kill leaves the whole of one config
@@ -255,7 +260,7 @@ class RunRecord(Callback):
         best, kept = _best(trainer), self.config["best"]
         if best is not None and best.is_decided and kept["mode"] != best.mode:
             kept["mode"] = best.mode
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._write_config(self.run.path)
 
     @override
@@ -280,7 +285,7 @@ class RunRecord(Callback):
         metrics = self.run.path / "metrics.csv"
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()[:1] if metrics.exists() else []
         logged = next(csv.reader(lines), [])
-        if any(name.startswith("val/") for name in logged):
+        if trainer.state.fn == "fit" and self.run.goes_on and any(name.startswith("val/") for name in logged):
             _monitoring(trainer, logged)  # no validation comes first
         states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -294,7 +299,9 @@ class RunRecord(Callback):
         for callback in _monitoring(trainer, [*trainer.callback_metrics]):
             if isinstance(callback, BestCheckpoint):
                 callback.decide(pl_module)
-            mode = mode_of(str(callback.monitor), pl_module)
+            mode = known_mode(str(callback.monitor), pl_module)
+            if not isinstance(callback, BestCheckpoint) and callback.mode == "min":  # which may be no choice
+                mode = mode or likely_mode(str(callback.monitor))
             if mode is not None and mode != callback.mode:
                 name = type(callback).__name__
                 key = "best.mode" if isinstance(callback, BestCheckpoint) else f"trainer.callbacks: mode of {name}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.data import read_samples
 from common.figures import captioned_images, short_number
 from common.module import BaseModule, evaluating
+from common.run.output import spared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,10 +36,11 @@ class FirstBatch:
         self._hook = net.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(inspect.signature(net.forward).parameters, args, strict=False)) | kwargs
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim > 1}
-        self._inputs = {name: value[:SHOWN].detach().cpu().clone() for name, value in tensors.items()}
         self._hook.remove()
+        with spared("the first batch"):  # a scripted net has no signature
+            given = dict(zip(inspect.signature(net.forward).parameters, args, strict=False)) | kwargs
+            tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim > 1}
+            self._inputs = {name: value[:SHOWN].detach().cpu().clone() for name, value in tensors.items()}
 
     def take(self) -> dict[str, Tensor]:
         """The first samples by the names of the net's arguments; nothing if it was not called, as in a pipeline."""
