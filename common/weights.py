@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -44,6 +45,26 @@ def building(known: dict[str, dict[str, Any]], loads: bool) -> Iterator[None]:
         BUILDING.reset(token)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what transformers says on stderr: what matters of it is looked at here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def inner_net(net: nn.Module) -> tuple[str, PreTrainedModel | None]:
+    """The net of transformers in a net, and how the names of its parameters begin there; None if there is none."""
+    for name, module in net.named_modules():
+        if isinstance(module, PreTrainedModel):
+            return name and f"{name}.", module
+    return "", None
+
+
 class Start(NamedTuple):
     """What a net starts with: weights by their names, and facts of the data that they were trained on."""
 
@@ -68,13 +89,19 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
         state = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name[:4] == "net."}
         return Start(state, checkpoint.get("facts", {}))
     check_files(folder)
-    inner = next((module for module in net.modules() if isinstance(module, PreTrainedModel)), None)
+    place, inner = inner_net(net)
     try:
         if inner is not None:  # whose files may have older names
-            state = type(inner).from_pretrained(path, use_safetensors=True, dtype=inner.dtype).state_dict()
+            with quietly():
+                made, found = type(inner).from_pretrained(
+                    path, use_safetensors=True, dtype=inner.dtype, output_loading_info=True
+                )
+            state = {f"{place}{name}": w for name, w in made.state_dict().items() if name not in found["missing_keys"]}
+            if (head := folder / "head.safetensors").is_file():
+                state |= load_file(head)
         else:
             state = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         problem = f"is no export of such a net ({str(error).splitlines()[0][:60]})"
         raise InputError(f"{key} {path}: {problem}; name another, or a checkpoint") from error
     beside = {name: folder / f"{name}.json" for name in ("facts", "tokenizer")}
@@ -112,7 +139,8 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "th
     """
     own, state = net.state_dict(), dict(weights)
     if not state.keys() & own.keys():
-        state = {f"model.{name}": weight for name, weight in state.items()}
+        place, _ = inner_net(net)
+        state = {f"{place}{name}": weight for name, weight in state.items()}
     places = {own[name].data_ptr(): weight for name, weight in state.items() if name in own and own[name].numel()}
     tied = {name: places[weight.data_ptr()] for name, weight in own.items() if weight.data_ptr() in places}
     try:

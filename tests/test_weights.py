@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
@@ -24,6 +25,7 @@ from tests.support import (
     read_metrics,
     run_ranks,
     write_decoder,
+    write_encoder,
     write_resnet,
 )
 
@@ -222,6 +224,30 @@ def test_a_run_starts_with_the_weights_of_another(
     )
     line = refused("classification", [*again[:-1], "last", "--trainer.max_steps", "6"], capfd)
     assert "--ckpt_path goes on from the weights of a checkpoint; give one of them" in line
+
+
+def test_an_export_starts_a_run(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With its head, be it ours; a folder without one is refused, and so are other sizes than its config.json says."""
+    texts = [f"a {'very ' * (number % 9)}{word} film {number}" for number in range(20) for word in ("good", "bad")]
+    (work / "reviews.csv").write_text("\n".join(["text,label", *(f"{text},{'good' in text}" for text in texts)]))
+    encoder = str(write_encoder(work / "encoder", texts))
+    args = ["fit", "--config", str(ROOT / "recipes/classification/text.yaml"), *FIT, "--data.batch_size", "4"]
+    args += ["--data.source.tokenizer", encoder, "--model.net.name", encoder]
+    main_of("classification")([*args, "--name", "base"])
+    main_of("classification")(["export", "--name", "base"])
+    folder = "runs/classification/base/export"
+    cli = main_of("classification")([*args, "--init_from", folder, "--model.optimizer.lr", "0"])
+    net = state_of("classification", "base", "best")["state_dict"]
+    assert all(torch.equal(p, net[f"net.{name}"]) for name, p in cli.model.net.state_dict().items())
+    small = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/small.yaml"), "--init_from", "vit"]
+    sizes = yaml.safe_load((ROOT / "recipes/classification/small.yaml").read_text())
+    config = transformers.ViTConfig(**sizes["model"]["net"]["init_args"]["config"]["init_args"])
+    transformers.ViTModel(config).save_pretrained(work / "vit")
+    line = refused("classification", small, capfd)
+    assert 'does not fit the net ImageClassifier: Missing key(s) in state_dict: "model.classifier.weight"' in line
+    config.hidden_size = 16
+    config.save_pretrained(work / "vit")
+    assert "is no export of such a net (You set `ignore_mismatched_sizes`" in refused("classification", small, capfd)
 
 
 @pytest.mark.matrix

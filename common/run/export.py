@@ -11,6 +11,7 @@ from common.checkpoint import read_checkpoint, readable_facts
 from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
+from common.weights import inner_net
 
 OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
 
@@ -57,7 +58,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
             if checkpoint["hyper_parameters"].get("labels") == "several":
                 found.config.problem_type = "multi_label_classification"
         found.save_pretrained(folder)
-        place = next(name for name, module in net.named_modules() if module is found)
+        place, _ = inner_net(net)
         rest = {name: values for name, values in net.state_dict().items() if not name.startswith(place)}
         if rest:  # a head of our own
             save_file(rest, folder / "head.safetensors")
