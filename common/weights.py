@@ -93,9 +93,9 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
     try:
         if inner is not None:  # whose files may have older names
             with quietly():
-                made, found = type(inner).from_pretrained(
-                    path, use_safetensors=True, dtype=inner.dtype, output_loading_info=True
-                )
+                kind: Any = type(inner)
+                settings = {"use_safetensors": True, "dtype": inner.dtype, "output_loading_info": True}
+                made, found = kind.from_pretrained(path, **settings)
             state = {f"{place}{name}": w for name, w in made.state_dict().items() if name not in found["missing_keys"]}
             if (head := folder / "head.safetensors").is_file():
                 state |= load_file(head)
