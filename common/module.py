@@ -34,7 +34,7 @@ from common.errors import InputError, nearest
 from common.losses import HighestLosses, StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
 from common.parts import blocks, facts_of, plain_name, share, to_float8
-from common.weights import building, fill, meaning, read_nets, read_start
+from common.weights import BUILDING, building, fill, meaning, read_nets, read_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,8 +253,9 @@ class BaseModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]), on_host:
             torch.manual_seed(step_seed(global_seed()))
             start = self.init_from or self.of_checkpoint
-            self._nets = read_nets(start)
-            with building(self._nets, loads=self.loads_weights and start is None):
+            outer = BUILDING.get(None)  # of load_from_checkpoint
+            self._nets, loads = outer or (read_nets(start), self.loads_weights and start is None)
+            with building(self._nets, loads):
                 self.net = self.build_net().train()  # from_pretrained leaves dropout off
             if self.init_from is not None and self.loads_weights:
                 self._start_from(self.init_from)
@@ -375,6 +376,17 @@ class BaseModule(L.LightningModule):
         checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"], checkpoint["facts"] = geometry(self.trainer), dict(self.data.facts)
         checkpoint["nets"] = self._nets
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module of a checkpoint, in evaluation mode; a pretrained net's folder or hub is not asked for.
+
+        Raises:
+            InputError: the file is no checkpoint of a run.
+        """
+        with building(read_nets(checkpoint_path), loads=False):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

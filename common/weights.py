@@ -118,7 +118,7 @@ def meaning(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def read_nets(path: str | None) -> dict[str, dict[str, Any]]:
+def read_nets(path: str | Path | None) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of nets that came from a folder or hub name; nothing for an export and for None."""
     if path is None or Path(path).is_dir():
         return {}

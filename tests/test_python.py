@@ -3,6 +3,7 @@
 import csv
 import importlib
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_texts(work: Path) -> None:
     pandas.DataFrame({"text": new}).to_csv("new.csv")
     given = ["common.sources.TextTable", "--data.predict_source.path", "new.csv", "--data.predict_source.label", "null"]
     main_of("classification")(["predict", "--data.predict_source", *given, "--data.predict_source.tokenizer", encoder])
+    shutil.rmtree(encoder)  # the checkpoint alone is enough
     model = load("classification")
     same(model.predict(new), "classification")
     for wrong in ("a text", [1, 2], [None]):
