@@ -64,6 +64,15 @@ def read_facts(path: str | None) -> dict[str, Any]:
     return facts if "made_by" in facts else {}
 
 
+def tokenizer_json(facts: Mapping[str, Any]) -> str:
+    """The ``tokenizer.json`` in facts of the data; empty if there is none.
+
+    A corpus keeps it alone. Labelled texts keep it with how it is used.
+    """
+    tokenizer = facts.get("tokenizer") or ""
+    return tokenizer if isinstance(tokenizer, str) else tokenizer["json"]
+
+
 def readable_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the data for a JSON file: of the parts their sizes, of a tokenizer how it is used, not its own file."""
     readable = {name: value for name, value in facts.items() if name not in ("parts", "tokenizer")}

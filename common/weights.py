@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, tokenizer_json
 from common.checksums import check_files
 from common.errors import InputError
 
@@ -113,8 +113,8 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
 def meaning(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens."""
     found = {"classes": facts.get("class_names"), "columns": facts.get("columns")}
-    if tokenizer := facts.get("tokenizer"):
-        found["tokens"] = json.loads(tokenizer if isinstance(tokenizer, str) else tokenizer["json"])["model"]
+    if tokenizer := tokenizer_json(facts):
+        found["tokens"] = json.loads(tokenizer)["model"]
     return {name: value for name, value in found.items() if value}
 
 

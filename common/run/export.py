@@ -11,6 +11,7 @@ from common.checkpoint import read_checkpoint, readable_facts
 from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
+from common.sources.files import made_again
 from common.weights import inner_net
 
 OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
@@ -33,7 +34,6 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         InputError: the checkpoint cannot be read.
     """
     from safetensors.torch import save_file, save_model
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
@@ -77,9 +77,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         special = datamodule.facts.get("special") or special  # a pretrained net's own
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     elif isinstance(made_from := datamodule.facts.get("tokenizer"), Mapping) and made_from:
-        special = {name: value for name, value in made_from.items() if name != "json"}
-        tokenizer = Tokenizer.from_str(made_from["json"])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+        made_again(made_from).save_pretrained(folder)
     written = sorted(path.name for path in folder.iterdir())
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
     print(f"export: {folder}", flush=True)

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from common.checkpoint import tokenizer_json
 from common.data import read_samples
 from common.figures import captioned_images, short_number
 from common.module import BaseModule, evaluating
@@ -103,14 +104,13 @@ def draw_samples(
         scaled = (images[:SHOWN].float() - low) / max(high - low, 1e-12)
         return captioned_images(scaled, captions[:SHOWN], [True] * len(captions), title)
     if "input_ids" in inputs and inputs["input_ids"].ndim == 2 and facts.get("tokenizer"):
-        return f"{title}\n\n{_texts(inputs, captions, facts['tokenizer'])}"
+        return f"{title}\n\n{_texts(inputs, captions, Tokenizer.from_str(tokenizer_json(facts)))}"
     if {"numeric", "categorical"} <= inputs.keys() and "columns" in facts:
         return f"{title}\n\n{_rows(inputs['numeric'], inputs['categorical'], captions, facts['columns'])}"
     return None
 
 
-def _texts(inputs: Mapping[str, Tensor], captions: Sequence[str], made_from: Any) -> str:
-    tokenizer = Tokenizer.from_str(made_from if isinstance(made_from, str) else made_from["json"])
+def _texts(inputs: Mapping[str, Tensor], captions: Sequence[str], tokenizer: Tokenizer) -> str:
     mask, parts = inputs.get("attention_mask"), []
     for number, (ids, caption) in enumerate(zip(inputs["input_ids"][:SHOWN], captions, strict=False)):
         real = ids if mask is None else ids[mask[number] > 0]

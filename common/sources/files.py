@@ -286,7 +286,17 @@ def tokenizer_facts(tokenizer: Any, max_length: int) -> dict[str, Any]:
         raise InputError("data.source.tokenizer: has no fast form, which runs keep; name one with a tokenizer.json")
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
-    return {"json": json.dumps(how, sort_keys=True), **special, "model_max_length": max_length}
+    sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
+    return {"json": json.dumps(how, sort_keys=True), **special, **sides, "model_max_length": max_length}
+
+
+def made_again(facts: Mapping[str, Any]) -> Any:
+    """The tokenizer of transformers that :func:`tokenizer_facts` are of."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {name: value for name, value in facts.items() if name != "json"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(facts["json"]), **settings)
 
 
 def refuse_both(split: str | None, group: str | None) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from common.errors import InputError
-from common.sources.files import Labelled, tokenize
+from common.sources.files import Labelled, made_again, tokenize
 from common.sources.images import CHANNELS, decode, to_tensor
 from common.sources.labelled import LabelledDataset
 
@@ -47,13 +46,9 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
 
 
 def _texts(texts: Any, tokenizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    from transformers import PreTrainedTokenizerFast
-
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError("samples: the net was trained on texts; give a list of them")
-    special = {name: value for name, value in tokenizer.items() if name not in ("json", "model_max_length")}
-    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer["json"]), **special)
-    return tokenize(fast, texts, tokenizer["model_max_length"])
+    return tokenize(made_again(tokenizer), texts, tokenizer["model_max_length"])
 
 
 def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tensor:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, tokenizer_json
 from common.errors import InputError, nearest, speaking_of
 from common.nets.pretrained import Pretrained, check_tokens
 from common.weights import fill
@@ -105,8 +105,8 @@ class FrozenNet:
         found = next((each for each in self.net.modules() if isinstance(each, PreTrainedModel)), None)
         if found is None:
             return None
-        if found.name_or_path and (made_from := data.facts["tokenizer"]):
-            check_tokens(found.name_or_path, Tokenizer.from_str(made_from["json"]).get_vocab(), self.key)
+        if found.name_or_path and (made_from := tokenizer_json(data.facts)):
+            check_tokens(found.name_or_path, Tokenizer.from_str(made_from).get_vocab(), self.key)
         labels: Any = found.config.id2label or {}
         names = {str(name): int(number) for number, name in labels.items()}
         if data.samples.labelled.target.ndim > 1 or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -148,9 +148,8 @@ class FrozenNet:
             if seen := int(torch.isin(others, trained).sum()):
                 problem = f"was trained on {seen} samples of this run's validation and test parts"
                 raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
-        then, now = facts.get("tokenizer") or {}, data.facts["tokenizer"]
-        then = then if isinstance(then, str) else then.get("json")  # lm keeps the text alone
-        if then and now and json.loads(then) != json.loads(now["json"]):
+        then, now = tokenizer_json(facts), tokenizer_json(data.facts)
+        if then and now and json.loads(then) != json.loads(now):
             raise InputError(f"{self.checkpoint_key} {path}: has another tokenizer than data.source; name another")
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}
