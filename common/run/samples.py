@@ -50,14 +50,16 @@ class FirstBatch:
 def labels(batch: Any, facts: Mapping[str, Any]) -> list[str]:
     """The target of each sample of a batch in words, as far as it has one of its own."""
     targets = batch.target if isinstance(batch.target, Mapping) else {"": batch.target}
-    names, words = facts.get("class_names"), []
+    words = []
     for name, target in targets.items():
+        names = facts.get("task_classes", {}).get(name) if name else facts.get("class_names")
         if target.ndim == 1 and target.is_floating_point():
             words.append([f"{name or 'target'} {value:.3g}" for value in target.tolist()])
         elif target.ndim == 1:
-            called = [names[number] if names else str(number) for number in target.tolist()]
-            words.append([f"{name} {shorten(each, 22)}".strip() for each in called])
-    return ["\n".join(each) for each in zip(*words, strict=True)]
+            called = [names[number] if names and number >= 0 else str(number) for number in target.tolist()]
+            told = [f"{name} {shorten(each, 22)}".strip() for each in called]
+            words.append([each if number >= 0 else "" for each, number in zip(told, target.tolist(), strict=True)])
+    return ["\n".join(filter(None, each)) for each in zip(*words, strict=True)]
 
 
 def worst_samples(module: BaseModule, stage: str) -> tuple[dict[str, Tensor], list[str]] | None:
