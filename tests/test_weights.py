@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from common.checkpoint import read_checkpoint
+from common.nets import Pretrained
 from tests.support import (
     EXACT,
     ROOT,
@@ -351,6 +352,16 @@ def test_an_image_misfit_is_a_line(
     write_resnet(work / "net")
     args = [*preset("classification"), *IMAGES, "--model.net.name", "./net", *flags.split()]
     assert problem in refused("classification", args, capfd)
+
+
+def test_a_text_net_without_a_padding_token_takes_texts_of_several_lengths(work: Path) -> None:
+    """It reads the class at the last token of each."""
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, eos_token_id=19, bos_token_id=19)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(work / "net")
+    net = Pretrained(2, "net", task="text").eval()
+    ids, mask = torch.tensor([[1, 2, 19, 19], [3, 4, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    alone = net(input_ids=ids[:1, :2], attention_mask=mask[:1, :2])
+    torch.testing.assert_close(net(input_ids=ids, attention_mask=mask)[:1], alone)
 
 
 @pytest.mark.matrix

@@ -190,6 +190,9 @@ class Pretrained(nn.Module):
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
         key, language = f"{type(self).__name__} name", task == "next token"
         self.model, its = load(kind, name, key, "such a net", None if language else num_classes)
+        config: Any = self.model.config
+        if task == "text" and config.pad_token_id is None and isinstance(config.eos_token_id, int):
+            config.pad_token_id = config.eos_token_id  # as common.sources.files.load_tokenizer does
         self.num_classes, self.freeze = num_classes, freeze
         self.preprocessing: dict[str, Any] = its["preprocessing"] if task == "image" else {}
         self.new_head = "" if language or its["classes"] == num_classes else f"{its['classes']} classes"
