@@ -83,6 +83,21 @@ def readable_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in readable.items()}
 
 
+def trained_on(then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """How many validation and test samples of this run another run has trained on.
+
+    Args:
+        then: facts of the other run's data; there is nothing to compare without its ``parts``.
+        now: facts of this run's data.
+    """
+    if "parts" not in then or "parts" not in now:
+        return 0
+    trained = then["parts"]["keys"][: then["parts"]["sizes"][0]]
+    ours, others = now["parts"]["keys"].tensor_split([int(now["parts"]["sizes"][0])])
+    others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
+    return int(torch.isin(others, trained).sum())
+
+
 def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse settings of the data that do not hold, as their result comes from a checkpoint.
 

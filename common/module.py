@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from common.checkpoint import trained_on
 from common.data import (
     BatchDataset,
     EvalSampler,
@@ -286,6 +288,12 @@ class BaseModule(L.LightningModule):
             if then[name] != now[name]:
                 there, here = (shorten(str(each[name]), 50) for each in (then, now))
                 raise InputError(f"--init_from {path}: its {name} are {there}, and those of the data {here}")
+        if seen := trained_on(start.facts, self.data.facts):
+            problem = f"was trained on {seen} samples of this run's validation and test parts"
+            if Path(path).is_dir():
+                raise InputError(f"--init_from {path}: {problem}; give the run's checkpoint, whose parts hold")
+            if not rank_zero_only.rank:  # whose parts would have held
+                print(f"--init_from {path}: {problem}, as data.facts_of is not that checkpoint", flush=True)
         fill(self.net, start.state, f"--init_from {path}:")
 
     @override

@@ -19,6 +19,8 @@ from common.checkpoint import read_checkpoint, tokenizer_json
 from common.checksums import check_files
 from common.errors import InputError
 
+PARTS = "parts.safetensors"  # of an export: which samples its net was trained on
+
 
 class Building(NamedTuple):
     """How nets of a folder or hub name are made, see :func:`common.nets.pretrained.load`.
@@ -107,6 +109,9 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
     beside = {name: folder / f"{name}.json" for name in ("facts", "tokenizer")}
     found = {name: file.read_text(encoding="utf-8") for name, file in beside.items() if file.is_file()}
     facts = json.loads(found.pop("facts", "{}"))
+    facts.pop("parts", None)  # their sizes alone
+    if (parts := folder / PARTS).is_file():
+        facts["parts"] = load_file(parts)
     return Start(state, facts | found)
 
 

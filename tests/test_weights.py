@@ -1,5 +1,6 @@
 """Weights from elsewhere: nets that transformers has saved, and runs of one's own, train further by flags."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,11 @@ def test_an_export_starts_a_run(work: Path, capfd: pytest.CaptureFixture[str]) -
     cli = main_of("classification")([*args, "--init_from", folder, "--model.optimizer.lr", "0"])
     net = state_of("classification", "base", "best")["state_dict"]
     assert all(torch.equal(p, net[f"net.{name}"]) for name, p in cli.model.net.state_dict().items())
+    other = [*args, "--data.split_seed", "7", "--init_from"]
+    line = refused("classification", [*other, folder], capfd)
+    assert re.search(r"was trained on \d+ samples of this run's validation and test parts; give the run's checkp", line)
+    main_of("classification")([*other, "base", "--data.facts_of", "null"])
+    assert "samples of this run's validation and test parts, as data.facts_of is not" in capfd.readouterr().out
     small = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/small.yaml"), "--init_from", "vit"]
     sizes = yaml.safe_load((ROOT / "recipes/classification/small.yaml").read_text())
     config = transformers.ViTConfig(**sizes["model"]["net"]["init_args"]["config"]["init_args"])

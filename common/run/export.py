@@ -12,7 +12,7 @@ from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
 from common.sources.files import made_again
-from common.weights import inner_net
+from common.weights import PARTS, inner_net
 
 OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
 
@@ -22,7 +22,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
 
     ``facts.json`` says what its inputs and outputs mean: class names, columns and their encoding, shapes and range of
     images, length of texts; and of a net that transformers does not know by which class and arguments it was made. A
-    head of our own on a net of transformers is in ``head.safetensors``.
+    head of our own on a net of transformers is in ``head.safetensors``. ``parts.safetensors`` has a hash of each sample
+    of training, validation and test, by which a run that starts with the net sees whether it tests on what is known.
 
     Args:
         model: the module.
@@ -67,6 +68,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     else:
         save_model(net, str(folder / "model.safetensors"))
         facts["net"] = settings.get("net")
+    if parts := checkpoint.get("facts", {}).get("parts"):
+        save_file(dict(parts), folder / PARTS)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
         eos_id = getattr(datamodule, "eos_id", None)

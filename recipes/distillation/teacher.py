@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import read_checkpoint, tokenizer_json
+from common.checkpoint import read_checkpoint, tokenizer_json, trained_on
 from common.errors import InputError, nearest, speaking_of
 from common.nets.pretrained import Pretrained, check_tokens
 from common.weights import fill
@@ -141,13 +141,9 @@ class FrozenNet:
             problem = f"was trained on other classes, {shorten(', '.join(theirs), 80)}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
         facts = checkpoint.get("facts", {})
-        if "parts" in facts:
-            trained = facts["parts"]["keys"][: facts["parts"]["sizes"][0]]
-            ours, others = data.facts["parts"]["keys"].tensor_split([int(data.facts["parts"]["sizes"][0])])
-            others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
-            if seen := int(torch.isin(others, trained).sum()):
-                problem = f"was trained on {seen} samples of this run's validation and test parts"
-                raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
+        if seen := trained_on(facts, data.facts):
+            problem = f"was trained on {seen} samples of this run's validation and test parts"
+            raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
         then, now = tokenizer_json(facts), tokenizer_json(data.facts)
         if then and now and json.loads(then) != json.loads(now):
             raise InputError(f"{self.checkpoint_key} {path}: has another tokenizer than data.source; name another")
