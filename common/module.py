@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -285,9 +286,14 @@ class BaseModule(L.LightningModule):
         start = read_start(path, self.net)
         then, now = (meaning(facts) for facts in (start.facts, self.data.facts))
         for name in then.keys() & now.keys():
-            if then[name] != now[name]:
-                there, here = (shorten(str(each[name]), 50) for each in (then, now))
-                raise InputError(f"--init_from {path}: its {name} are {there}, and those of the data {here}")
+            if then[name] == now[name]:
+                continue
+            problem = f"its {name} are others than those of the data"
+            if name != "tokens":
+                both = zip_longest(then[name], now[name], fillvalue="no more")
+                there, here = (shorten(str(each), 60) for each in next(pair for pair in both if len({*pair}) > 1))
+                problem = f"its {name} have {there} where those of the data have {here}"
+            raise InputError(f"--init_from {path}: {problem}; give data with the same")
         if seen := trained_on(start.facts, self.data.facts):
             problem = f"was trained on {seen} samples of this run's validation and test parts"
             if Path(path).is_dir():

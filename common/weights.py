@@ -116,8 +116,16 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
 
 
 def meaning(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens."""
-    found = {"classes": facts.get("class_names"), "columns": facts.get("columns")}
+    """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens.
+
+    Of columns it is the order, names, kinds and categories; their means and quantiles may be others.
+    """
+    found = {"classes": facts.get("class_names"), "columns": []}
+    if columns := facts.get("columns"):
+        gaps = {name: " with gaps" * each["has_missing"] for name, each in columns["numeric"].items()}
+        found["columns"] += [f"{name!r} (numbers{gap})" for name, gap in gaps.items()]
+        for name, categories in columns["categorical"].items():
+            found["columns"] += [f"{name!r} (categories)", *(f"{name!r} (category {each!r})" for each in categories)]
     if tokenizer := tokenizer_json(facts):
         found["tokens"] = json.loads(tokenizer)["model"]
     return {name: value for name, value in found.items() if value}

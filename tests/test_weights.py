@@ -262,6 +262,7 @@ def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pyte
     """Of a run whose weights do not fit; other samples of the same classes are a choice."""
     small = ["--config", str(ROOT / "recipes/classification/small.yaml")]
     table = ["--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    table += ["--data.source.mode", "L"]
     args = ["fit", *FIT, *small, *table, "--data.source.path"]
     main_of("classification")([*args, "photos", "--name", "base"])
     start = ["--init_from", "base"]
@@ -270,7 +271,7 @@ def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pyte
     line = refused("classification", [*args, "others", *start], capfd)
     assert "the checkpoint was not trained on a class 'cow'" in line
     line = refused("classification", [*args, "others", *start, "--data.facts_of", "null"], capfd)
-    assert "its classes are ['cat', 'dog'], and those of the data ['cow', 'dog']" in line
+    assert "its classes have cat where those of the data have cow; give data with the same" in line
     line = refused("classification", [*args, "photos", *start, "--model.net.config.hidden_size", "16"], capfd)
     assert "does not fit the net ImageClassifier: size mismatch for model.vit.embeddings.cls_token" in line
     for path in photos.glob("*/*.png"):
@@ -368,6 +369,23 @@ def test_a_text_net_without_a_padding_token_takes_texts_of_several_lengths(work:
     ids, mask = torch.tensor([[1, 2, 19, 19], [3, 4, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     alone = net(input_ids=ids[:1, :2], attention_mask=mask[:1, :2])
     torch.testing.assert_close(net(input_ids=ids, attention_mask=mask)[:1], alone)
+
+
+def test_a_run_on_another_table_starts_with_the_weights_of_one(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Of the same columns, whatever their means; the first other one is named."""
+    for name, shift in (("one", 0), ("two", 5)):
+        rows = [f"{number + shift * 10},{'ab'[number % 2]},{number % 7 + shift}" for number in range(60)]
+        (work / f"{name}.csv").write_text("\n".join(["size,kind,price", *rows]))
+    (work / "three.csv").write_text((work / "two.csv").read_text().replace(",b,", ",c,"))
+    args = ["fit", *FIT, "--config", str(ROOT / "recipes/regression/small.yaml"), "--data.batch_size", "8"]
+    args += ["--data.source", "common.sources.tables.Table", "--data.source.target", "price", "--data.source.path"]
+    main_of("regression")([*args, "one.csv", "--name", "base"])
+    start = ["--init_from", "base", "--data.facts_of", "null", "--model.weight_init", "null"]
+    main_of("regression")([*args, "two.csv", *start])
+    line = refused("regression", [*args, "three.csv", *start], capfd)
+    assert "its columns have 'kind' (category 'b') where those of the data have 'kind' (category 'c')" in line
 
 
 @pytest.mark.matrix
