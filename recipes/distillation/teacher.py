@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
@@ -115,6 +116,15 @@ class FrozenNet:
             problem = f"{found.name_or_path!r} has no class {other!r}{nearest(other, names)}"
             raise InputError(f"{self.key}: {problem}; it has {shorten(', '.join(names), 80)}")
         return torch.tensor([names[name] for name in data.class_names], device=self.device)
+
+    def checksum(self) -> int:
+        """The CRC-32 of the net's weights in fp32, of how it scales images, and of the order of its classes."""
+        order = None if self.order is None else self.order.tolist()
+        value = zlib.crc32(json.dumps([getattr(self.net, "preprocessing", {}), order], sort_keys=True).encode())
+        for weight in self.net.state_dict().values():
+            plain = weight.float() if weight.is_floating_point() else weight
+            value = zlib.crc32(plain.reshape(-1).cpu().numpy().data, value)
+        return value
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
