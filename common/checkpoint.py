@@ -64,6 +64,15 @@ def read_facts(path: str | None) -> dict[str, Any]:
     return facts if "made_by" in facts else {}
 
 
+def tokenizer_json(facts: Mapping[str, Any]) -> str:
+    """The ``tokenizer.json`` in facts of the data; empty if there is none.
+
+    A corpus keeps it alone. Labelled texts keep it with how it is used.
+    """
+    tokenizer = facts.get("tokenizer") or ""
+    return tokenizer if isinstance(tokenizer, str) else tokenizer["json"]
+
+
 def readable_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the data for a JSON file: of the parts their sizes, of a tokenizer how it is used, not its own file."""
     readable = {name: value for name, value in facts.items() if name not in ("parts", "tokenizer")}
@@ -72,6 +81,21 @@ def readable_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(tokenizer := facts.get("tokenizer"), Mapping) and tokenizer:
         readable["tokenizer"] = {name: value for name, value in tokenizer.items() if name != "json"}
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in readable.items()}
+
+
+def trained_on(then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """How many validation and test samples of this run another run has trained on.
+
+    Args:
+        then: facts of the other run's data; there is nothing to compare without its ``parts``.
+        now: facts of this run's data.
+    """
+    if "parts" not in then or "parts" not in now:
+        return 0
+    trained = then["parts"]["keys"][: then["parts"]["sizes"][0]]
+    ours, others = now["parts"]["keys"].tensor_split([int(now["parts"]["sizes"][0])])
+    others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
+    return int(torch.isin(others, trained).sum())
 
 
 def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import CatMetric, MeanMetric
 from typing_extensions import override
 
+from common.checkpoint import trained_on
 from common.data import (
     BatchDataset,
     EvalSampler,
@@ -34,7 +37,7 @@ from common.errors import InputError, nearest
 from common.losses import HighestLosses, StepLosses, precise
 from common.optim import GivenSettings, Schedule, param_groups, scale_lr
 from common.parts import blocks, facts_of, plain_name, share, to_float8
-from common.weights import building, fill, meaning, read_nets, read_start
+from common.weights import BUILDING, building, fill, meaning, read_nets, read_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,8 +267,9 @@ class BaseModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]), on_host:
             torch.manual_seed(step_seed(global_seed()))
             start = self.init_from or self.of_checkpoint
-            self._nets = read_nets(start)
-            with building(self._nets, loads=self.loads_weights and start is None):
+            outer = BUILDING.get(None)  # of load_from_checkpoint
+            self._nets, loads = outer or (read_nets(start), self.loads_weights and start is None)
+            with building(self._nets, loads):
                 self.net = self.build_net().train()  # from_pretrained leaves dropout off
             if self.init_from is not None and self.loads_weights:
                 self._start_from(self.init_from)
@@ -293,9 +297,20 @@ class BaseModule(L.LightningModule):
         start = read_start(path, self.net)
         then, now = (meaning(facts) for facts in (start.facts, self.data.facts))
         for name in then.keys() & now.keys():
-            if then[name] != now[name]:
-                there, here = (shorten(str(each[name]), 50) for each in (then, now))
-                raise InputError(f"--init_from {path}: its {name} are {there}, and those of the data {here}")
+            if then[name] == now[name]:
+                continue
+            problem = f"its {name} are others than those of the data"
+            if name != "tokens":
+                both = zip_longest(then[name], now[name], fillvalue="no more")
+                there, here = (shorten(str(each), 60) for each in next(pair for pair in both if len({*pair}) > 1))
+                problem = f"its {name} have {there} where those of the data have {here}"
+            raise InputError(f"--init_from {path}: {problem}; give data with the same")
+        if seen := trained_on(start.facts, self.data.facts):
+            problem = f"was trained on {seen} samples of this run's validation and test parts"
+            if Path(path).is_dir():
+                raise InputError(f"--init_from {path}: {problem}; give the run's checkpoint, whose parts hold")
+            if not rank_zero_only.rank:  # whose parts would have held
+                print(f"--init_from {path}: {problem}, as data.facts_of is not that checkpoint", flush=True)
         fill(self.net, start.state, f"--init_from {path}:")
 
     @override
@@ -386,6 +401,17 @@ class BaseModule(L.LightningModule):
         checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"], checkpoint["facts"] = geometry(self.trainer), dict(self.data.facts)
         checkpoint["nets"] = self._nets
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module of a checkpoint, in evaluation mode; a pretrained net's folder or hub is not asked for.
+
+        Raises:
+            InputError: the file is no checkpoint of a run.
+        """
+        with building(read_nets(checkpoint_path), loads=False):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

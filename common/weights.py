@@ -9,14 +9,17 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, tokenizer_json
 from common.checksums import check_files
 from common.errors import InputError
+
+PARTS = "parts.safetensors"  # of an export: which samples its net was trained on
 
 
 class Building(NamedTuple):
@@ -44,6 +47,26 @@ def building(known: dict[str, dict[str, Any]], loads: bool) -> Iterator[None]:
         BUILDING.reset(token)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what transformers says on stderr: what matters of it is looked at here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def inner_net(net: nn.Module) -> tuple[str, PreTrainedModel | None]:
+    """The net of transformers in a net, and how the names of its parameters begin there; None if there is none."""
+    for name, module in net.named_modules():
+        if isinstance(module, PreTrainedModel):
+            return name and f"{name}.", module
+    return "", None
+
+
 class Start(NamedTuple):
     """What a net starts with: weights by their names, and facts of the data that they were trained on."""
 
@@ -68,30 +91,47 @@ def read_start(path: str, net: nn.Module, key: str = "--init_from") -> Start:
         state = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name[:4] == "net."}
         return Start(state, checkpoint.get("facts", {}))
     check_files(folder)
-    inner = next((module for module in net.modules() if isinstance(module, PreTrainedModel)), None)
+    place, inner = inner_net(net)
     try:
         if inner is not None:  # whose files may have older names
-            state = type(inner).from_pretrained(path, use_safetensors=True, dtype=inner.dtype).state_dict()
+            with quietly():
+                kind: Any = type(inner)
+                settings = {"use_safetensors": True, "dtype": inner.dtype, "output_loading_info": True}
+                made, found = kind.from_pretrained(path, **settings)
+            state = {f"{place}{name}": w for name, w in made.state_dict().items() if name not in found["missing_keys"]}
+            if (head := folder / "head.safetensors").is_file():
+                state |= load_file(head)
         else:
             state = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         problem = f"is no export of such a net ({str(error).splitlines()[0][:60]})"
         raise InputError(f"{key} {path}: {problem}; name another, or a checkpoint") from error
     beside = {name: folder / f"{name}.json" for name in ("facts", "tokenizer")}
     found = {name: file.read_text(encoding="utf-8") for name, file in beside.items() if file.is_file()}
     facts = json.loads(found.pop("facts", "{}"))
+    facts.pop("parts", None)  # their sizes alone
+    if (parts := folder / PARTS).is_file():
+        facts["parts"] = load_file(parts)
     return Start(state, facts | found)
 
 
 def meaning(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens."""
-    found = {"classes": facts.get("class_names"), "columns": facts.get("columns")}
-    if tokenizer := facts.get("tokenizer"):
-        found["tokens"] = json.loads(tokenizer if isinstance(tokenizer, str) else tokenizer["json"])["model"]
+    """What facts of the data say of a net's inputs and outputs: its classes, columns and tokens.
+
+    Of columns it is the order, names, kinds and categories; their means and quantiles may be others.
+    """
+    found = {"classes": facts.get("class_names"), "columns": []}
+    if columns := facts.get("columns"):
+        gaps = {name: " with gaps" * each["has_missing"] for name, each in columns["numeric"].items()}
+        found["columns"] += [f"{name!r} (numbers{gap})" for name, gap in gaps.items()]
+        for name, categories in columns["categorical"].items():
+            found["columns"] += [f"{name!r} (categories)", *(f"{name!r} (category {each!r})" for each in categories)]
+    if tokenizer := tokenizer_json(facts):
+        found["tokens"] = json.loads(tokenizer)["model"]
     return {name: value for name, value in found.items() if value}
 
 
-def read_nets(path: str | None) -> dict[str, dict[str, Any]]:
+def read_nets(path: str | Path | None) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of nets that came from a folder or hub name; nothing for an export and for None."""
     if path is None or Path(path).is_dir():
         return {}
@@ -112,7 +152,8 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "th
     """
     own, state = net.state_dict(), dict(weights)
     if not state.keys() & own.keys():
-        state = {f"model.{name}": weight for name, weight in state.items()}
+        place, _ = inner_net(net)
+        state = {f"{place}{name}": weight for name, weight in state.items()}
     places = {own[name].data_ptr(): weight for name, weight in state.items() if name in own and own[name].numel()}
     tied = {name: places[weight.data_ptr()] for name, weight in own.items() if weight.data_ptr() in places}
     try:

@@ -527,8 +527,8 @@ def test_a_net_that_does_not_take_the_data(work: Path) -> None:
     assert not Path("runs/distillation/default/checkpoints").exists()
 
 
-def test_pretrained_net_teaches(work: Path) -> None:
-    """A net that transformers saved, with its own weights; a checkpoint takes none of them along."""
+def test_pretrained_net_teaches(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A net that transformers saved, with its own weights; a checkpoint takes none of them along, but knows them."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = LAYER_CONFIG["model"]["net"]["init_args"]["config"]["init_args"]
@@ -538,6 +538,10 @@ def test_pretrained_net_teaches(work: Path) -> None:
     )
     assert cli.model.teacher_checkpoint is None
     torch.testing.assert_close(cli.model.teacher.net.state_dict(), Pretrained(10, "vit").state_dict())
+    again = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"]
+    main_of(RECIPE)(again)
+    ViTForImageClassification(ViTConfig.from_dict({**config, "num_labels": 10})).save_pretrained("vit")
+    assert "model.teacher: its weights are not those that the run has learnt from" in refused([*again[:-1], "8"], capfd)
 
 
 def test_a_pretrained_net_has_its_own_order_of_classes_and_scale(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.sources import ImageTable
 from common.sources.images import Images, list_images
 from common.sources.labelled import LabelledDataset, Samples, fingerprint, keys_of
+from common.sources.memory import unlabelled
 from recipes.multitask.pairs import draw_pairs
 from tests.support import PLAIN, ROOT, logs, main_of, read_metrics, run_ranks
 
@@ -65,6 +66,16 @@ def test_pixels_are_those_of_each_file(mixed: Path, mode: Any, size: Any) -> Non
     assert torch.equal(found, torch.stack(wanted))
     assert found.is_contiguous()
     assert found.shape == read.shape
+    facts = {"shapes": {"pixel_values": [*found.shape[1:]]}, "range": [0.0, 1.0], "class_names": ["ape", "bee"]}
+    pictures = [Image.open(io.BytesIO(Path(path).read_bytes())) for path in sorted(map(str, mixed.glob("*/*")))]
+    assert torch.equal(unlabelled(pictures, facts)[range(6)].inputs["pixel_values"], found)
+    deep = Image.fromarray(np.full((9, 12), 40_000, np.uint16))
+    with pytest.raises(InputError, match="picture 1 has 16 bits or more"):
+        unlabelled([pictures[0], deep], facts)
+    with pytest.raises(InputError, match="and in training 0 to 1; scale them alike"):
+        unlabelled(found * 2 - 1, facts)
+    with pytest.raises(InputError, match="the net was trained on tagged words"):
+        unlabelled(["a text"], {"labels": "words"})
     assert torch.equal(read[torch.tensor([[4, 0, 4]])], found[[4, 0, 4]][None])
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from common.errors import InputError
 from tests.support import ROOT, TINY, logs, main_of, run_ranks, write_encoder
@@ -126,14 +128,20 @@ def test_texts(work: Path) -> None:
     texts = [f"a {'very ' * (number % 3)}{word} film" for number in range(20) for word in ("good", "bad")]
     pandas.DataFrame({"text": texts, "label": [text.split()[-2] for text in texts]}).to_csv("reviews.csv")
     encoder = str(write_encoder(work / "encoder", texts))
+    AutoTokenizer.from_pretrained(encoder, padding_side="left", truncation_side="left").save_pretrained(encoder)
     args = [word for key in ("data.source.tokenizer", "model.net.name") for word in (f"--{key}", encoder)]
     preset = ["--config", str(ROOT / "recipes/classification/text.yaml"), "--data.source.path", "reviews.csv"]
-    main_of("classification")(["fit", *preset, *FIT, *args])
+    main_of("classification")(["fit", *preset, *FIT, *args, "--data.source.max_length", "5"])
     new = ["good", "not a bad film, a very very good one", "unheard"]
     pandas.DataFrame({"text": new}).to_csv("new.csv")
     given = ["common.sources.TextTable", "--data.predict_source.path", "new.csv", "--data.predict_source.label", "null"]
-    main_of("classification")(["predict", "--data.predict_source", *given, "--data.predict_source.tokenizer", encoder])
+    given += ["--data.predict_source.tokenizer", encoder, "--data.predict_source.max_length", "5"]
+    main_of("classification")(["predict", "--data.predict_source", *given])
+    shutil.rmtree(encoder)  # the checkpoint alone is enough
     model = load("classification")
+    main_of("classification")(["export"])
+    there = AutoTokenizer.from_pretrained("runs/classification/default/export")
+    assert there.padding_side == there.truncation_side == "left"
     same(model.predict(new), "classification")
     for wrong in ("a text", [1, 2], [None]):
         assert refused(model, wrong) == "samples: the net was trained on texts; give a list of them"

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import common.run.record
 from common.figures import captioned_images
 from common.losses import HighestLosses, item_cross_entropy
-from common.run.samples import FirstBatch, draw_samples
+from common.run.samples import FirstBatch, draw_samples, labels
 from tests.support import TINY, logs, main_of, run_ranks, small_args
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -27,6 +28,14 @@ def test_highest_losses_are_kept_over_batches() -> None:
         )
     assert found.positions.tolist() == [4, 6, 1]
     assert found.losses.tolist() == [9.0, 4.0, 3.0]
+
+
+def test_classes_of_a_task_are_named_by_its_own_names() -> None:
+    """Others by their numbers; a sample without a label by nothing."""
+    target = {"left": torch.tensor([1, 0]), "parity": torch.tensor([1, -1]), "far": torch.tensor([0.5, 2.0])}
+    batch, facts = SimpleNamespace(target=target), {"class_names": ["cat", "dog"], "task_classes": {"left": ["a", "b"]}}
+    assert labels(batch, facts) == ["left b\nparity 1\nfar 0.5", "left a\nfar 2"]
+    assert labels(SimpleNamespace(target=torch.tensor([1, -1])), facts) == ["dog", ""]
 
 
 def test_the_loss_of_each_item() -> None:

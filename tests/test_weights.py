@@ -1,5 +1,6 @@
 """Weights from elsewhere: nets that transformers has saved, and runs of one's own, train further by flags."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from common.checkpoint import read_checkpoint
+from common.nets import Pretrained
 from tests.support import (
     EXACT,
     ROOT,
@@ -25,6 +27,7 @@ from tests.support import (
     read_metrics,
     run_ranks,
     write_decoder,
+    write_encoder,
     write_resnet,
 )
 
@@ -251,11 +254,41 @@ def test_a_layer_may_name_the_weights_of_another(work: Path, capfd: pytest.Captu
     )
 
 
+def test_an_export_starts_a_run(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With its head, be it ours; a folder without one is refused, and so are other sizes than its config.json says."""
+    texts = [f"a {'very ' * (number % 9)}{word} film {number}" for number in range(20) for word in ("good", "bad")]
+    (work / "reviews.csv").write_text("\n".join(["text,label", *(f"{text},{'good' in text}" for text in texts)]))
+    encoder = str(write_encoder(work / "encoder", texts))
+    args = ["fit", "--config", str(ROOT / "recipes/classification/text.yaml"), *FIT, "--data.batch_size", "4"]
+    args += ["--data.source.tokenizer", encoder, "--model.net.name", encoder]
+    main_of("classification")([*args, "--name", "base"])
+    main_of("classification")(["export", "--name", "base"])
+    folder = "runs/classification/base/export"
+    cli = main_of("classification")([*args, "--init_from", folder, "--model.optimizer.lr", "0"])
+    net = state_of("classification", "base", "best")["state_dict"]
+    assert all(torch.equal(p, net[f"net.{name}"]) for name, p in cli.model.net.state_dict().items())
+    other = [*args, "--data.split_seed", "7", "--init_from"]
+    line = refused("classification", [*other, folder], capfd)
+    assert re.search(r"was trained on \d+ samples of this run's validation and test parts; give the run's checkp", line)
+    main_of("classification")([*other, "base", "--data.facts_of", "null"])
+    assert "samples of this run's validation and test parts, as data.facts_of is not" in capfd.readouterr().out
+    small = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/small.yaml"), "--init_from", "vit"]
+    sizes = yaml.safe_load((ROOT / "recipes/classification/small.yaml").read_text())
+    config = transformers.ViTConfig(**sizes["model"]["net"]["init_args"]["config"]["init_args"])
+    transformers.ViTModel(config).save_pretrained(work / "vit")
+    line = refused("classification", small, capfd)
+    assert 'does not fit the net ImageClassifier: Missing key(s) in state_dict: "model.classifier.weight"' in line
+    config.hidden_size = 16
+    config.save_pretrained(work / "vit")
+    assert "is no export of such a net (You set `ignore_mismatched_sizes`" in refused("classification", small, capfd)
+
+
 @pytest.mark.matrix
 def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a run whose weights do not fit; other samples of the same classes are a choice."""
     small = ["--config", str(ROOT / "recipes/classification/small.yaml")]
     table = ["--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    table += ["--data.source.mode", "L"]
     args = ["fit", *FIT, *small, *table, "--data.source.path"]
     main_of("classification")([*args, "photos", "--name", "base"])
     start = ["--init_from", "base"]
@@ -264,7 +297,7 @@ def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pyte
     line = refused("classification", [*args, "others", *start], capfd)
     assert "the checkpoint was not trained on a class 'cow'" in line
     line = refused("classification", [*args, "others", *start, "--data.facts_of", "null"], capfd)
-    assert "its classes are ['cat', 'dog'], and those of the data ['cow', 'dog']" in line
+    assert "its classes have cat where those of the data have cow; give data with the same" in line
     line = refused("classification", [*args, "photos", *start, "--model.net.config.hidden_size", "16"], capfd)
     assert "does not fit the net ImageClassifier: size mismatch for model.vit.embeddings.cls_token" in line
     for path in photos.glob("*/*.png"):
@@ -352,6 +385,33 @@ def test_an_image_misfit_is_a_line(
     write_resnet(work / "net")
     args = [*preset("classification"), *IMAGES, "--model.net.name", "./net", *flags.split()]
     assert problem in refused("classification", args, capfd)
+
+
+def test_a_text_net_without_a_padding_token_takes_texts_of_several_lengths(work: Path) -> None:
+    """It reads the class at the last token of each."""
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, eos_token_id=19, bos_token_id=19)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(work / "net")
+    net = Pretrained(2, "net", task="text").eval()
+    ids, mask = torch.tensor([[1, 2, 19, 19], [3, 4, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    alone = net(input_ids=ids[:1, :2], attention_mask=mask[:1, :2])
+    torch.testing.assert_close(net(input_ids=ids, attention_mask=mask)[:1], alone)
+
+
+def test_a_run_on_another_table_starts_with_the_weights_of_one(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Of the same columns, whatever their means; the first other one is named."""
+    for name, shift in (("one", 0), ("two", 5)):
+        rows = [f"{number + shift * 10},{'ab'[number % 2]},{number % 7 + shift}" for number in range(60)]
+        (work / f"{name}.csv").write_text("\n".join(["size,kind,price", *rows]))
+    (work / "three.csv").write_text((work / "two.csv").read_text().replace(",b,", ",c,"))
+    args = ["fit", *FIT, "--config", str(ROOT / "recipes/regression/small.yaml"), "--data.batch_size", "8"]
+    args += ["--data.source", "common.sources.tables.Table", "--data.source.target", "price", "--data.source.path"]
+    main_of("regression")([*args, "one.csv", "--name", "base"])
+    start = ["--init_from", "base", "--data.facts_of", "null", "--model.weight_init", "null"]
+    main_of("regression")([*args, "two.csv", *start])
+    line = refused("regression", [*args, "three.csv", *start], capfd)
+    assert "its columns have 'kind' (category 'b') where those of the data have 'kind' (category 'c')" in line
 
 
 @pytest.mark.matrix

@@ -1,13 +1,11 @@
 """Pretrained nets of transformers with their heads."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
@@ -23,25 +21,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils.logging import disable_progress_bar
 
 from common.checksums import check_files, is_shape
 from common.errors import InputError
-from common.weights import BUILDING, Building
+from common.weights import BUILDING, Building, quietly
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what transformers says on stderr: what matters of it is looked at here."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-@_quietly()
+@quietly()
 def load(
     kind: Any, name: str, key: str, what: str, num_labels: int | None = None, vocab_size: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
@@ -65,7 +51,6 @@ def load(
     Raises:
         InputError: there is no such net, or it lacks weights.
     """
-    disable_progress_bar()  # it would write to stderr
     known, loads = BUILDING.get(None) or Building({}, True)
     place = str(path) if (path := Path(name).expanduser()).is_dir() else name
     dtype = torch.get_default_dtype()
@@ -135,7 +120,7 @@ def body_of(net: nn.Module) -> str:
     return next((f"{name}." for name, module in net.named_modules() if module is body and name), "body.")
 
 
-@_quietly()
+@quietly()
 def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
     """Refuse a net whose tokenizer gives a token of the data another number.
 
@@ -205,6 +190,9 @@ class Pretrained(nn.Module):
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
         key, language = f"{type(self).__name__} name", task == "next token"
         self.model, its = load(kind, name, key, "such a net", None if language else num_classes)
+        config: Any = self.model.config
+        if task == "text" and config.pad_token_id is None and isinstance(config.eos_token_id, int):
+            config.pad_token_id = config.eos_token_id  # as common.sources.files.load_tokenizer does
         self.num_classes, self.freeze = num_classes, freeze
         self.preprocessing: dict[str, Any] = its["preprocessing"] if task == "image" else {}
         self.new_head = "" if language or its["classes"] == num_classes else f"{its['classes']} classes"

@@ -11,6 +11,8 @@ from common.checkpoint import read_checkpoint, readable_facts
 from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
+from common.sources.files import made_again
+from common.weights import PARTS, inner_net
 
 OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
 
@@ -20,7 +22,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
 
     ``facts.json`` says what its inputs and outputs mean: class names, columns and their encoding, shapes and range of
     images, length of texts; and of a net that transformers does not know by which class and arguments it was made. A
-    head of our own on a net of transformers is in ``head.safetensors``.
+    head of our own on a net of transformers is in ``head.safetensors``. ``parts.safetensors`` has a hash of each sample
+    of training, validation and test, by which a run that starts with the net sees whether it tests on what is known.
 
     Args:
         model: the module.
@@ -32,7 +35,6 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         InputError: the checkpoint cannot be read.
     """
     from safetensors.torch import save_file, save_model
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
@@ -57,7 +59,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
             if checkpoint["hyper_parameters"].get("labels") == "several":
                 found.config.problem_type = "multi_label_classification"
         found.save_pretrained(folder)
-        place = next(name for name, module in net.named_modules() if module is found)
+        place, _ = inner_net(net)
         rest = {name: values for name, values in net.state_dict().items() if not name.startswith(place)}
         if rest:  # a head of our own
             save_file(rest, folder / "head.safetensors")
@@ -66,6 +68,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     else:
         save_model(net, str(folder / "model.safetensors"))
         facts["net"] = settings.get("net")
+    if parts := checkpoint.get("facts", {}).get("parts"):
+        save_file(dict(parts), folder / PARTS)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
         eos_id = getattr(datamodule, "eos_id", None)
@@ -76,9 +80,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         special = datamodule.facts.get("special") or special  # a pretrained net's own
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     elif isinstance(made_from := datamodule.facts.get("tokenizer"), Mapping) and made_from:
-        special = {name: value for name, value in made_from.items() if name != "json"}
-        tokenizer = Tokenizer.from_str(made_from["json"])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+        made_again(made_from).save_pretrained(folder)
     written = sorted(path.name for path in folder.iterdir())
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
     print(f"export: {folder}", flush=True)

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from common.checkpoint import tokenizer_json
 from common.data import read_samples
 from common.figures import captioned_images, short_number
 from common.module import BaseModule, evaluating
@@ -51,14 +52,16 @@ class FirstBatch:
 def labels(batch: Any, facts: Mapping[str, Any]) -> list[str]:
     """The target of each sample of a batch in words, as far as it has one of its own."""
     targets = batch.target if isinstance(batch.target, Mapping) else {"": batch.target}
-    names, words = facts.get("class_names"), []
+    words = []
     for name, target in targets.items():
+        names = facts.get("task_classes", {}).get(name) if name else facts.get("class_names")
         if target.ndim == 1 and target.is_floating_point():
             words.append([f"{name or 'target'} {value:.3g}" for value in target.tolist()])
         elif target.ndim == 1:
-            called = [names[number] if names else str(number) for number in target.tolist()]
-            words.append([f"{name} {shorten(each, 22)}".strip() for each in called])
-    return ["\n".join(each) for each in zip(*words, strict=True)]
+            called = [names[number] if names and number >= 0 else str(number) for number in target.tolist()]
+            told = [f"{name} {shorten(each, 22)}".strip() for each in called]
+            words.append([each if number >= 0 else "" for each, number in zip(told, target.tolist(), strict=True)])
+    return ["\n".join(filter(None, each)) for each in zip(*words, strict=True)]
 
 
 def worst_samples(module: BaseModule, stage: str) -> tuple[dict[str, Tensor], list[str]] | None:
@@ -105,14 +108,13 @@ def draw_samples(
         scaled = (images[:SHOWN].float() - low) / max(high - low, 1e-12)
         return captioned_images(scaled, captions[:SHOWN], [True] * len(captions), title)
     if "input_ids" in inputs and inputs["input_ids"].ndim == 2 and facts.get("tokenizer"):
-        return f"{title}\n\n{_texts(inputs, captions, facts['tokenizer'])}"
+        return f"{title}\n\n{_texts(inputs, captions, Tokenizer.from_str(tokenizer_json(facts)))}"
     if {"numeric", "categorical"} <= inputs.keys() and "columns" in facts:
         return f"{title}\n\n{_rows(inputs['numeric'], inputs['categorical'], captions, facts['columns'])}"
     return None
 
 
-def _texts(inputs: Mapping[str, Tensor], captions: Sequence[str], made_from: Any) -> str:
-    tokenizer = Tokenizer.from_str(made_from if isinstance(made_from, str) else made_from["json"])
+def _texts(inputs: Mapping[str, Tensor], captions: Sequence[str], tokenizer: Tokenizer) -> str:
     mask, parts = inputs.get("attention_mask"), []
     for number, (ids, caption) in enumerate(zip(inputs["input_ids"][:SHOWN], captions, strict=False)):
         real = ids if mask is None else ids[mask[number] > 0]

@@ -286,7 +286,17 @@ def tokenizer_facts(tokenizer: Any, max_length: int) -> dict[str, Any]:
         raise InputError("data.source.tokenizer: has no fast form, which runs keep; name one with a tokenizer.json")
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
-    return {"json": json.dumps(how, sort_keys=True), **special, "model_max_length": max_length}
+    sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
+    return {"json": json.dumps(how, sort_keys=True), **special, **sides, "model_max_length": max_length}
+
+
+def made_again(facts: Mapping[str, Any]) -> Any:
+    """The tokenizer of transformers that :func:`tokenizer_facts` are of."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {name: value for name, value in facts.items() if name != "json"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(facts["json"]), **settings)
 
 
 def refuse_both(split: str | None, group: str | None) -> None:
@@ -339,20 +349,22 @@ def load_splits(
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
     """
     import datasets
+    import pandas
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
     reader = READERS.get(local.suffix.lower()) if conll is None else "conll"
     settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
-    if as_written and reader == "csv":
-        settings |= {"dtype": str, "keep_default_na": False}
     try:
         if local.is_dir() and folder_reader:
             files = _folders(local)
             splits = list_images(local, files) or datasets.load_dataset(
                 folder_reader, data_dir=str(local), data_files=files
             )
+        elif as_written and reader == "csv" and (tables := sorted(local.parent.glob(local.name))):
+            frames = [pandas.read_csv(table, dtype=str, keep_default_na=False) for table in tables]
+            splits = {"train": datasets.Dataset.from_pandas(pandas.concat(frames), preserve_index=False)}
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local), **settings)
         elif local.exists():

@@ -12,12 +12,13 @@ import fsspec
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import InputError, short_path
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
+DEEP = "IF"  # how the names of modes of 16 bits or more begin
 CHANNELS = {"L": 1, "RGB": 3}
 TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 CHUNK = 256  # images that one thread looks at
@@ -74,7 +75,6 @@ class Images:
             shape = "{}x{}".format(*self.size)
             said = f"{len(self):,} images, read as {self.mode} ({because}) at {shape} pixels (height x width)"
             print(f"data.source: {said}; data.source.mode and size change it", flush=True)
-        self._decoder = datasets.Image(mode=self.mode)
 
     @property
     def shape(self) -> torch.Size:  # noqa: D102
@@ -90,7 +90,8 @@ class Images:
 
     def _decode(self, row: Any, number: int) -> np.ndarray:
         try:
-            return pixels_of(self._decoder.decode_example({"bytes": _content(row), "path": None}), self.size)
+            with Image.open(io.BytesIO(_content(row))) as picture:
+                return decode(picture, self.mode, self.size)
         except Exception as error:  # damaged bytes make a reader raise nearly anything
             raise self._mistake(row, number, error) from error
 
@@ -112,8 +113,8 @@ class Images:
                     mode = image.mode
             except Exception as error:
                 raise self._mistake(row, number, error) from error
-            if mode[0] in "IF":
-                problem = f"{_name(row, number)} has 16 bits or more (Pillow's mode {mode})"
+            if mode[0] in DEEP:
+                problem = f"{_name(row, number)} {deep(mode)}"
                 raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
             colour.append(mode not in GREY)
             digests += hashlib.blake2b(content, digest_size=8).digest()
@@ -127,10 +128,24 @@ class Images:
         return InputError(f"data.source.image {self.column!r}: {problem}; mend or remove it")
 
 
-def pixels_of(image: Any, size: Sequence[int]) -> np.ndarray:
-    """Bytes (height, width, channels) of a picture of Pillow, resized to a height and width."""
+def decode(picture: Image.Image, mode: str, size: Sequence[int]) -> np.ndarray:
+    """Bytes (height, width, channels) of a picture, turned as its camera says, in a mode and resized to a size.
+
+    Raises:
+        ValueError: it has more than 8 bits per channel.
+        OSError: it is damaged.
+    """
     height, width = size
-    return np.asarray(image.resize((width, height))).reshape(height, width, -1)
+    if picture.mode[0] in DEEP:
+        raise ValueError(deep(picture.mode))
+    if picture.getexif().get(Image.ExifTags.Base.Orientation) is not None:
+        picture = ImageOps.exif_transpose(picture)
+    return np.asarray(picture.convert(mode).resize((width, height))).reshape(height, width, -1)
+
+
+def deep(mode: str) -> str:
+    """What is wrong with a picture of a mode of 16 bits or more: its values would be cut off."""
+    return f"has 16 bits or more (Pillow's mode {mode})"
 
 
 def to_tensor(pixels: Sequence[np.ndarray]) -> Float32[Tensor, "pictures channels height width"]:

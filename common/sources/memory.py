@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from common.errors import InputError
-from common.sources.files import Labelled, tokenize
-from common.sources.images import CHANNELS, pixels_of, to_tensor
+from common.sources.files import Labelled, made_again, tokenize
+from common.sources.images import CHANNELS, decode, to_tensor
 from common.sources.labelled import LabelledDataset
 
 MODES = {channels: mode for mode, channels in CHANNELS.items()}
@@ -33,6 +32,8 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
     if not hasattr(samples, "__len__") or not len(samples):
         raise InputError("samples: there are none to predict; give a list or an array")
     shapes = facts.get("shapes", {})
+    if facts.get("labels") == "words":
+        raise InputError("samples: the net was trained on tagged words; predict them by the command line")
     if shapes.keys() == TEXTS:
         inputs = _texts(samples, facts["tokenizer"])
     elif "pixel_values" in shapes:
@@ -45,13 +46,9 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
 
 
 def _texts(texts: Any, tokenizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    from transformers import PreTrainedTokenizerFast
-
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError("samples: the net was trained on texts; give a list of them")
-    special = {name: value for name, value in tokenizer.items() if name not in ("json", "model_max_length")}
-    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer["json"]), **special)
-    return tokenize(fast, texts, tokenizer["model_max_length"])
+    return tokenize(made_again(tokenizer), texts, tokenizer["model_max_length"])
 
 
 def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tensor:
@@ -63,7 +60,7 @@ def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tens
         if list(values.shape[1:]) != list(shape):
             given, wanted = ("x".join(map(str, each)) for each in (values.shape[1:], shape))
             raise InputError(f"samples: each is {given}, and in training {wanted} (channels x height x width)")
-        least, most, room = values.min().item(), values.max().item(), high - low
+        least, most, room = values.min().item(), values.max().item(), (high - low) / 20  # new ones may go a bit further
         if not (low - room <= least <= most <= high + room):
             problem = f"values are {least:.4g} to {most:.4g}, and in training {low:.4g} to {high:.4g}"
             raise InputError(f"samples: {problem}; scale them alike")
@@ -74,7 +71,14 @@ def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tens
     if isinstance(samples, str) or not all(isinstance(each, Image.Image | Tensor | np.ndarray) for each in samples):
         raise InputError("samples: the net was trained on images; give pictures of Pillow, or an array")
     pictures = [each if isinstance(each, Image.Image) else _picture(np.asarray(each)) for each in samples]
-    return to_tensor([pixels_of(each.convert(MODES[shape[0]]), shape[1:]) for each in pictures])
+    return to_tensor([_decoded(each, number, shape) for number, each in enumerate(pictures)])
+
+
+def _decoded(picture: Image.Image, number: int, shape: Sequence[int]) -> np.ndarray:
+    try:
+        return decode(picture, MODES[shape[0]], shape[1:])
+    except (ValueError, OSError) as error:
+        raise InputError(f"samples: picture {number} {error}; give 8 bits per channel, in whole files") from error
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

@@ -121,7 +121,8 @@ class PretrainedTokenizer(TokenizerSource):
         tokens = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
         length = {"model_max_length": found.model_max_length} if found.model_max_length < 1 << 30 else {}
         template = {"chat_template": found.chat_template} if isinstance(found.chat_template, str) else {}
-        return {**tokens, **length, **template}
+        sides = {side: "left" for side in ("padding_side", "truncation_side") if getattr(found, side) == "left"}
+        return {**tokens, **length, **template, **sides}
 
     @override
     def build(self, texts: Iterable[str]) -> Tokenizer:

@@ -86,6 +86,22 @@ class DistillationModule(BaseModule):
                 self.alone = StudentAlone(self.make_net(self.num_classes), self.alone_checkpoint, self.trainer)
 
     @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.teacher and self.teacher_checkpoint is None:  # its folder may change
+            checkpoint["teacher"] = self.teacher.checksum()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint.get("teacher")
+        if before is None or self._trainer is None or self.trainer.state.fn != "fit" or self.teacher is None:
+            return
+        if self.teacher_checkpoint is None and self.teacher.checksum() != before:
+            problem = "its weights are not those that the run has learnt from"
+            raise InputError(f"model.teacher: {problem}; put them back, or begin a new run")
+
+    @override
     def build_net(self) -> nn.Module:
         net = self.make_net(self.num_classes)
         self.features = Features(net, [ours for ours, _ in self.pairs])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, tokenizer_json, trained_on
 from common.errors import InputError, nearest, speaking_of
 from common.nets.pretrained import Pretrained, check_tokens
 from common.weights import fill
@@ -105,8 +106,8 @@ class FrozenNet:
         found = next((each for each in self.net.modules() if isinstance(each, PreTrainedModel)), None)
         if found is None:
             return None
-        if found.name_or_path and (made_from := data.facts["tokenizer"]):
-            check_tokens(found.name_or_path, Tokenizer.from_str(made_from["json"]).get_vocab(), self.key)
+        if found.name_or_path and (made_from := tokenizer_json(data.facts)):
+            check_tokens(found.name_or_path, Tokenizer.from_str(made_from).get_vocab(), self.key)
         labels: Any = found.config.id2label or {}
         names = {str(name): int(number) for number, name in labels.items()}
         if data.samples.labelled.target.ndim > 1 or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -115,6 +116,15 @@ class FrozenNet:
             problem = f"{found.name_or_path!r} has no class {other!r}{nearest(other, names)}"
             raise InputError(f"{self.key}: {problem}; it has {shorten(', '.join(names), 80)}")
         return torch.tensor([names[name] for name in data.class_names], device=self.device)
+
+    def checksum(self) -> int:
+        """The CRC-32 of the net's weights in fp32, of how it scales images, and of the order of its classes."""
+        order = None if self.order is None else self.order.tolist()
+        value = zlib.crc32(json.dumps([getattr(self.net, "preprocessing", {}), order], sort_keys=True).encode())
+        for weight in self.net.state_dict().values():
+            plain = weight.float() if weight.is_floating_point() else weight
+            value = zlib.crc32(plain.reshape(-1).cpu().numpy().data, value)
+        return value
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -141,16 +151,11 @@ class FrozenNet:
             problem = f"was trained on other classes, {shorten(', '.join(theirs), 80)}"
             raise InputError(f"{self.checkpoint_key} {path}: {problem}; name one of those of data.source")
         facts = checkpoint.get("facts", {})
-        if "parts" in facts:
-            trained = facts["parts"]["keys"][: facts["parts"]["sizes"][0]]
-            ours, others = data.facts["parts"]["keys"].tensor_split([int(data.facts["parts"]["sizes"][0])])
-            others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
-            if seen := int(torch.isin(others, trained).sum()):
-                problem = f"was trained on {seen} samples of this run's validation and test parts"
-                raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
-        then, now = facts.get("tokenizer") or {}, data.facts["tokenizer"]
-        then = then if isinstance(then, str) else then.get("json")  # lm keeps the text alone
-        if then and now and json.loads(then) != json.loads(now["json"]):
+        if seen := trained_on(facts, data.facts):
+            problem = f"was trained on {seen} samples of this run's validation and test parts"
+            raise InputError(f"{self.checkpoint_key} {path}: {problem}; train one with this run's data.facts_of")
+        then, now = tokenizer_json(facts), tokenizer_json(data.facts)
+        if then and now and json.loads(then) != json.loads(now):
             raise InputError(f"{self.checkpoint_key} {path}: has another tokenizer than data.source; name another")
         saved = checkpoint["state_dict"]
         state = {name.removeprefix("net."): value for name, value in saved.items() if name.startswith("net.")}

@@ -76,7 +76,8 @@ class MultiTaskData(BaseDataModule):
             {"name": "offset", "kind": "regression", "width": 2},
         ]
         self.chosen = choose(known, tasks)
-        self.facts |= {"tasks": self.chosen, "canvas": canvas}
+        names = {task["name"]: self.facts["class_names"] for task in self.chosen if task["name"] in ("left", "right")}
+        self.facts |= {"tasks": self.chosen, "task_classes": names, "canvas": canvas}
 
     @override
     def setup(self, stage: str) -> None:

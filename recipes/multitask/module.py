@@ -126,5 +126,6 @@ class MultiTaskModule(BaseModule):
         outputs, columns = self(batch), {"index": batch.index[batch.mask].tolist()}
         for task in self.tasks:
             given, wanted = (values[task["name"]][batch.mask] for values in (outputs, batch.target))
-            columns |= task_columns(task, given, wanted, self.facts["class_names"])
+            names = self.facts.get("task_classes", {}).get(task["name"], ())  # of others numbers are written
+            columns |= task_columns(task, given, wanted, names)
         return columns
