@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from common.checkpoint import read_checkpoint
 from common.nets import Pretrained
@@ -170,6 +170,12 @@ def test_an_image_net_trains_further(net: str, freeze: bool, work: Path, photos:
         logits = there(pixel_values=scaled if net == "resnet" else images).logits
         assert torch.allclose(logits, cli.model.net.eval()(pixel_values=images), atol=1e-6)
     assert (work / "runs/classification/default/export/preprocessor_config.json").exists() == (net == "resnet")
+    if net == "resnet":  # a picture of another size is brought to that of the training
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+        processor = AutoImageProcessor.from_pretrained(work / "runs/classification/default/export")
+        with torch.no_grad():
+            found = there(**processor(picture, return_tensors="pt")).logits.softmax(-1)[0, 0].item()
+        assert found == pytest.approx(cli.model.predict([picture])["p(cat)"][0], abs=1e-6)
 
 
 @pytest.mark.matrix

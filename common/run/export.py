@@ -64,7 +64,12 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         if rest:  # a head of our own
             save_file(rest, folder / "head.safetensors")
         if scaling := getattr(net, "preprocessing", None):
-            (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1), encoding="utf-8")
+            _, height, width = facts["shapes"]["pixel_values"]  # the net's own may crop, and have another size
+            settings_of = {name: scaling[name] for name in ("image_mean", "image_std")} | {
+                "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3, "do_normalize": True,
+                "size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255,
+            }  # fmt: skip
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings_of, indent=1), encoding="utf-8")
     else:
         save_model(net, str(folder / "model.safetensors"))
         facts["net"] = settings.get("net")
