@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.sources import Labelled
 from common.sources.labelled import Parts, keys_of, parts_facts, same_parts
 from common.sources.tables import Table, split_rows
-from tests.support import TINY, main_of
+from tests.support import ROOT, TINY, main_of, write_encoder
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 BPE = ["--data.tokenizer", "common.sources.tokenizers.BPE", "--data.tokenizer.vocab_size", "300"]
@@ -85,6 +85,22 @@ def test_the_tokenizer_of_a_run_stays(
     shutil.rmtree(texts)
     for command in ("predict", "export") if recipe == "lm" else ("export",):
         assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer
+
+
+def test_texts_need_the_folder_of_their_tokenizer_once(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [f"a {'very ' * (n % 3)}{word} film,{word}" for n in range(20) for word in ("good", "bad")]
+    (work / "reviews.csv").write_text("\n".join(["text,label", *rows]))
+    write_encoder(work / "net", rows)
+    preset = ["--config", str(ROOT / "recipes/classification/text.yaml"), "--data.source.path", "reviews.csv"]
+    main_of("classification")(["fit", *preset, *FIT, "--data.source.tokenizer", "./net", "--model.net.name", "./net"])
+    losses = []
+    for folder in ("net", "gone"):
+        cli = main_of("classification")(["test"])
+        losses.append(cli.trainer.callback_metrics["test/loss"].item())
+        if folder == "net":
+            shutil.move(work / "net", work / "gone")
+    assert losses[0] == losses[1]
+    assert "data.source.tokenizer ./net: is gone; the checkpoint's own is taken" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", LABELLED)

@@ -228,6 +228,7 @@ class TextTable(Source):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
+        self.known: Mapping[str, Any] = {}  # the tokenizer of a checkpoint
         self.split, self.group, self.separator = split, group, separator
         refuse_both(split, group)
 
@@ -236,11 +237,14 @@ class TextTable(Source):
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
         target, names, labels = _labels(parts, self.label, self.separator)
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer, known=self.known)
         made_from = tokenizer_facts(tokenizer, self.max_length)
         inputs = tokenize(tokenizer, texts, self.max_length)
         groups = groups_of(parts, self.group)
         return Labelled(inputs, target, names, num_test, num_val, made_from, groups, labels)
+
+    def take_over(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
+        self.known = facts["tokenizer"]
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns(load_splits(self.path, split=self.split, as_written=True).parts, names)
@@ -254,12 +258,13 @@ def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str,
     return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
-def load_tokenizer(name: str, in_words: bool = False) -> Any:
+def load_tokenizer(name: str, in_words: bool = False, known: Mapping[str, Any] | None = None) -> Any:
     """A tokenizer of transformers that can pad.
 
     Args:
         name: folder or hub name.
         in_words: whether texts are lists of words; some tokenizers know a word by the space before it.
+        known: :func:`tokenizer_facts` of a checkpoint, whose tokenizer is taken where the folder is gone.
 
     Raises:
         InputError: there is none.
@@ -270,6 +275,9 @@ def load_tokenizer(name: str, in_words: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
     except (OSError, ValueError) as error:
+        if known:
+            print(f"data.source.tokenizer {name}: is gone; the checkpoint's own is taken", flush=True)
+            return made_again(known)
         problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
         raise InputError(f"data.source.tokenizer {name!r}: {problem}") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it

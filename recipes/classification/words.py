@@ -5,7 +5,7 @@ import io
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class TaggedWords(Source):
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.words, self.label, self.max_length = path, tokenizer, words, label, max_length
         self.split, self.group, self.conll = split, group, columns
+        self.known: Mapping[str, Any] = {}  # the tokenizer of a checkpoint
         refuse_both(split, group)
 
     @override
@@ -74,10 +75,15 @@ class TaggedWords(Source):
                 if len(text) != len(its):
                     problem = f"text {row} has {len(text)} words and {len(its)} tags"
                     raise InputError(f"data.source.label {self.label!r}: {problem}; give each word one")
-        inputs, target, facts = aligned(texts, tags, load_tokenizer(self.tokenizer, in_words=True), self.max_length)
+        tokenizer = load_tokenizer(self.tokenizer, in_words=True, known=self.known)
+        inputs, target, facts = aligned(texts, tags, tokenizer, self.max_length)
         return Labelled(
             inputs, target, names, num_test, num_val, facts, groups_of(parts, self.group), "words"
         )  # fmt: skip
+
+    @override
+    def take_over(self, facts: Mapping[str, Any]) -> None:
+        self.known = facts["tokenizer"]
 
     @override
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
