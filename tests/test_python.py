@@ -118,6 +118,8 @@ def test_images(work: Path) -> None:
     assert "values are 0 to 255, and in training 0 to 1" in refused(model, as_the_net * 255)
     assert "each is 3x8x7, and in training 3x8x8 (channels x height x width)" in refused(model, as_the_net[..., :7])
     assert "an array of float32 of the shape (3, 8, 8) is no picture" in refused(model, [*as_the_net])
+    one = np.zeros((8, 8, 3), np.uint8)
+    assert "an array of the shape (8, 8, 3) is one picture; give a list of them" in refused(model, one)
     for wrong in ("a.png", ["a.png"]):
         assert refused(model, wrong) == ("samples: the net was trained on images; give pictures of Pillow, or an array")
     for nothing in ([], 3):

@@ -70,6 +70,8 @@ def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tens
         raise InputError(f"samples: {problem}; give an array of numbers in these units")
     if isinstance(samples, str) or not all(isinstance(each, Image.Image | Tensor | np.ndarray) for each in samples):
         raise InputError("samples: the net was trained on images; give pictures of Pillow, or an array")
+    if isinstance(samples, Tensor | np.ndarray) and (samples.ndim < 3 or (samples.ndim == 3 and samples.shape[2] == 3)):
+        raise InputError(f"samples: an array of the shape {tuple(samples.shape)} is one picture; give a list of them")
     pictures = [each if isinstance(each, Image.Image) else _picture(np.asarray(each)) for each in samples]
     return to_tensor([_decoded(each, number, shape) for number, each in enumerate(pictures)])
 
