@@ -130,7 +130,10 @@ def test_wandb_knows_config_commit_and_versions(recipe: str, run: Run) -> None:
         kinds.setdefault(record["type"], []).append(record[record["type"]])
     (config,), info = (record["update"] for record in kinds["config"]), kinds["run"][0]
     environment = config.pop("environment")
-    assert config == yaml.safe_load((run.folder / "config.yaml").read_text())
+    resolved = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert resolved["best"].pop("mode") == "min"  # as the metric says, once the run has begun
+    assert config["best"].pop("mode") is None
+    assert config == resolved
     assert isinstance(config["model"]["optimizer"]["init_args"]["lr"], float)
     kept = json.loads((run.folder / "environment.json").read_text())
     assert environment == {name: value for name, value in kept.items() if name != "uncommitted"}
