@@ -417,7 +417,7 @@ def test_a_run_on_another_table_starts_with_the_weights_of_one(
     start = ["--init_from", "base", "--data.facts_of", "null", "--model.weight_init", "null"]
     main_of("regression")([*args, "two.csv", *start])
     line = refused("regression", [*args, "three.csv", *start], capfd)
-    assert "its columns have 'kind' (category 'b') where those of the data have 'kind' (category 'c')" in line
+    assert "its columns have 'kind' (category 'b') where those of the data" in line
 
 
 @pytest.mark.matrix
