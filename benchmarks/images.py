@@ -50,7 +50,7 @@ class Plain(Dataset[Tensor]):
 
 
 def memory() -> float:
-    """Of this process and those that it has started, in MiB; pages that several share count once."""
+    """Of this process and its children, in MiB. A page that several share counts once."""
     found = 0
     for number in [str(os.getpid()), *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]:
         lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()

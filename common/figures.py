@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,9 @@ def plot_lines(axes: "Axes", lines: Series, colors: Iterable[str], noisy: bool =
         axes.set_yscale("log")
 
 
+LETTERS = 27  # of a caption, as wide as its image
+
+
 def captioned_images(
     images: Float[Tensor, "samples channels height width"], captions: Sequence[str], right: Sequence[bool], title: str
 ) -> "Figure":
@@ -122,6 +126,8 @@ def captioned_images(
         right: whether all predictions for an image are right.
         title: title of the figure.
     """
+    wrapped = [[textwrap.wrap(line, LETTERS) for line in caption.splitlines()] for caption in captions]
+    captions = ["\n".join(line for lines in each for line in lines) for each in wrapped]
     columns = min(6, len(images))
     rows, lines = math.ceil(len(images) / columns), max(caption.count("\n") + 1 for caption in captions)
     shape = images.shape[2] / images.shape[3]

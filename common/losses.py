@@ -50,6 +50,13 @@ def item_cross_entropy(
     return F.cross_entropy(precise(logits).flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
 
 
+def window_losses(
+    logits: Float[Tensor, "batch time vocab"], target: Int64[Tensor, "batch time"]
+) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
+    """The sum of each window's losses in nats, and its number of targets other than -100."""
+    return item_cross_entropy(logits, target).sum(1), (target != -100).sum(1)
+
+
 class HighestLosses:
     """Positions of the samples of an evaluation whose losses are the highest, and these.
 

@@ -61,6 +61,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return shorten(", ".join(map(str, value)), 48) or "none"
     return f"{value:.4g}" if isinstance(value, float) else shorten(str(value), 24)
 
 

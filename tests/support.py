@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import pytest
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -105,6 +106,19 @@ def main_of(recipe: str) -> Callable[[list[str]], Any]:
             sys.argv = before
 
     return run
+
+
+def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command line ends in."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main_of(recipe)(args)
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2, error
+    assert error.endswith("\n")
+    assert len(error.splitlines()) == 1, error
+    assert len(error) <= 241, error
+    return error.strip()
 
 
 def small_args(recipe: str, text: Path) -> list[str]:

@@ -24,7 +24,7 @@ import yaml
 from common.checkpoint import read_checkpoint
 from common.run.cli import RecipeCLI, _is_unknown_token
 from common.run.layers import locate
-from tests.support import MEASURED, ROOT, TINY, main_of
+from tests.support import MEASURED, ROOT, TINY, main_of, refused
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -53,19 +53,6 @@ def fit_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command line ends in."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main_of(recipe)(args)
-    error = capfd.readouterr().err
-    assert exit_.value.code == 2, error
-    assert error.endswith("\n")
-    assert len(error.splitlines()) == 1, error
-    assert len(error) <= 241, error
-    return error.strip()
 
 
 def check(line: str, where: str, key: str, hint: str | None) -> None:

@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.sources import Labelled
 from common.sources.labelled import Parts, keys_of, parts_facts, same_parts
 from common.sources.tables import Table, split_rows
-from tests.support import ROOT, TINY, main_of, write_encoder
+from tests.support import ROOT, TINY, main_of, refused, write_encoder
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 BPE = ["--data.tokenizer", "common.sources.tokenizers.BPE", "--data.tokenizer.vocab_size", "300"]
@@ -32,15 +32,6 @@ LABELLED = [
 ]
 
 pytestmark = pytest.mark.usefixtures("no_report")
-
-
-def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main_of(recipe)(args)
-    assert stop.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    return line
 
 
 def add_images(folder: Path, names: str, count: int, first: int = 0) -> None:

@@ -22,7 +22,7 @@ from common.sources.labelled import keys_of, split_by_class
 from recipes.classification.entities import EntityCounts, entities, precision_recall_f1
 from recipes.classification.objectives import SeveralLabels, WordTags
 from recipes.classification.words import PythonLines, TaggedWords, tagged_lines
-from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
+from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, refused, run_ranks, write_encoder
 
 FIT = [*TINY, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -86,16 +86,6 @@ def word_args(path: str, encoder: str) -> list[str]:
         "--data.source.path", path, "--data.source.tokenizer", encoder,
         "--model.net", "common.nets.PretrainedWordClassifier", "--model.net.name", encoder,
     ]  # fmt: skip
-
-
-def refused(args: list[str], capfd: pytest.CaptureFixture[str], recipe: str = "classification") -> str:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main_of(recipe)(args)
-    assert stop.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert len(line) <= 240
-    return line
 
 
 def predictions(work: Path) -> list[dict[str, str]]:
@@ -372,7 +362,7 @@ def test_several_labels_from_fit_to_export(work: Path, capfd: pytest.CaptureFixt
     (work / "kept").mkdir()
     shutil.move(path, work / "kept/a.parquet")
     frame.to_parquet(path)
-    line = refused(["test"], capfd)
+    line = refused("classification", ["test"], capfd)
     assert line.endswith("data.source: the checkpoint was not trained on a class 'evan'; did you mean 'even'?")
     Path(path).unlink()
     images = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.size", "8"]
@@ -413,7 +403,7 @@ def test_tags_from_fit_to_export(encoder: str, work: Path, capfd: pytest.Capture
     assert all(old <= new for old, new in zip(parts, grown, strict=True))
     assert read_metrics(work / "runs/classification/default/test/metrics.csv", "test/f1(LOC)")
     Path(path).write_text(Path(path).read_text().replace("-PER", "-PERSON"))
-    line = refused(["test"], capfd)
+    line = refused("classification", ["test"], capfd)
     assert line.endswith("data.source: the checkpoint was not trained on a class 'B-PERSON'; did you mean 'B-PER'?")
     Path(path).unlink()
     words = ["--data.predict_source", "TaggedWords", "--data.predict_source.tokenizer", encoder]
@@ -520,27 +510,27 @@ def test_what_does_not_fit_is_one_line(encoder: str, work: Path, capfd: pytest.C
     path, sentences = write_images(work / "a.parquet"), write_sentences(work / "a.jsonl")
     args = image_args(path)
     without = [arg for arg in args if arg not in ("--model.objective", "SeveralLabels")]
-    assert refused(["fit", *without], capfd) == (
+    assert refused("classification", ["fit", *without], capfd) == (
         "model.objective: the data have several labels per sample, and OneLabel is for one class per sample; "
         "take SeveralLabels"
     )
     assert "the data have one class per sample, and SeveralLabels is for several" in refused(
-        ["fit", *image_args(path, "even")], capfd
+        "classification", ["fit", *image_args(path, "even")], capfd
     )
     assert "the data have one class per sample, and WordTags is for a tag per word; take OneLabel" in refused(
-        ["fit", *FIT, "--model.objective", "WordTags"], capfd
+        "classification", ["fit", *FIT, "--model.objective", "WordTags"], capfd
     )
-    line = refused(["fit", *args, "--model.objective.threshold", "1"], capfd)
+    line = refused("classification", ["fit", *args, "--model.objective.threshold", "1"], capfd)
     assert line == "--model.objective.threshold: must be between 0 and 1, got 1.0"
     text = Path(sentences).read_text()
     Path(sentences).write_text(text.replace("B-PER", "PER"))
-    line = refused(["fit", *word_args(sentences, encoder)], capfd)
+    line = refused("classification", ["fit", *word_args(sentences, encoder)], capfd)
     assert line.endswith(": has the tag 'PER'; write O, B-type or I-type (the BIO scheme)")
     tokens = ["--config", str(ROOT / "recipes/classification/tokens.yaml"), *FIT]
-    line = refused(["fit", *tokens, "--data.source.vocab_size", "1100"], capfd)
+    line = refused("classification", ["fit", *tokens, "--data.source.vocab_size", "1100"], capfd)
     assert "WordClassifier knows fewer tokens than the tokenizer of the data; set its vocab_size" in line
     other = ["--data.source", "common.sources.ImageTable", "--data.source.path", path, "--data.source.label", "labels"]
-    line = refused(["fit", *FIT, *other, "--data.source.size", "8", "--model.teacher", "null"], capfd, "distillation")
+    line = refused("distillation", ["fit", *FIT, *other, "--data.source.size", "8", "--model.teacher", "null"], capfd)
     assert line.endswith(
         ": has several labels per sample, which this recipe does not take; recipes/classification does"
     )

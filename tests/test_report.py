@@ -18,7 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from common.figures import PALETTE, STAGES, new_figure, plot_lines, read_metrics, save_figure, style_axes
+from common.figures import (
+    PALETTE,
+    STAGES,
+    captioned_images,
+    new_figure,
+    plot_lines,
+    read_metrics,
+    save_figure,
+    style_axes,
+)
 from common.run.folder import merge_metrics
 from common.run.report import Best, learning_curves, learning_rate, write_report
 from recipes.classification.pictures import confusion_matrix
@@ -290,3 +299,17 @@ def test_no_text_of_a_picture_is_a_formula(tmp_path: Path) -> None:
     assert {"0.1", "1", "10"} <= shown
     assert not any(text.get_parse_math() for text in figure.findobj(Text))
     assert matplotlib.rcParams["text.parse_math"]
+
+
+def test_captions_do_not_overlap() -> None:
+    """A long one takes several lines below its own image."""
+    captions = [
+        "#50 loss 0.3812\nred, round, line, thin, small, dotted → red, round, line, thin, small, dotted",
+        "short",
+    ]
+    figure = captioned_images(torch.rand(8, 3, 8, 8), captions * 4, [True] * 8, "title")
+    figure.canvas.draw()
+    places = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert len(places) == 8
+    assert not any(one.overlaps(other) for n, one in enumerate(places) for other in places[:n])
+    assert all(place.y0 >= 0 and place.x0 >= 0 for place in places)

@@ -23,7 +23,7 @@ from common.sources.tables import Columns, Table, encode, row_keys
 from recipes.classification.module import ClassificationModule
 from recipes.classification.objectives import OneLabel, SeveralLabels
 from recipes.classification.tables import LabelledTable, TableSamples
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, logs, main_of, read_metrics, refused, run_ranks
 
 main = main_of("classification")
 RUN = Path("runs/classification/default")
@@ -324,17 +324,6 @@ def test_every_net_learns(net: str, birds: Path) -> None:
 # Mistakes
 
 
-def refused(args: list[str], capfd: pytest.CaptureFixture[str], recipe: str = "classification") -> str:
-    """The one line that a command line ends in."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main_of(recipe)(args)
-    assert stop.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert len(line) <= 240
-    return line
-
-
 def case(change: dict[str, Any], flags: str, line: str) -> Any:
     return pytest.param(change, flags, line, id=line[:60])
 
@@ -370,7 +359,7 @@ def test_mistakes(
     for name, value in change.items():
         table.loc[ROWS - 1, name] = value
     table.to_csv(birds, index=False)
-    assert line in refused([*FIT, "--data.split_seed", "1", *shlex.split(flags)], capfd)
+    assert line in refused("classification", [*FIT, "--data.split_seed", "1", *shlex.split(flags)], capfd)
 
 
 class Buggy(torch.nn.Linear):
@@ -410,10 +399,10 @@ def test_equal_rows_of_other_classes_stay_where_they_are_as_rows_come(work: Path
 def test_one_class_and_rare_ones_are_refused(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table = bird_table()
     table.assign(species="auk").to_csv(birds, index=False)
-    assert "'auk' is the only class; there is nothing to tell apart" in refused(FIT, capfd)
+    assert "'auk' is the only class; there is nothing to tell apart" in refused("classification", FIT, capfd)
     table.loc[0, "species"] = "dodo"
     table.to_csv(birds, index=False)
-    assert "class 'dodo' has 1 samples; a split needs at least 3" in refused(FIT, capfd)
+    assert "class 'dodo' has 1 samples; a split needs at least 3" in refused("classification", FIT, capfd)
 
 
 def test_what_a_checkpoint_does_not_know(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -441,10 +430,10 @@ def test_what_a_checkpoint_does_not_know(birds: Path, capfd: pytest.CaptureFixtu
     assert "data were made with quantile, and their parts and encoding hold" in problem(table, scaling="standard")
     samples = ["--data.facts_of", str(RUN / "checkpoints/best.ckpt")]
     for recipe, kind in (("regression", "numbers of a table"), ("classification", "such samples")):
-        line = refused(["fit", *TINY, *samples], capfd, recipe)
+        line = refused(recipe, ["fit", *TINY, *samples], capfd)
         assert line == f"--data.facts_of: the checkpoint was not trained on {kind}; name another, or null"
     source = ["--data.source", "recipes.classification.tables.LabelledTable", "--data.source.path", "birds.csv"]
-    line = refused(["fit", *TINY, *source], capfd, "adversarial")
+    line = refused("adversarial", ["fit", *TINY, *source], capfd)
     assert "is a table, which is encoded by its training rows; classification alone takes it" in line
 
 
@@ -453,4 +442,6 @@ def test_true_and_false_are_not_0_and_1(birds: Path, capfd: pytest.CaptureFixtur
     table.assign(species=table["species"] == "auk").to_csv(birds, index=False)
     assert main(FIT).datamodule.class_names == ["False", "True"]
     table.assign(species=(table["species"] == "auk").astype(int)).to_csv(birds, index=False)
-    assert "the checkpoint was not trained on a class '0'; it knows False, True" in refused(["test"], capfd)
+    assert "the checkpoint was not trained on a class '0'; it knows False, True" in refused(
+        "classification", ["test"], capfd
+    )

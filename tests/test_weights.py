@@ -21,10 +21,10 @@ from tests.support import (
     ROOT,
     TINY,
     difference,
-    is_refused,
     logs,
     main_of,
     read_metrics,
+    refused,
     run_ranks,
     write_decoder,
     write_encoder,
@@ -76,16 +76,6 @@ def same_state(*states: dict[str, Any]) -> bool:
     torch.testing.assert_close(*[state["optimizer_states"] for state in states], rtol=0, atol=0)
     weights = [state["state_dict"] for state in states]
     return all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-def refused(recipe: str, args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main_of(recipe)(args)
-    assert stop.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert len(line) <= 240
-    return line
 
 
 @pytest.mark.parametrize(
@@ -182,8 +172,6 @@ def test_an_image_net_trains_further(net: str, freeze: bool, work: Path, photos:
 @pytest.mark.parametrize("strategy", EXACT)
 def test_ranks_start_with_the_same_weights(strategy: str, work: Path, text: str) -> None:
     """Of a folder, and of a run, under every strategy."""
-    if is_refused("lm", strategy):
-        pytest.skip("refused")
     write_decoder(work / "net", text, tokens=6)
     args = [*preset("lm"), *TEXT, "--model.weights", "./net", "--model.sample_tokens", "0", "--trainer.max_steps", "3"]
     together = strategy in ("tensor_parallel", "pipeline")

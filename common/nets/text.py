@@ -1,5 +1,7 @@
 """Nets for texts, made from transformers."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -55,6 +57,12 @@ class PretrainedEncoder(nn.Module):
         return self
 
 
+def _word_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, key: str) -> Tensor:
+    check_context(model.config, input_ids.shape[1], key, "data.source.max_length")
+    # A copy: the last layer gives a view, and FSDP2 warns of that.
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits.clone()
+
+
 class WordClassifier(nn.Module):
     """Any token classifier of transformers with new weights.
 
@@ -79,9 +87,7 @@ class WordClassifier(nn.Module):
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time classes"]:
         """Logits of each token."""
-        check_context(self.model.config, input_ids.shape[1], "model.net.config", "data.source.max_length")
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.clone()  # a linear layer gives a view, of which FSDP2 warns
+        return _word_logits(self.model, input_ids, attention_mask, "model.net.config")
 
 
 class PretrainedWordClassifier(nn.Module):
@@ -106,9 +112,7 @@ class PretrainedWordClassifier(nn.Module):
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time classes"]:
         """Logits of each token."""
-        check_context(self.model.config, input_ids.shape[1], "model.net", "data.source.max_length")
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.clone()  # a linear layer gives a view, of which FSDP2 warns
+        return _word_logits(self.model, input_ids, attention_mask, "model.net")
 
     def train(self, mode: bool = True) -> "PretrainedWordClassifier":
         """A frozen body stays in evaluation mode: it cannot adapt to dropout."""

@@ -161,7 +161,7 @@ class RunProgressBar(RichProgressBar):
         self._stop_progress()
 
 
-# Words in the names of metrics of which the smallest, and of which the largest, value is the best.
+# Words in the names of metrics: of these the smallest value is the best, of those the largest.
 LOWER = {"loss", "error", "mse", "rmse", "mae", "perplexity", "bits"}
 HIGHER = {"accuracy", "auroc", "f1", "precision", "r2", "recall"}
 

@@ -103,7 +103,7 @@ def _read_parser(text: str, known: Mapping[str, Action | None]) -> tuple[str, st
     if m := re.match(r"the following arguments are required: \w+\.([\w.]+)", text):
         return m[1], "is null; it needs a value", []
     keys = re.findall(r"""(?:Parser key "|Linked "|--> |[Oo]ption '|arguments?:? (?:-c/)?--)(\w[\w.-]*)""", text)[:1]
-    # Of the alternatives of a union, the first that went into a class says more than those that did not.
+    # A union reports on each of its alternatives. The first that went into a class says most.
     into = r"Problem with given class_path|Type [^\n]* expects a function or a callable class: (?:Parser key|Option)"
     if m := re.search(rf"\n( *)- (?:{into}).*?(?=\n\1- |\Z)", text, re.DOTALL):
         text = m[0]

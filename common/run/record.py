@@ -361,7 +361,7 @@ def _monitoring(trainer: L.Trainer, logged: Sequence[str]) -> list[ModelCheckpoi
     """The callbacks that monitor a metric.
 
     Raises:
-        InputError: it is not among those that are logged.
+        InputError: it is not logged.
     """
     kinds, known = ModelCheckpoint | EarlyStopping, [*logged, "train/loss", "step", "epoch"]
     found = [each for each in trainer.callbacks if isinstance(each, kinds) and each.monitor]  # type: ignore[attr-defined]

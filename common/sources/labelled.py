@@ -431,7 +431,7 @@ class Samples:
         """Data sets of the three parts."""
         return (LabelledDataset(self.labelled, part) for part in self.parts)
 
-    def to_predict(self, source: Source) -> LabelledDataset:
+    def to_predict(self, source: Any) -> LabelledDataset:
         """A data set of other samples, whose labels are not looked at.
 
         Raises:

@@ -1,7 +1,5 @@
 """Labelled samples, split by class. Edit this file, or only ``data.source``, for your own data."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -53,9 +51,8 @@ class ClassificationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
-        self.samples: Any
-        of_table = isinstance(source, LabelledTable)
-        if of_table:
+        self.samples: Samples
+        if of_table := isinstance(source, LabelledTable):
             self.samples = TableSamples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         else:
             every: tuple[Labels, ...] = "one", "several", "words"

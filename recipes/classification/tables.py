@@ -19,6 +19,7 @@ from common.sources.files import encode_label_columns, encode_label_lists, hashe
 from common.sources.labelled import (
     LabelledDataset,
     Parts,
+    Samples,
     as_known,
     check_split,
     differ_enough,
@@ -117,8 +118,8 @@ def speaking() -> Iterator[None]:
         yield
 
 
-class TableSamples:
-    """Rows in three parts, as :class:`common.sources.labelled.Samples`, encoded by facts of the training rows alone.
+class TableSamples(Samples):
+    """Rows in three parts, encoded by facts of the training rows alone.
 
     Args:
         source: the rows.
@@ -209,21 +210,8 @@ class TableSamples:
     def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:
         return dict(zip(INPUTS, encode(frame, self.facts["columns"]), strict=True))
 
-    @property
-    def labelled(self) -> Labelled:
-        """All rows, encoded."""
-        return self._read[0]
-
-    @property
-    def parts(self) -> Parts:
-        """Their positions in each part."""
-        return self._read[1]
-
-    def datasets(self) -> Iterator[LabelledDataset]:
-        """Data sets of the three parts."""
-        return (LabelledDataset(self.labelled, part) for part in self.parts)
-
-    def to_predict(self, source: LabelledTable) -> LabelledDataset:
+    @override
+    def to_predict(self, source: Any) -> LabelledDataset:
         """A data set of other rows, whose labels are not looked at.
 
         Raises:

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from common.data import data_ranks
-from common.losses import cross_entropy, item_cross_entropy, precise, text_scores
+from common.losses import cross_entropy, text_scores, window_losses
 from common.module import BaseModule, Stage
 from common.nets import check_net, freeze_blocks, language_model
 
@@ -73,8 +73,8 @@ class CurriculumModule(BaseModule):
 
     def window_losses(self, batch: Batch) -> Float[Tensor, " batch"]:
         """Mean loss of each window over its targets; NaN if it has none."""
-        loss = nn.functional.cross_entropy(precise(self(batch)).mT, batch.target, reduction="none")
-        return loss.sum(1) / (batch.target != -100).sum(1)
+        total, count = window_losses(self(batch), batch.target)
+        return total / count
 
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -85,9 +85,9 @@ class CurriculumModule(BaseModule):
         if stage == "train":
             return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
         target = batch.target.masked_fill(~batch.mask[:, None], -100)
-        each, count = item_cross_entropy(self(batch), target), (target != -100).sum(1)
-        self.note_losses((each.sum(1) / count)[batch.mask])
-        return each.sum() / count.sum(), count.sum()
+        total, count = window_losses(self(batch), target)
+        self.note_losses((total / count)[batch.mask])
+        return total.sum() / count.sum(), count.sum()
 
     @override
     def captions(self, batch: Batch) -> list[str]:

@@ -89,7 +89,7 @@ class DistillationModule(BaseModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.teacher and self.teacher_checkpoint is None:  # its folder may change
-            checkpoint["teacher"] = self.teacher.checksum()
+            checkpoint["teacher"] = self.teacher.checksum
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class DistillationModule(BaseModule):
         before = checkpoint.get("teacher")
         if before is None or self._trainer is None or self.trainer.state.fn != "fit" or self.teacher is None:
             return
-        if self.teacher_checkpoint is None and self.teacher.checksum() != before:
+        if self.teacher_checkpoint is None and self.teacher.checksum != before:
             problem = "its weights are not those that the run has learnt from"
             raise InputError(f"model.teacher: {problem}; put them back, or begin a new run")
 

@@ -5,6 +5,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from textwrap import shorten
 from typing import Any
 
@@ -117,6 +118,7 @@ class FrozenNet:
             raise InputError(f"{self.key}: {problem}; it has {shorten(', '.join(names), 80)}")
         return torch.tensor([names[name] for name in data.class_names], device=self.device)
 
+    @cached_property
     def checksum(self) -> int:
         """The CRC-32 of the net's weights in fp32, of how it scales images, and of the order of its classes."""
         order = None if self.order is None else self.order.tolist()

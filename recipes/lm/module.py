@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from common.data import global_seed, seed_draws, step_seed
 from common.errors import InputError
-from common.losses import cross_entropy, item_cross_entropy, text_scores
+from common.losses import cross_entropy, text_scores, window_losses
 from common.module import BaseModule, Stage
 from common.nets import check_net, freeze_blocks, language_model
 from common.parts import gathered
@@ -75,9 +75,9 @@ class LMModule(BaseModule):
         if stage == "train":
             return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
         target = batch.target.masked_fill(~batch.mask[:, None], -100)
-        each, count = item_cross_entropy(self(batch), target), (target != -100).sum(1)
-        self.note_losses((each.sum(1) / count)[batch.mask])
-        return each.sum() / count.sum(), count.sum()
+        total, count = window_losses(self(batch), target)
+        self.note_losses((total / count)[batch.mask])
+        return total.sum() / count.sum(), count.sum()
 
     @override
     def captions(self, batch: Batch) -> list[str]:
