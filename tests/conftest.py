@@ -5,8 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: threads of several would fight
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it, and share the prepared corpora
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="recipes-cache-")
 

@@ -101,10 +101,9 @@ def test_commands_run(page: Path, clone: Path, tmp_path: Path) -> None:
         small = line
         if " fit" in line:
             small += " --config configs/tiny.yaml"
-            if "/lm/" in line:
+            if "/lm/" in line or "/mine/" in line:
                 small += " --model.sample_tokens 16"
-            if "/lm/" in line and "--data." not in line:
-                small += " --data.path tinyshakespeare.txt"
+                small += "" if "--data." in line else " --data.path tinyshakespeare.txt"
             if "/distillation/" in line:
                 small += " --model.teacher_training small_teacher.yaml"
             if "/distillation/lm" in line:
