@@ -9,15 +9,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import secrets
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +54,7 @@ INEXACT = {
     "local_sgd": ["--trainer.strategy.sync_every", "2"],
 }
 EXACT = [name for name in STRATEGIES if name not in INEXACT]
+VARIANTS = ("ddp_powersgd", "deepspeed_zero1", "deepspeed_zero3_offload", "diloco", "ring_allreduce")  # of another
 # Those whose ranks share samples: how many of them do.
 SETTINGS = {path.stem: yaml.safe_load(path.read_text())["trainer"]["strategy"] for path in STRATEGY_LAYERS}
 TOGETHER = {
@@ -179,6 +182,28 @@ def turn(strategy: str, number: int) -> str:
     """The recipe whose turn it is, of those that a strategy carries."""
     carried = [recipe for recipe in MEASURED if not is_refused(recipe, strategy)]
     return carried[number % len(carried)]
+
+
+def under(recipe: str) -> str:
+    """The strategy under which the suite has a recipe; together they are the ways to share a net and its optimizer."""
+    own = {
+        "classification": "fsdp2", "curriculum": "deepspeed_zero3", "lm": "tensor_parallel",
+        "multitask": "deepspeed_zero2", "regression": "parameter_server",
+    }  # fmt: skip
+    return own.get(recipe, "ddp")
+
+
+def covering(*settings: Iterable[Any], allowed: Callable[[tuple[Any, ...]], bool] = bool) -> list[tuple[Any, ...]]:
+    """Cells, with one value of each setting, in which any two values meet that an allowed cell has."""
+    cells = [cell for cell in itertools.product(*settings) if allowed(cell)]
+    random.Random(1).shuffle(cells)
+    pairs = {cell: set(itertools.combinations(enumerate(cell), 2)) for cell in cells}
+    left = set[Any]().union(*pairs.values())
+    chosen = []
+    while left:
+        chosen.append(max(cells, key=lambda cell: len(pairs[cell] & left)))
+        left -= pairs[chosen[-1]]
+    return chosen
 
 
 def read_metrics(path: Path, name: str) -> list[float]:

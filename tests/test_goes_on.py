@@ -5,7 +5,6 @@ optimizer, schedule, counters and states of callbacks, and writes the same rows 
 """
 
 import csv
-import itertools
 import json
 import random
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from common.checkpoint import read_checkpoint
-from tests.support import ROOT, logs, main_of, run_ranks
+from tests.support import ROOT, covering, logs, main_of, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -53,26 +52,7 @@ WATCHES = {
                 "--model.lr_scheduler.threshold", "0.02"],
 }  # fmt: skip
 RUNS = {"one": (1, 0), "workers": (1, 2), "ranks": (2, 0)}
-SETTINGS = [list(each) for each in (ENDS, VALIDATES, ACCUMULATES, LIMITS, WATCHES, RUNS)]
-
-
-def covering() -> list[tuple[str, ...]]:
-    """Cells in which any two values of two settings meet."""
-
-    def pairs(cell: tuple[str, ...]) -> set[tuple[Any, ...]]:
-        return set(itertools.combinations(enumerate(cell), 2))
-
-    cells = list(itertools.product(*SETTINGS))
-    random.Random(1).shuffle(cells)
-    left = set.union(*map(pairs, cells))
-    chosen = []
-    while left:
-        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & left)))
-        left -= pairs(chosen[-1])
-    return chosen
-
-
-CELLS = covering()
+CELLS = covering(ENDS, VALIDATES, ACCUMULATES, LIMITS, WATCHES, RUNS)  # any two values of two settings meet
 HOLE = ("epochs_first", "each_epoch", "1", "all", "none", "one")  # trained an epoch fewer, under Lightning's own loop
 FAST = [HOLE, next(cell for cell in CELLS if cell[-1] != "ranks")]  # tests/test_resume.py has ranks
 

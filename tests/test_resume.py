@@ -1,12 +1,11 @@
 """A run that is killed and resumed ends with the very weights, optimizer and schedule of one that was not.
 
-The matrix is all recipes x {1 process, 2 ranks} x four places to stop x {0, 2 workers} under DDP, and without workers
-under every other strategy; the suite runs a part of it with every value of each setting, ``make test-all`` the rest.
+In the cells any two of {recipe, strategy, 1 process or 2 ranks, place to stop, 0 or 2 workers} meet, with workers under
+DDP; the suite runs every recipe once, ``make test-all`` the rest. tests/test_goes_on.py has the other settings.
 """
 
 import functools
 import hashlib
-import itertools
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from tests.support import (
     EXACT,
     RECIPES,
     ROOT,
+    covering,
     is_refused,
     logs,
     main_of,
@@ -30,7 +30,7 @@ from tests.support import (
     run_ranks,
     runs_on,
     text_args,
-    turn,
+    under,
 )
 
 # Where a run stops: (settings of the run, checkpoint settings, micro-batch after which every rank is killed).
@@ -45,22 +45,19 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
         7,
     ),
 }
-OTHERS = [name for name in EXACT if name != "ddp"]
-CELLS = [
-    *itertools.product(RECIPES, (1, 2), STOPS, (0, 2), ["ddp"]),
-    *itertools.product(RECIPES, (1, 2), STOPS, (0,), OTHERS),
-]
-CELLS = [cell for cell in CELLS if not is_refused(cell[0], cell[-1]) and runs_on(cell[-1], cell[1])]
-# Every recipe and every other strategy is there; tests/test_goes_on.py has the places to stop. Those that only vary
-# another strategy come with the rest.
-VARIANTS = ("deepspeed_zero1", "deepspeed_zero3_offload", "ring_allreduce")
-SHARDED = [
-    (turn(name, i), 2, list(STOPS)[i % len(STOPS)], 0, name) for i, name in enumerate(OTHERS) if name not in VARIANTS
-]
-FAST = {
+# The suite has every recipe once, and one on a single process with workers.
+FAST = [
     ("classification", 1, "odd_accumulation", 2, "ddp"),
-    *SHARDED, *((recipe, 2, "mid_epoch", 0, "ddp") for recipe in set(RECIPES) - {cell[0] for cell in SHARDED}),
-}  # fmt: skip
+    *((recipe, 2, list(STOPS)[i % len(STOPS)], 0, under(recipe)) for i, recipe in enumerate(RECIPES)),
+]
+
+
+def runs(cell: tuple[Any, ...]) -> bool:
+    recipe, world, _, workers, strategy = cell
+    return not is_refused(recipe, strategy) and runs_on(strategy, world) and (workers == 0 or strategy == "ddp")
+
+
+CELLS = dict.fromkeys([*FAST, *covering(RECIPES, (1, 2), STOPS, (0, 2), EXACT, allowed=runs)])
 
 
 def digest(path: Path) -> str:

@@ -31,7 +31,9 @@ from tests.support import (
     ROOT,
     STRATEGIES,
     TINY,
+    covering,
     difference,
+    is_refused,
     logs,
     main_of,
     per_rank,
@@ -39,29 +41,17 @@ from tests.support import (
     run_ranks,
     runs_on,
     strategies_of,
-    turn,
+    under,
 )
-from tests.test_resume import VARIANTS, digest
+from tests.test_resume import digest
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-CELLS = [
-    (recipe, strategy, world, accumulate)
-    for recipe in RECIPES
-    for strategy in strategies_of(recipe)
-    if strategy in EXACT
-    for world in (1, 2)
-    if runs_on(strategy, world)
-    for accumulate in (1, 2)
-]
-# Every recipe on two ranks under one of three strategies; the others on two ranks with and without accumulation, with
-# the recipe whose turn it is; and one of the three on one rank.
-ON_ALL = ("ddp", "fsdp2", "deepspeed_zero2")
-FAST = {
-    *((recipe, name, 2, 1 + i % 2) for i, recipe in enumerate(RECIPES) for name in [ON_ALL[i % 3]]),
-    *((turn(name, i), name, 2, 1 + i % 2) for i, name in enumerate(EXACT) if name not in (*ON_ALL, *VARIANTS)),
-    (turn("fsdp2", 1), "fsdp2", 1, 2),
-}
+FAST = [(recipe, under(recipe), 2, 1 + i % 2) for i, recipe in enumerate(RECIPES)]
+CELLS = dict.fromkeys([
+    *FAST,
+    *covering(RECIPES, EXACT, (1, 2), (1, 2), allowed=lambda cell: not is_refused(*cell[:2]) and runs_on(*cell[1:3])),
+])  # fmt: skip
 
 BINNED = ("auroc", "calibration_error")
 
