@@ -315,9 +315,8 @@ def test_an_overflow_keeps_its_sign(value: float, moves: float, norm: Any, net: 
     assert math.isnan(value) is bool(objective._delta[:, 0, 1:].any()) or norm == "linf", "l2 goes the overflow's way"
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp2", "deepspeed_zero2"))]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2"])
 def test_free_training_on_ranks(strategy: str, work: Path, plain_args: dict[str, list[str]]) -> None:
     """Losses equal one process's, each batch is four optimizer steps, and a resumed run ends with the same bits."""
     from common.checkpoint import read_checkpoint
@@ -499,6 +498,7 @@ def test_fp16_does_not_hide_gradients() -> None:
         under_attack(net.half(), attack, {"pixel_values": pixels.half()}, target, index, 0)
 
 
+@pytest.mark.matrix
 def test_training_against_attacks_makes_robust(robust: Any, work: Path) -> None:
     natural = ["--model.objective", "Natural", ATTACK, "null"]
     args = ["--model.net.widths", "[16, 32]", "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", *natural]

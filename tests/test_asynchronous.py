@@ -269,6 +269,7 @@ def refreshed(strategy: ParameterServer) -> None:
     assert torch.equal(strategy._params[0], torch.full((2,), 1 - 0.5 * 4))
 
 
+@pytest.mark.matrix
 def test_the_server_in_16_bits(work: Path, lm_args: list[str]) -> None:
     args = ["--trainer.precision", "bf16-true", "--trainer.max_steps", "20"]
     runs = [fit(work, lm_args, name, name, *args) for name in ("ddp", "parameter_server")]
@@ -308,11 +309,11 @@ def late_main(args: list[str]) -> None:
     main_of("lm")(args)
 
 
-REST = [pytest.param(name, marks=pytest.mark.matrix) for name in ("tensor_parallel", "pipeline")]
 HOROVOD = pytest.param("horovod", marks=pytest.mark.skipif("horovod" in MISSING, reason="Horovod is not installed"))
 
 
-@pytest.mark.parametrize("strategy", ["parameter_server", *REST, HOROVOD])
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["parameter_server", "tensor_parallel", "pipeline", HOROVOD])
 def test_a_rank_that_waits_for_another_gives_up(strategy: str, work: Path, lm_args: list[str]) -> None:
     """Also in the groups of a mesh."""
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.strategy.timeout", "0:00:03"]

@@ -313,6 +313,7 @@ def test_a_resumed_run_keeps_its_teacher(work: Path, cache: None) -> None:
     assert next(iter(first)) in cli.model.teacher_checkpoint
 
 
+@pytest.mark.matrix
 def test_texts_are_not_augmented(work: Path, cache: None, small_text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("reviews.csv").write_text("\n".join(["text,label", *(f"a {w} film,{w}" for w in ("good", "bad") * 30)]))
     encoder = str(write_encoder(work / "encoder", ["a good bad film"]).resolve())
@@ -335,6 +336,7 @@ def test_texts_are_not_augmented(work: Path, cache: None, small_text: Path, capf
     assert capfd.readouterr().err.startswith("--model.augmentation: is for images, and data.source has none")
 
 
+@pytest.mark.matrix
 def test_failed_teacher_leaves_nothing(work: Path, cache: None, capfd: pytest.CaptureFixture[str]) -> None:
     Path("hot.yaml").write_text("model:\n  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1.0e+30}}\n")
     line = refused(["fit", *SMALL, "--model.teacher_training", str(Path("hot.yaml").resolve())], capfd)
@@ -405,7 +407,8 @@ def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], smal
     fit(*text_args(small_text), "--model.teacher_checkpoint", "runs/lm/default/checkpoints/best.ckpt")
 
 
-@pytest.mark.parametrize("loss", [pytest.param("AttentionTransfer", marks=pytest.mark.matrix), "SimilarityPreserving"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("loss", ["AttentionTransfer", "SimilarityPreserving"])
 def test_features_teach(loss: str, work: Path) -> None:
     """Their loss comes on top of the other, with the weight that is given, and training lowers it."""
     args = ["--data.batch_size", "32", "--model.alpha", "0", "--trainer.limit_val_batches", "0"]
@@ -475,6 +478,7 @@ def test_killed_run_goes_on_to_the_bit(strategy: str, work: Path) -> None:
     assert digest(runs / "cut/checkpoints/last.ckpt") == digest(runs / "whole/checkpoints/last.ckpt")
 
 
+@pytest.mark.matrix
 def test_ranks_wait_for_one_teacher(work: Path, cache: None) -> None:
     """Both are started at once, as torchrun does."""
     args = ["fit", *SMALL, "--trainer.devices", "2", "--config", str(ROOT / "configs/strategy/ddp.yaml")]

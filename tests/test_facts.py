@@ -43,7 +43,7 @@ def add_images(folder: Path, names: str, count: int, first: int = 0) -> None:
             Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
 
 
-@pytest.mark.parametrize("recipe", ["lm", "curriculum"])
+@pytest.mark.parametrize("recipe", ["lm", pytest.param("curriculum", marks=pytest.mark.matrix)])
 def test_the_tokenizer_of_a_run_stays(
     recipe: str, work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,7 +238,8 @@ def patient_main(args: list[str], why: str) -> None:
     main_of("regression")(args)
 
 
-@pytest.mark.parametrize("why", [pytest.param("a slow disk", marks=pytest.mark.matrix), "all suspended"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("why", ["a slow disk", "all suspended"])
 def test_a_long_wait_ends_nothing(why: str, work: Path) -> None:
     args = ["fit", "--config", str(ROOT / "configs/strategy/ddp.yaml"), *TINY, "--trainer.accelerator", "cpu"]
     args += ["--trainer.devices", "2", "--trainer.max_steps", "6", "--trainer.max_epochs", "-1"]

@@ -460,13 +460,14 @@ def test_a_stopped_run_goes_on_to_the_bit(kind: str, encoder: str, work: Path) -
     assert all(torch.equal(moments[0][n]["exp_avg"], moments[1][n]["exp_avg"]) for n in moments[0])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
         ("several", "fsdp2"),
-        pytest.param("words", "ddp", marks=pytest.mark.matrix),
-        pytest.param("several", "ddp", marks=pytest.mark.matrix),
-        pytest.param("words", "fsdp2", marks=pytest.mark.matrix),
+        ("words", "ddp"),
+        ("several", "ddp"),
+        ("words", "fsdp2"),
     ],
 )
 def test_two_ranks_equal_one(kind: str, strategy: str, encoder: str, work: Path) -> None:

@@ -176,6 +176,7 @@ def validate_then_fit(args: list[str], path: Path) -> None:
     cli.trainer.save_checkpoint(path)
 
 
+@pytest.mark.matrix
 @needs_megatron
 def test_a_second_command_of_a_trainer(work: Path, lm_args: list[str]) -> None:
     args = [*PRESET, *TINY, *lm_args, "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
@@ -208,8 +209,9 @@ def test_killed_run_goes_on_to_the_bit(world: int, work: Path, lm_args: list[str
     assert digest(last) == digest(work / "runs/lm/whole/checkpoints/last.ckpt")
 
 
+@pytest.mark.matrix
 @needs_megatron
-@pytest.mark.parametrize("fault", ["kill_1", pytest.param("sigterm_1", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("fault", ["kill_1", "sigterm_1"])
 def test_every_rank_ends(fault: str, work: Path, lm_args: list[str]) -> None:
     """The other rank of a group is waited for in every layer."""
     args = [

@@ -322,8 +322,8 @@ def fit(work: Path, name: str, flags: list[str], world: int, strategy: str = "dd
     return {key: read_metrics(path, key) for key in ("train/loss", "val/loss", *WEIGHTS)}
 
 
-# Kinds of method once, under what they may; what else there is runs with the matrix.
-SAME = [("uncertainty", "deepspeed_zero2"), ("famo", "fsdp"), ("upgrad", "ddp")]
+# One that keeps state of its own; the others run with the matrix.
+SAME = [("famo", "fsdp")]
 REST = [
     (m, s)
     for m in METHODS

@@ -114,6 +114,7 @@ def test_power_sgd_sends_less_and_ends_near_ddp(work: Path, lm_args: list[str], 
     assert abs(losses["near"] - losses["plain"]) < 0.1 * (first - losses["plain"]), "of the way that DDP went"
 
 
+@pytest.mark.matrix
 def test_power_sgd_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> None:
     short = ["--trainer.strategy.start_step", "10", "--trainer.max_steps"]
     short = ["--model.lr_scheduler", "common.optim.Constant", *short]

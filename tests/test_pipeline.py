@@ -88,7 +88,7 @@ SHAPES: dict[str, tuple[int, list[str], int, int]] = {  # ranks, settings, batch
 }
 
 
-FAST = "three_stages", "replicas", "accumulation"
+FAST = ("three_stages",)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,12 @@ def test_both_schedules_drop_the_same_places(fit: Fit) -> None:
     assert difference(losses, whole) > 1e-4
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("recipe", "flags"),
     [
         ("classification", []),
-        pytest.param("distillation", [], marks=pytest.mark.matrix),
+        ("distillation", []),
         ("curriculum", ["--data.batch", "null", "--trainer.strategy.micro_batches", "8"]),
     ],
 )

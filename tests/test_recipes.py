@@ -240,6 +240,7 @@ def test_a_log_says_how_far_training_is_between_validations(
         assert re.findall(r"^step (\d) of 4(?:, train/loss \d.*)?$", capfd.readouterr().out, re.MULTILINE) == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
 def test_precision_layers_train(recipe: str, work: Path, small_text: Path) -> None:

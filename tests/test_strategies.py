@@ -199,13 +199,10 @@ class Running(nn.Module, Head):
         return precise(outputs).mean(1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "strategy",
-    [
-        name if name == "fsdp2" else pytest.param(name, marks=pytest.mark.matrix)
-        for name in strategies_of("regression")
-        if name in EXACT
-    ],
+    [name for name in strategies_of("regression") if name in EXACT],
 )
 def test_ranks_share_the_state_of_a_loss(strategy: str, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a resumed run would go on with that of rank 0 alone."""

@@ -79,7 +79,7 @@ def test_several_labels_are_averaged_as_probabilities() -> None:
     assert found.sigmoid().numpy() == pytest.approx(logits.sigmoid().mean(1).numpy(), rel=1e-12)
 
 
-@pytest.mark.parametrize("given", ["columns", "cells"])
+@pytest.mark.parametrize("given", [pytest.param("columns", marks=pytest.mark.matrix), "cells"])
 def test_rows_of_several_labels(given: str, birds: Path) -> None:
     """In columns of 0 and 1, or in one cell each; members are averaged as probabilities, rows to predict have none."""
     table = bird_table()

@@ -107,7 +107,7 @@ FAST = {  # in fp32 those that shard or slice
     *(
         (list(NETS)[(i - 1) % len(NETS) * (name not in TOGETHER)], name, "fp32")
         for i, name in enumerate(STRATEGIES)
-        if name in ("fsdp2", "deepspeed_zero3", "pipeline")
+        if name in ("fsdp2", "pipeline")
     ),
     ("llama", "deepspeed_zero2", "bf16-mixed"),
 }
