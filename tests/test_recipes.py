@@ -34,7 +34,7 @@ for command, home in json.loads(sys.argv[1]):
         sys.exit(f"{command} failed")
 """
 # Where a run finds the classes of its recipe.
-HOMES = {"adversarial": "recipes.adversarial", "mine": "recipes.mine", "robust": "robust"}
+HOMES = {"regression": "recipes.regression", "mine": "recipes.mine", "prices": "prices"}
 LOAD = """
 import importlib, sys
 from common.module import BaseModule
@@ -172,12 +172,12 @@ def test_copied_recipes_run_unedited(recipes: list[str], work: Path, clone: Path
 
 def test_a_copy_uses_its_own_classes(work: Path, clone: Path) -> None:
     """Inside the clone and outside of it, beside a package of one's own named common; runs go on in either's place."""
-    original, mine, outside = clone / "recipes/adversarial", clone / "recipes/mine", work / "lab/robust"
+    original, mine, outside = clone / "recipes/regression", clone / "recipes/mine", work / "lab/prices"
     for copy in (mine, outside):
         shutil.copytree(original, copy)
-        attacks = (copy / "attacks.py").read_text()
-        assert "self.step_size = usual * eps" in attacks
-        (copy / "attacks.py").write_text(attacks.replace("self.step_size = usual * eps", "self.step_size = 0.1 * eps"))
+        heads = (copy / "heads.py").read_text()
+        assert heads.count(".square().mean()") == 1
+        (copy / "heads.py").write_text(heads.replace(".square().mean()", ".abs().mean()"))
     (work / "lab/common").mkdir()
     (work / "lab/common/__init__.py").write_text("raise ImportError('of the lab')\n")
     shutil.copytree(work / "lab/common", work / "common")
@@ -192,21 +192,21 @@ def test_a_copy_uses_its_own_classes(work: Path, clone: Path) -> None:
     home = {original: clone, mine: clone, outside: ROOT}
     commands = [(fit(recipe), home[recipe]) for recipe in home]
     commands += [
-        (go_on(mine, "adversarial"), clone),
-        (go_on(original, "robust"), clone),
+        (go_on(mine, "regression"), clone),
+        (go_on(original, "prices"), clone),
         (go_on(outside, "mine"), ROOT),
     ]
     run_scripts(work, commands)
-    module = [*PYTHON, "-m", "robust.train", "preflight", "--trainer.accelerator", "cpu"]
+    module = [*PYTHON, "-m", "prices.train", "preflight", "--trainer.accelerator", "cpu"]
     installed = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(module, cwd=work / "lab", env=installed, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), "as a module, beside that package"
     losses = [read_metrics(work / f"runs/{name}/default/metrics.csv", "train/loss") for name in HOMES]
     assert losses[0] != losses[1] == losses[2]
-    for (name, package), earlier in zip(HOMES.items(), ("robust", "adversarial", "mine"), strict=True):
+    for (name, package), earlier in zip(HOMES.items(), ("prices", "regression", "mine"), strict=True):
         for run in ("default", f"from_{earlier}"):
             text = (work / f"runs/{name}/{run}/config.yaml").read_text()
-            assert set(re.findall(r"class_path: ([\w.]+)\.attacks\.PGD", text)) == {package}
+            assert set(re.findall(r"class_path: ([\w.]+)\.heads\.Mean", text)) == {package}
 
 
 @pytest.mark.parametrize(
