@@ -462,7 +462,9 @@ class RecipeCLI(LightningCLI):
             self.run.begin()
 
     def before_validate(self) -> None:
-        """Make the command's folder."""
+        """Make the command's folder, when its checkpoint has been found readable."""
+        if checkpoint := self.config[self.subcommand].ckpt_path:
+            self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
         make(self.folder)
 
     before_test = before_predict = before_validate
