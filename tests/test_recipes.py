@@ -91,7 +91,7 @@ def test_fit_test_predict(recipe: str, work: Path, small_text: Path) -> None:
     main(["test", "--ckpt_path", "best"])
     assert (run / "test/metrics.csv").is_file()
     main(["predict", "--ckpt_path", "last"])
-    assert len((run / "predict/predictions.csv").read_text().splitlines()) > 1
+    assert len((run / "predict-last/predictions.csv").read_text().splitlines()) > 1
 
 
 @pytest.mark.usefixtures("no_report")

@@ -569,6 +569,31 @@ def test_an_early_end_says_why(
         assert f"\nfit: ended {said[0]}\n" in capfd.readouterr().out
 
 
+def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the output, the summaries, the report and the folders; those of one are never replaced in silence."""
+    main = main_of("classification")
+    fit()
+    fit("--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.limit_val_batches", "0")
+    for command in ("test", "predict"):
+        for name in ("best", "last", "null"):
+            main([command, "--ckpt_path", name])
+    out = capfd.readouterr().out
+    some, whole = "16 of 360 samples of Digits", "360 samples of Digits"  # the run has limited them
+    about = {"test": ("best", 4, some), "test-last": ("last", 6, some), "test-null": ("no checkpoint", 0, whole)}
+    page = write_report(RUN, "a run").read_text()
+    for folder, (name, step, data) in about.items():
+        assert f"\ntest: {name}, step {step}, on {data}\n" in out
+        summary = json.loads((RUN / folder / "summary.json").read_text())
+        assert (summary["step"], summary["data"]) == (step, data)
+        assert f"<tr><th>test, {name}, step {step}</th><td>on {data}</td></tr>" in page
+        assert f"<td>test, {name}, step {step}</td>" in page
+    tables = [work / RUN / folder / "predictions.csv" for folder in ("predict", "predict-last", "predict-null")]
+    assert re.findall("^predictions: (.*)$", out, re.MULTILINE) == [str(path) for path in tables]
+    assert len({path.read_text() for path in tables}) == 3
+    main(["predict"])
+    assert f"\npredictions: {tables[0]}, in place of the earlier ones\n" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(("line", "kept"), [(0, [4, 5]), (2, [0, 2, 3, 4, 5])], ids=["header", "row"])
 def test_damaged_metrics_are_told_and_lose_no_more(
     line: int, kept: list[int], work: Path, capfd: pytest.CaptureFixture[str]

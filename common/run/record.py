@@ -548,6 +548,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "predictions.csv"
+        earlier = ", in place of the earlier ones" if path.exists() else ""
         kept = trainer.datamodule.kept  # type: ignore[attr-defined]
         if twice := kept.keys() & everyone[0][0].keys():
             raise InputError(f"data.keep: {min(twice)!r} is also a column of the predictions; rename it in the data")
@@ -565,4 +566,4 @@ class PredictionWriter(BasePredictionWriter):
                 rows = [list(zip(*map(_readable, batch.values()), strict=True)) for batch in batches]
                 for position in range(len(rows[0])):
                     table.writerows(rank[position] for rank in rows if position < len(rank))
-        Console().print(f"predictions: {path}", soft_wrap=True, markup=False, highlight=False)
+        Console().print(f"predictions: {path}{earlier}", soft_wrap=True, markup=False, highlight=False)

@@ -158,7 +158,7 @@ def checkpoint_name(checkpoint: str | None, run_dir: Path) -> str:
     if checkpoint is None:
         return "no checkpoint"
     path = Path(checkpoint)
-    return path.stem if path.parent == run_dir / "checkpoints" else checkpoint
+    return path.stem if path.parent == run_dir.resolve() / "checkpoints" else checkpoint
 
 
 def _summary(folder: Path) -> dict[str, Any]:
