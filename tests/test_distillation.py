@@ -498,7 +498,7 @@ def test_language_models(work: Path, small_text: Path) -> None:
     assert metrics["val/agreement"] > metrics["val/accuracy"]
     assert {"val/accuracy", "val/teacher_accuracy", "val/agreement"} < metrics.keys()
     main_of(RECIPE)(["predict", "--ckpt_path", "last"])
-    with Path("runs/distillation/default/predict/predictions.csv").open(newline="") as file:
+    with Path("runs/distillation/default/predict-last/predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
     assert {len(row["target"].replace("<unk>", "?")) for row in rows} == {32}

@@ -932,3 +932,28 @@ def test_a_mistyped_name_is_no_untrained_net(work: Path, capfd: pytest.CaptureFi
     for name in ("fresh", "default"):  # also where there is a checkpoint
         main(["validate", "--name", name, "--ckpt_path", "null"])
         assert "validate: no checkpoint of" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_report")
+def test_what_comes_from_a_run_is_found_in_its_config(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever command takes it over; the line names the flag that wins over it, or a checkpoint without a run."""
+    Path("rows.csv").write_text("a,y\n" + "".join(f"{n % 7},{n}\n" for n in range(40)))
+    table = ["--data.source", "common.sources.tables.Table", "--data.source.path", "rows.csv"]
+    small = ["--config", str(ROOT / "recipes/regression/small.yaml"), *TINY, "--data.source.target", "y"]
+    main_of("regression")(["fit", *table, *small])
+    config = Path("runs/regression/default/config.yaml")
+    text = config.read_text()
+    places = {line.split(":")[0].strip(): f"{config}:{n}" for n, line in enumerate(text.splitlines(), 1)}
+    Path("rows.csv").rename("gone.parquet")
+    for command in (["test"], ["validate"], ["fit", "--ckpt_path", "last"]):
+        line = refused("regression", command, capfd)
+        assert line.startswith(f"{places['path']}: data.source.init_args.path: rows.csv: no such file"), line
+    config.write_text(text.replace("  batch_size: 4\n", "  batch_size: 0\n"))
+    wrong = "data.batch_size: must be at least 1, got"
+    assert refused("regression", ["predict"], capfd) == f"{places['batch_size']}: {wrong} 0"
+    assert refused("regression", ["predict", "--data.batch_size", "-3"], capfd) == f"--{wrong} -3"
+    config.write_text(text.replace("  batch_size: 4\n", "  batch_size: many\n"))
+    assert f"({places['batch_size']}: data.batch_size: expected int, got" in refused("regression", ["test"], capfd)
+    shutil.copy("runs/regression/default/checkpoints/best.ckpt", "away.ckpt")
+    line = refused("regression", ["test", "--name", "new", "--ckpt_path", "away.ckpt"], capfd)
+    assert re.match(r"--ckpt_path \S*away\.ckpt: data\.source\.init_args\.path: rows\.csv: no such file", line), line

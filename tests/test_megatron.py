@@ -147,7 +147,7 @@ def test_what_else_is_done_with_a_run(fit: Any, work: Path) -> None:
                 work / "logs"
             )
         found[world] = (
-            (run / "predict/predictions.csv").read_text(),
+            (run / "predict-last/predictions.csv").read_text(),
             read_metrics(run / "validate-last/metrics.csv", "val/loss"),
         )
     assert found[2][0] == found[1][0]

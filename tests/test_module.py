@@ -601,7 +601,7 @@ def test_texts_without_labels_are_predicted(reviews: Reviews, work: Path, capsys
         "--data.predict_source.label", "null",
     ]  # fmt: skip
     main_of("classification")([*args, "--data.predict_source.text", "review"])
-    with (work / "runs/classification/default/predict/predictions.csv").open() as file:
+    with (work / "runs/classification/default/predict-last/predictions.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["index"] for row in table] == ["0", "1", "2"]
     assert list(table[0]) == ["index", "prediction", "p(bad)", "p(good)"]

@@ -404,7 +404,7 @@ def test_texts_are_those_of_one_process(temperature: str, work: Path, lm_args: l
         given = ["--ckpt_path", "last", "--data.prompts", prompts, "--model.temperature", temperature]
         codes = run_ranks(main_of("lm"), ["predict", *given, *layer], world=world, folder=work / "predict")
         assert codes == [0] * world, logs(work / "predict")
-        texts.append((work / "runs/lm/default/predict/predictions.csv").read_text())
+        texts.append((work / "runs/lm/default/predict-last/predictions.csv").read_text())
     assert len(texts[0].splitlines()) > 3
     assert texts[0] == texts[1]
 

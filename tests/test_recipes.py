@@ -91,7 +91,7 @@ def test_fit_test_predict(recipe: str, work: Path, small_text: Path) -> None:
     main(["test", "--ckpt_path", "best"])
     assert (run / "test/metrics.csv").is_file()
     main(["predict", "--ckpt_path", "last"])
-    assert len((run / "predict/predictions.csv").read_text().splitlines()) > 1
+    assert len((run / "predict-last/predictions.csv").read_text().splitlines()) > 1
 
 
 @pytest.mark.usefixtures("no_report")
@@ -241,6 +241,18 @@ def test_a_log_says_how_far_training_is_between_validations(
 
 
 @pytest.mark.matrix
+@pytest.mark.usefixtures("no_report")
+def test_a_line_has_the_metrics_that_are_watched(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That of the best checkpoint, and that of early stopping."""
+    stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/accuracy", "mode": "max"}}
+    (work / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [stop]}}))
+    main_of("classification")(["fit", *TINY, "--monitor", "val/f1", "--config", "stop.yaml"])
+    lines = re.findall(r"^step \d of 4, .*val/loss \S+, val/f1 (\S+), val/accuracy \S+$", capfd.readouterr().out, re.M)
+    scores = read_metrics(work / "runs/classification/default/metrics.csv", "val/f1")
+    assert lines == [f"{score:.4g}" for score in scores]
+    assert len(lines) == 2
+
+
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("recipe", SOME)
 def test_precision_layers_train(recipe: str, work: Path, small_text: Path) -> None:

@@ -308,7 +308,7 @@ def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, wor
     cli = main(["test", "--ckpt_path", "last", *every])
     run = work / "runs/regression/default"
     main(["predict", "--ckpt_path", "last", "--trainer.limit_predict_batches", "1.0"])
-    predictions: Any = pd.read_csv(run / "predict/predictions.csv")
+    predictions: Any = pd.read_csv(run / "predict-last/predictions.csv")
     table: Any = pd.read_csv(houses)
     test = list(train_test_split(np.arange(ROWS), test_size=0.2, random_state=0)[1])
     assert predictions["index"].tolist() == test

@@ -5,6 +5,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,8 +22,9 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from common.checkpoint import read_checkpoint
+from common.figures import read_metrics as all_metrics
 from common.module import BaseModule
-from common.run.report import write_report
+from common.run.report import Best, write_report
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 QUICK = [
@@ -528,6 +530,68 @@ def test_a_run_that_is_to_stop_logs_as_any_other(
         assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(2, steps, 3))
         assert len(rows) == len({(row["step"], bool(row["train/loss"])) for row in rows})
         assert json.loads((RUN / "summary.json").read_text())["state"] == state
+
+
+@pytest.mark.parametrize(
+    ("flags", "planned", "why"),
+    [
+        (["EarlyStopping", "monitor=val/f1", "patience=2", "min_delta=9", "mode=max"], "12",
+         r"EarlyStopping: val/f1 has not improved by 9, patience 2; its best was (\S+) at step (\d+)"),
+        (["EarlyStopping", "monitor=val/loss", "stopping_threshold=100"], "12",
+         r"EarlyStopping: val/loss has reached stopping_threshold 100.0; its best was (\S+) at step (\d+)"),
+        (["EarlyStopping", "monitor=val/loss", "patience=9"], "4", None),
+        (["Timer", "duration=00:00:00:01"], "9000", r"max_time, 0:00:01, is over; --ckpt_path last goes on"),
+    ],
+    ids=["patience", "threshold", "no early end", "time"],
+)  # fmt: skip
+def test_an_early_end_says_why(
+    flags: list[str], planned: str, why: str | None, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a line, in the summary, in the report, and once more where a start finds nothing left to do."""
+    name, *settings = flags
+    callback = [word for each in settings for word in f"--trainer.callbacks.{each}".split("=")]
+    args = ["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *callback, "--trainer.max_steps", planned]
+    fit(*args)
+    said = re.findall(r"^fit: ended (.*)$", capfd.readouterr().out, re.MULTILINE)
+    assert json.loads((RUN / "summary.json").read_text())["ended_early"] == (said[0] if why else None)
+    assert ("ended early" in (write_report(RUN, "a run").read_text())) == bool(why)
+    if why is None:
+        assert not said
+        return
+    found = re.fullmatch(rf"at step (\d+) of {int(planned):,}: {why}", said[0])
+    assert found is not None, said
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == int(found[1])
+    if name == "EarlyStopping":
+        kept = Best(settings[0].partition("=")[2], "max" if "mode=max" in settings else "min")
+        step, value = kept.find(all_metrics(RUN)) or (0, 0.0)
+        assert found.groups()[1:] == (f"{value:.4g}", str(step + 1))
+        fit(*args, "--ckpt_path", "last")
+        assert f"\nfit: ended {said[0]}\n" in capfd.readouterr().out
+
+
+def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the output, the summaries, the report and the folders; those of one are never replaced in silence."""
+    main = main_of("classification")
+    fit()
+    fit("--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.limit_val_batches", "0")
+    for command in ("test", "predict"):
+        for name in ("best", "last", "null"):
+            main([command, "--ckpt_path", name])
+    out = capfd.readouterr().out
+    some, whole = "16 of 360 samples of Digits", "360 samples of Digits"  # the run has limited them
+    about = {"test": ("best", 4, some), "test-last": ("last", 6, some), "test-null": ("no checkpoint", 0, whole)}
+    page = write_report(RUN, "a run").read_text()
+    for folder, (name, step, data) in about.items():
+        assert f"\ntest: {name}, step {step}, on {data}\n" in out
+        summary = json.loads((RUN / folder / "summary.json").read_text())
+        assert (summary["step"], summary["data"]) == (step, data)
+        assert f"<tr><th>test, {name}, step {step}</th><td>on {data}</td></tr>" in page
+        assert f"<td>test, {name}, step {step}</td>" in page
+    tables = [work / RUN / folder / "predictions.csv" for folder in ("predict", "predict-last", "predict-null")]
+    assert re.findall("^predictions: (.*)$", out, re.MULTILINE) == [str(path) for path in tables]
+    assert len({path.read_text() for path in tables}) == 3
+    main(["predict"])
+    assert f"\npredictions: {tables[0]}, in place of the earlier ones\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("line", "kept"), [(0, [4, 5]), (2, [0, 2, 3, 4, 5])], ids=["header", "row"])

@@ -272,7 +272,7 @@ def test_texts_and_metrics_do_not_depend_on_the_strategy(
             codes = run_ranks(main_of("lm"), command, world=world, folder=work / "logs")
             assert codes == [0] * world, logs(work / "logs")
         losses = read_metrics(run / "validate-last/metrics.csv", "val/loss")
-        found[strategy] = (run / "predict/predictions.csv").read_text(), losses[-1]
+        found[strategy] = (run / "predict-last/predictions.csv").read_text(), losses[-1]
     texts, loss = found.pop(None)
     assert len(texts.splitlines()) > 3
     for strategy, (text, value) in found.items():

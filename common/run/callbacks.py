@@ -142,8 +142,13 @@ class RunProgressBar(RichProgressBar):
             return
         total = trainer.estimated_stepping_batches
         of = f" of {total:,}" if 0 < total < math.inf else ""  # where an end is known
-        values = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items()]
+        shown = trainer.progress_bar_metrics | _watched(trainer)
+        values = [f"{name} {value:.4g}" for name, value in shown.items()]
         print(", ".join([f"step {trainer.global_step:,}{of}", *values]), flush=True)
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:  # type: ignore[override]
+        return super().get_metrics(trainer, pl_module) | _watched(trainer)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:
@@ -159,6 +164,13 @@ class RunProgressBar(RichProgressBar):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_test_end(trainer, pl_module)
         self._stop_progress()
+
+
+def _watched(trainer: L.Trainer) -> dict[str, float]:
+    """The metrics that choose a checkpoint or stop the run, where they are logged already."""
+    watching = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
+    names = [name for each in watching if (name := getattr(each, "monitor", None)) in trainer.callback_metrics]
+    return {name: trainer.callback_metrics[name].item() for name in names}
 
 
 # Words in the names of metrics: of these the smallest value is the best, of those the largest.

@@ -194,6 +194,7 @@ class RecipeCLI(LightningCLI):
         self.command = next((arg for arg in self.argv if arg in self.subcommands()), "")
         self.package = module_class.__module__.rpartition(".")[0]
         _HOME.set(self.package)
+        self.taken: layers.Taken | None = None  # from the checkpoint's run
         self.began_with: str | None = None  # the weights with which the run has begun
         self.began_with_facts: dict[str, str | None] = {}  # its own ``data.facts_of``, if it was given one
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
@@ -324,7 +325,7 @@ class RecipeCLI(LightningCLI):
             try:
                 self.parser.parse_args(layered)
             except jsonargparse.ArgumentError as error:
-                reason = explain(error, [], self.defaults, {})
+                reason = explain(error, [], self.defaults, {}, self.taken)
                 problem = f"its config is not one of {self.recipe_dir.name} ({reason}); mend the config.yaml of its run"
                 raise InputError(f"--ckpt_path: {problem}") from error
             raise  # the mistake is in what is given now
@@ -375,14 +376,17 @@ class RecipeCLI(LightningCLI):
             if not isinstance(config, dict):
                 problem = "is no config: damaged, or cut short when the run was killed"
                 raise InputError(f"--ckpt_path {checkpoint}: {beside} {problem}; mend or remove it")
+            self.taken = layers.Taken(beside, layers.from_here(beside))
             return config
         state = read_checkpoint(checkpoint)
         linked = {target.removeprefix("model.") for target in self.links.values()}
         kept = {"model": state.get("hyper_parameters", {}), "data": state.get("datamodule_hyper_parameters", {})}
-        return {
+        config = {
             group: {key: value for key, value in values.items() if key[0] != "_" and key not in linked}
             for group, values in kept.items()
         }
+        self.taken = layers.Taken(layers.to_yaml(config), f"--ckpt_path {short_path(checkpoint)}")
+        return config
 
     def _check(self, config: Any) -> None:
         given = layers.keys(self.argv)
@@ -431,8 +435,9 @@ class RecipeCLI(LightningCLI):
         # Lightning would dump the same config once more, at 70 ms of every start, for the module's hyperparameters.
         self.config_dump = copy.deepcopy(self.resolved)
         self.run.start_from(config.get("ckpt_path"))
-        checkpoint, measures = Path(config.get("ckpt_path") or "best").stem, self.subcommand in ("validate", "test")
-        command = f"{self.subcommand}-{checkpoint}" if measures and checkpoint != "best" else self.subcommand
+        checkpoint = Path(config.get("ckpt_path") or "null").stem
+        keeps_apart = self.subcommand in ("validate", "test", "predict") and checkpoint != "best"
+        command = f"{self.subcommand}-{checkpoint}" if keeps_apart else self.subcommand
         self.folder = self.run.starting if self.subcommand == "fit" else self.run.path / command
         config.trainer.default_root_dir = str(self.run.path)
         if self.subcommand == "test":
@@ -462,7 +467,9 @@ class RecipeCLI(LightningCLI):
             self.run.begin()
 
     def before_validate(self) -> None:
-        """Make the command's folder."""
+        """Make the command's folder, when its checkpoint has been found readable."""
+        if checkpoint := self.config[self.subcommand].ckpt_path:
+            self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
         make(self.folder)
 
     before_test = before_predict = before_validate
@@ -687,7 +694,7 @@ def one_line_errors(cli: RecipeCLI, debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not is_torchelastic_launched():
             # Lightning's first rank has started this one, has mostly found the same, and then ends it.
             time.sleep(5.0)
-        line = explain(error, cli.argv, cli.defaults, known)
+        line = explain(error, cli.argv, cli.defaults, known, cli.taken)
         if cli.ends_process:
             print(line, file=sys.stderr)
         if launcher is not None:

@@ -100,8 +100,20 @@ def classes(argv: list[str]) -> dict[str, set[str]]:
     return named
 
 
+class Taken(NamedTuple):
+    """The config that a command takes over from the run of its checkpoint."""
+
+    source: str | Path  # its YAML, or the file
+    place: str  # what a message calls it
+
+
 def locate(
-    argv: list[str], defaults: Sequence[Path], key: str, names: Sequence[str], values: Sequence[str]
+    argv: list[str],
+    defaults: Sequence[Path],
+    key: str,
+    names: Sequence[str],
+    values: Sequence[str],
+    taken: Taken | None = None,
 ) -> tuple[str, str]:
     """Return where a key was written, as file and line or as a flag, and the key in full; "" and the key if nowhere.
 
@@ -114,8 +126,10 @@ def locate(
         key: a full key; parts that YAML adds for classes and lists may be left out.
         names: last parts of the keys that a message may speak of.
         values: values that it may speak of, a path also by its end.
+        taken: what wins over the defaults; it has all keys, so it says nothing where none is known.
     """
     layers = [_entries(path, str(path)) for path in defaults]
+    layers += [_entries(*taken)] if taken and key else []
     layers += [[Entry(f"--{flag}", flag, value), *_read(flag, value)] for flag, value in flags(argv)]
     wanted, best, found = _plain(key), 2 * (not key), Entry("", key, "")
     # Many keys may have the same number: without a key it says nothing.

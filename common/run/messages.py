@@ -18,7 +18,7 @@ import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.errors import InputError, closest, nearest
-from common.run.layers import GROUPS, flags, locate, written
+from common.run.layers import GROUPS, Taken, flags, locate, written
 from common.run.readers import reading
 
 LIMIT = 240
@@ -50,15 +50,29 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-def explain(error: Exception, argv: list[str], defaults: Sequence[Path], known: Mapping[str, Action | None]) -> str:
-    """Return ``where: key: problem; hint`` for an error, given the default configs and the command's actions by key."""
+def explain(
+    error: Exception,
+    argv: list[str],
+    defaults: Sequence[Path],
+    known: Mapping[str, Action | None],
+    taken: Taken | None = None,
+) -> str:
+    """Return ``where: key: problem; hint`` for an error.
+
+    Args:
+        error: the error.
+        argv: the command line.
+        defaults: the configs that every command loads.
+        known: the command's actions by key.
+        taken: the config of the run that the command is about.
+    """
     known = {**dict.fromkeys(written(defaults)), **known}  # arguments of its classes too
     key, problem, values = _read_parser(str(error), known) if isinstance(error, ArgumentError) else _read_other(error)
     with suppress(Exception):  # looking into data explains more, and never less
         key, problem = _data(error, key, argv, defaults, known) or (key, problem)
     if not re.match(r"(\S+:\d+|--\S+)[: ]", problem):
         names = re.findall(r"\w+", problem)[: None if key else 1]
-        where, key = locate(argv, defaults, key, names, values)
+        where, key = locate(argv, defaults, key, names, values, taken)
         if where == "--best.monitor" and not any(arg.startswith(where) for arg in argv):
             where = key = "--monitor"  # as it was given
         problem = problem.removeprefix(f"{key}: ")

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,9 @@ from common.run.callbacks import BestCheckpoint, known_mode, likely_mode
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
-from common.run.loop import is_out_of_time
+from common.run.loop import early_end, is_out_of_time
 from common.run.output import spared
+from common.run.report import checkpoint_name
 from common.run.samples import FirstBatch, draw_samples, labels, worst_samples
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class RunRecord(Callback):
         if self._settled:
             self._keep_mode(trainer)  # without the check before training
         if trainer.state.fn == "validate":
-            self._summarize(trainer, "complete", checkpoint=self.checkpoint)
+            self._summarize(trainer, "complete", **self._measured(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -315,7 +316,8 @@ class RunRecord(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
                     logger.log_hyperparams(self.config, {f"best/{best.monitor}": best.best_model_score.item()})
-        self._summarize(trainer, "out of time" if is_out_of_time(trainer) else "complete")
+        state = "out of time" if is_out_of_time(trainer) else "complete"
+        self._summarize(trainer, state, ended_early=early_end(trainer) if trainer.is_global_zero else None)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -350,7 +352,45 @@ class RunRecord(Callback):
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._summarize(trainer, "complete", checkpoint=self.checkpoint)
+        self._summarize(trainer, "complete", **self._measured(trainer))
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._tell_measured(trainer)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell_measured(trainer)
+
+    def _measured(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What an evaluation is about: which checkpoint, of which step, on which data."""
+        data = f"{_evaluated(trainer)} of {_source(self.config['data'])}"
+        return {"checkpoint": self.checkpoint, "step": self.run.first_step, "data": data}
+
+    def _tell_measured(self, trainer: L.Trainer) -> None:
+        measured, name = self._measured(trainer), checkpoint_name(self.checkpoint, self.run.path)
+        if trainer.is_global_zero:
+            command = "test" if trainer.testing else "validate"
+            print(f"{command}: {name}, step {measured['step']:,}, on {measured['data']}", flush=True)
+
+
+def _evaluated(trainer: L.Trainer) -> str:
+    """How many samples an evaluation sees."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    there = len(data.test_data if trainer.testing else data.val_data)
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    seen = min(there, int(sum(batches)) * data.eval_batch_size * data_ranks(trainer)[0])
+    return f"{seen:,} samples" if seen == there else f"{seen:,} of {there:,} samples"
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    """What a config calls its data: the class of their source and its files."""
+    source = data.get("source") or {}
+    settings = {**data, **source.get("init_args", {})}
+    paths = [str(settings[key]) for key in ("path", "val_path", "test_path") if settings.get(key)]
+    name = source.get("class_path", "").rpartition(".")[2]
+    return " ".join(filter(None, [name, ", ".join(paths)])) or "the recipe's own data"
 
 
 def _best(trainer: L.Trainer) -> BestCheckpoint | None:
@@ -380,6 +420,8 @@ class RunReport(Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and (end := early_end(trainer)):
+            print(f"fit: ended {end}", flush=True)
         self._finish(trainer, "val")
 
     @override
@@ -506,6 +548,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "predictions.csv"
+        earlier = ", in place of the earlier ones" if path.exists() else ""
         kept = trainer.datamodule.kept  # type: ignore[attr-defined]
         if twice := kept.keys() & everyone[0][0].keys():
             raise InputError(f"data.keep: {min(twice)!r} is also a column of the predictions; rename it in the data")
@@ -523,4 +566,4 @@ class PredictionWriter(BasePredictionWriter):
                 rows = [list(zip(*map(_readable, batch.values()), strict=True)) for batch in batches]
                 for position in range(len(rows[0])):
                     table.writerows(rank[position] for rank in rows if position < len(rank))
-        Console().print(f"predictions: {path}", soft_wrap=True, markup=False, highlight=False)
+        Console().print(f"predictions: {path}{earlier}", soft_wrap=True, markup=False, highlight=False)

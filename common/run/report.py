@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 from string import Template
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.figures import (
     DPI,
@@ -153,19 +153,46 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="table">{table}</div>' if body else ""
 
 
+def checkpoint_name(checkpoint: str | None, run_dir: Path) -> str:
+    """What a command line calls a checkpoint: by its name in the run, as ``best``, or by its path."""
+    if checkpoint is None:
+        return "no checkpoint"
+    path = Path(checkpoint)
+    return path.stem if path.parent == run_dir.resolve() / "checkpoints" else checkpoint
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _evaluations(run_dir: Path) -> list[tuple[Path, str]]:
+    """Folders of what has been measured, and what they are called: the command, the checkpoint and its step."""
+    found = []
+    for folder in (each for command in ("validate", "test") for each in sorted(run_dir.glob(f"{command}*"))):
+        name, summary = folder.name.replace("-", ", "), _summary(folder)
+        if "data" in summary:  # runs of before do not say it
+            checkpoint = checkpoint_name(summary["checkpoint"], run_dir)
+            name = f"{folder.name.partition('-')[0]}, {checkpoint}, step {summary['step']:,}"
+        found.append((folder, name))
+    return found
+
+
 def _run(run_dir: Path) -> str:
     """What was run, when, for how long and on how many samples, as a table."""
     if not (starts := run_dir / "starts.jsonl").exists():
         return ""
     lines = starts.read_text(encoding="utf-8").splitlines()
-    start, path = json.loads(lines[-1]), run_dir / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    start, summary = json.loads(lines[-1]), _summary(run_dir)
     rows = [("command", shlex.join(start["command"])), ("start", f"{start['time']}, number {len(lines)} of the run")]
     if summary:
         duration = timedelta(seconds=round(summary["seconds"]))
         rows.append(("duration of this start", f"{duration}, {summary['state']} at step {summary['step']:,}"))
+        if early := summary.get("ended_early"):
+            rows.append(("ended early", early))
     if parts := start.get("parts"):
         rows.append(("samples", ", ".join(f"{name} {size:,}" for name, size in parts.items())))
+    rows += [(name, f"on {data}") for folder, name in _evaluations(run_dir) if (data := _summary(folder).get("data"))]
     rows.append(("commit", start.get("commit") or "none"))
     if changed := start.get("uncommitted"):
         rows.append(("uncommitted changes", changed))
@@ -187,9 +214,8 @@ def _metrics(run_dir: Path, series: Series, best: Best) -> str:
         "val, last": values(series, "val/"),
         f"val, {best.words.replace('val/', '')}": values(series, "val/", found[0]) if found is not None else {},
     }
-    for stage, command in (("val/", "validate"), ("test/", "test")):
-        for folder in sorted(run_dir.glob(f"{command}*")):  # test-last is of another checkpoint than the best
-            columns[folder.name.replace("-", ", ")] = values(read_metrics(folder), stage)
+    for folder, name in _evaluations(run_dir):
+        columns[name] = values(read_metrics(folder), "test/" if folder.name.startswith("test") else "val/")
     columns = {head: column for head, column in columns.items() if column}
     rows = [
         [name, *(short_number(column[name]) if name in column else "–" for column in columns.values())]
