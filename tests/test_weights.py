@@ -277,6 +277,51 @@ def test_an_export_starts_a_run(work: Path, capfd: pytest.CaptureFixture[str]) -
     assert "is no export of such a net (You set `ignore_mismatched_sizes`" in refused("classification", small, capfd)
 
 
+def test_more_classes_get_a_new_head(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a run, whose samples stay in their parts, and of its weights alone; the run of more classes goes on."""
+    main = main_of("classification")
+    table = ["--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    args = ["fit", *FIT, *table, "--data.source.path", "photos", "--data.source.mode", "L"]
+    args += ["--model.optimizer.lr", "0"]
+    before = main([*args, "--name", "base"])
+    shutil.copytree(photos / "cat", photos / "ant")
+    for path in photos.glob("ant/*"):
+        Image.open(path).rotate(90).save(path)
+    state = state_of("classification", "base", "best")["state_dict"]
+    for start, order in (([], ["cat", "dog", "ant"]), (["--data.facts_of", "null"], ["ant", "cat", "dog"])):
+        capfd.readouterr()
+        cli = main([*args, "--init_from", "base", *start])
+        out = capfd.readouterr().out
+        assert "has 2 classes and the data 3; the net gets a new head, " in out
+        assert ("come after its own: 'ant'" in out) == (not start)
+        assert cli.model.class_names == cli.datamodule.facts["class_names"] == order
+        *body, _, _ = ((name, p) for name, p in cli.model.net.named_parameters())
+        assert all(torch.equal(p, state[f"net.{name}"]) for name, p in body)
+        if not start:
+            knows = set(before.datamodule.facts["parts"]["keys"].tolist())
+            old, new = (cli.datamodule.facts["parts"]["keys"] for cli in (before, cli))
+            assert [key for key in new.tolist() if key in knows] == old.tolist()
+            main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
+            assert main(["test"]).model.class_names == order
+    shutil.move(photos / "dog", photos / "dogs")
+    assert "not trained on a class 'ant'" in refused("classification", [*args, "--init_from", "base"], capfd)
+
+
+def test_a_table_of_more_classes_gets_a_new_head(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, kinds in (("two", "ab"), ("three", "cab")):
+        rows = [f"{number % 17 + number / 100},{number % 7},{kind}" for number in range(60) for kind in kinds]
+        (work / f"{name}.csv").write_text("\n".join(["size,price,kind", *rows]))
+    args = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/table.yaml"), "--data.batch_size", "8"]
+    args += ["--data.source.label", "kind", "--model.net.d_block", "16", "--model.net.n_bins", "4"]
+    args += ["--data.source.path"]
+    main_of("classification")([*args, "two.csv", "--name", "base"])
+    cli = main_of("classification")([*args, "three.csv", "--init_from", "base"])
+    assert "has 2 classes and the data 3; the net gets a new head, net.output.bias, net.output.weight" in (
+        capfd.readouterr().out
+    )
+    assert cli.model.class_names == ["a", "b", "c"]
+
+
 @pytest.mark.matrix
 def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a run whose weights do not fit; other samples of the same classes are a choice."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.errors import InputError, nearest
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
-from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
+from common.sources.labelled import Parts, beside, check_split, one_of_each, same_parts, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -219,9 +219,17 @@ def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
     for name in sorted(frame.columns):
         cells = frame[name]
         values[f"number {name}"] = numbers = pd.to_numeric(cells, errors="coerce").astype(float)
-        values[f"word {name}"] = cells.astype(str).where(numbers.isna() & cells.notna(), "")
+        words = numbers.isna() & cells.notna()
+        values[f"word {name}"] = cells.astype(str).where(words, "") if words.any() else ""
     hashed = pd.util.hash_pandas_object(pd.DataFrame(values), index=False)
     return torch.from_numpy(hashed.to_numpy().view(np.int64).copy())
+
+
+def row_numbers(keys: Int64[Tensor, " rows"], frame: DataFrame, source: TableSource) -> dict[str, Tensor]:
+    """What is :func:`common.sources.labelled.beside` the keys of :func:`split_rows`."""
+    whole = frame.drop(columns=source.split or [])
+    labelled = row_keys(whole) if source.group else keys
+    return beside(keys, row_keys(whole.drop(columns=source.targets)), labelled)
 
 
 def tell_equal(keys: Int64[Tensor, " rows"], parts: Parts) -> None:
