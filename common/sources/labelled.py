@@ -230,10 +230,13 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
 
 def with_labels(keys: Int64[Tensor, " samples"], data: Labelled) -> Int64[Tensor, " samples"]:
     """A number for each sample by its key and its labels: what tells samples apart whose inputs are equal."""
-    rows = zip(keys.numpy(), data.target.contiguous().numpy().reshape(len(keys), -1), strict=True)
+    rows = np.column_stack([keys.numpy(), data.target.numpy().reshape(len(keys), -1)])
     if data.labels == "words":  # the padding hangs on the longest text
-        rows = ((key, row[row != -100]) for key, row in rows)
-    digests = (hashlib.blake2b(key.tobytes() + row.tobytes(), digest_size=8).digest() for key, row in rows)
+        parts = (row[row != -100].tobytes() for row in rows)
+    else:
+        content, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        parts = (content[first : first + width] for first in range(0, len(content), width))
+    digests = (hashlib.blake2b(part, digest_size=8).digest() for part in parts)
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
 
 
@@ -332,14 +335,6 @@ def beside(keys: Int64[Tensor, " samples"], inputs: Tensor, labelled: Tensor) ->
     return {name: values for name, values in others.items() if not values.equal(keys)}
 
 
-def label_numbers(keys: Int64[Tensor, " samples"], data: Labelled) -> dict[str, Tensor]:
-    """:func:`beside` the keys of samples; nothing for windows of a text, which are others when it grows."""
-    if data.labels == "next token":
-        return {}
-    inputs = keys_of(replace(data, groups=None))
-    return beside(keys, inputs, with_labels(inputs, data))
-
-
 def parts_facts(
     keys: Int64[Tensor, " samples"], parts: Parts, **others: Int64[Tensor, " samples"]
 ) -> dict[str, Tensor]:
@@ -432,12 +427,15 @@ class Samples:
             there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
             raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
         keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
+        inputs = keys if data.groups is None else keys_of(replace(data, groups=None))
+        others: dict[str, Tensor] = {}  # of windows of a text none: they are others when it grows
         together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, keys))
         if known is None:
             every = torch.arange(len(keys))
             parts = split_by_class(data, *self._split, keys if together else every)
             keys = keys if together else with_labels(keys, data)
-            others = label_numbers(keys, data)
+            if data.labels != "next token":
+                others = beside(keys, inputs, with_labels(inputs, data))
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
                 "labels": data.labels,
@@ -458,12 +456,12 @@ class Samples:
             data = as_known(data, self.facts["class_names"], self._may_grow)
             self.facts["class_names"] = [*map(str, data.class_names)] or self.facts["class_names"]
             if data.labels == "next token":  # windows of a text are others when it grows
-                parts, others = split_by_class(data, *self._split, keys), {}
+                parts = split_by_class(data, *self._split, keys)
             else:
                 own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
                 every = torch.arange(len(keys))
                 alike, keys = (keys, keys) if together else (every, with_labels(keys, data))
-                others = label_numbers(keys, data)
+                others = beside(keys, inputs, with_labels(inputs, data))
                 tell_relabelled({"keys": keys, **others}, known, data)
                 before = keys_as_known({"keys": keys, **others}, known)
                 if not own and len(keys) < len(known["keys"]) and torch.isin(before, known["keys"]).all():
