@@ -1,6 +1,8 @@
 """Weights from elsewhere: nets that transformers has saved, and runs of one's own, train further by flags."""
 
+import csv
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -451,6 +453,42 @@ def test_a_run_on_another_table_starts_with_the_weights_of_one(
     main_of("regression")([*args, "two.csv", *start])
     line = refused("regression", [*args, "three.csv", *start], capfd)
     assert "its columns have 'kind' (category 'b') where those of the data" in line
+
+
+@pytest.mark.parametrize("recipe", ["regression", "classification"])
+def test_the_page_of_an_exported_table_net_predicts(
+    recipe: str, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """By its command, and from Python, with nothing but the folder and the rows."""
+    rows = [f"{number % 17},{'ab'[number % 2]},{number % 7}" for number in range(60)]
+    (work / "old.csv").write_text("\n".join(["size,kind,price", *rows]))
+    target, layer = ("price", "small.yaml") if recipe == "regression" else ("kind", "table.yaml")
+    args = ["fit", *FIT, "--config", str(ROOT / f"recipes/{recipe}/{layer}"), "--data.batch_size", "8"]
+    args += ["--model.net.n_bins", "4", "--model.net.d_block", "16"] if recipe == "classification" else []
+    args += ["--data.source", "common.sources.tables.Table"] if recipe == "regression" else []
+    name = "target" if recipe == "regression" else "label"
+    main_of(recipe)([*args, "--data.source.path", "old.csv", f"--data.source.{name}", target])
+    main_of(recipe)(["export"])
+    there = work / "elsewhere/net"
+    shutil.copytree(work / f"runs/{recipe}/default/export", there)
+    shutil.rmtree(work / "runs")
+    (work / "old.csv").rename(work / "new.csv")
+    page = (there / "README.md").read_text().replace("EXPORT", str(there))
+    command, code = re.findall(r"```\w+\n(.*?)```", page, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["python", f"recipes/{recipe}/train.py"]
+    main_of(recipe)(words[2:])
+    with (work / f"runs/{recipe}/exported/predict/predictions.csv").open() as file:
+        written = [row["prediction"] for row in csv.DictReader(file)]
+    found: dict[str, Any] = {}
+    exec(code.replace("print(", "found = (").rstrip(), found)
+    predicted = found["found"]["prediction"]
+    assert len(written) == len(predicted) == 60
+    assert (
+        [f"{value:.5g}" for value in map(float, written)] == [f"{value:.5g}" for value in predicted]
+        if (recipe == "regression")
+        else written == predicted
+    )
 
 
 @pytest.mark.matrix

@@ -348,7 +348,7 @@ def tell_relabelled(numbers: Mapping[str, Tensor], known: Mapping[str, Tensor], 
     """Say how many samples a checkpoint knows with another label, and name one.
 
     Args:
-        numbers: of the samples, see :func:`numbered`.
+        numbers: of the samples, the ``keys`` and those :func:`beside` them.
         known: ``parts`` of the checkpoint's facts.
         data: the samples, with the class numbers of the checkpoint.
     """
