@@ -5,6 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from common.errors import InputError
+
+# Whether data may have more classes than the checkpoint whose facts hold: where its weights start a new run.
+MORE_CLASSES: ContextVar[bool] = ContextVar("whether data may have more classes than a checkpoint", default=False)
 
 
 def read_checkpoint(
@@ -93,9 +97,45 @@ def trained_on(then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     if "parts" not in then or "parts" not in now:
         return 0
     trained = then["parts"]["keys"][: then["parts"]["sizes"][0]]
-    ours, others = now["parts"]["keys"].tensor_split([int(now["parts"]["sizes"][0])])
+    keys = keys_as_known(now["parts"], then["parts"])
+    ours, others = keys.tensor_split([int(now["parts"]["sizes"][0])])
     others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
     return int(torch.isin(others, trained).sum())
+
+
+def relabelled(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which samples are known with another label; none where nothing is known of labels.
+
+    Args:
+        now: of samples the ``keys``; a number for the ``inputs`` of each, and one for them with the label,
+            ``labelled``, unless the keys are these numbers.
+        then: the same of known samples.
+    """
+    if not all({"inputs", "labelled"} & each.keys() for each in (now, then)):
+        return torch.zeros(len(now["keys"]), dtype=torch.bool)
+    inputs, labelled = ([each.get(name, each["keys"]) for each in (now, then)] for name in ("inputs", "labelled"))
+    others = ~torch.isin(labelled[0], labelled[1])
+    gone = inputs[1][~torch.isin(labelled[1], labelled[0])]  # an equal sample may be new, with a label of its own
+    return others & torch.isin(inputs[0], gone)
+
+
+def keys_as_known(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The keys of samples; those with another label than before keep the key that is known, where keys have labels.
+
+    The arguments are those of :func:`relabelled`.
+    """
+    changed = relabelled(now, then).nonzero()[:, 0]
+    if not len(changed) or "labelled" in then or "labelled" in now:
+        return now["keys"]
+    gone = ~torch.isin(then["keys"], now["keys"])
+    free: dict[int, list[int]] = {}
+    for inputs, key in zip(then["inputs"][gone].tolist(), then["keys"][gone].tolist(), strict=True):
+        free.setdefault(inputs, []).append(key)
+    keys = now["keys"].clone()
+    for place, inputs in zip(changed.tolist(), now["inputs"][changed].tolist(), strict=True):
+        if left := free[inputs]:
+            keys[place] = left.pop(0)
+    return keys
 
 
 def check_made_by(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -298,8 +298,10 @@ class BaseModule(L.LightningModule):
     def _start_from(self, path: str) -> None:
         start = read_start(path, self.net)
         then, now = (meaning(facts) for facts in (start.facts, self.data.facts))
+        classes = tuple(len(each.get("classes", ())) for each in (then, now))
+        grow = 0 < classes[0] < classes[1] and {*then["classes"]} < {*now["classes"]}
         for name in then.keys() & now.keys():
-            if then[name] == now[name]:
+            if then[name] == now[name] or (name == "classes" and grow):
                 continue
             problem = f"its {name} are others than those of the data"
             if name != "tokens":
@@ -313,7 +315,7 @@ class BaseModule(L.LightningModule):
                 raise InputError(f"--init_from {path}: {problem}; give the run's checkpoint, whose parts hold")
             if not rank_zero_only.rank:  # whose parts would have held
                 print(f"--init_from {path}: {problem}, as data.facts_of is not that checkpoint", flush=True)
-        fill(self.net, start.state, f"--init_from {path}:")
+        fill(self.net, start.state, f"--init_from {path}:", classes=classes if grow else ())
 
     @override
     def train(self, mode: bool = True) -> "BaseModule":

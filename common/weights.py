@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 import transformers
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -138,14 +139,19 @@ def read_nets(path: str | Path | None) -> dict[str, dict[str, Any]]:
     return read_checkpoint(path, mmap=True).get("nets", {})
 
 
-def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "the net") -> None:
+def fill(
+    net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "the net", classes: Sequence[int] = ()
+) -> None:
     """Load weights into a net; those of a net inside a wrapper of ours fit the wrapper too.
+
+    Where the number of classes is another, weights of its width are those of the head, which stays new and is said.
 
     Args:
         net: the net.
         weights: by their names; of tied ones, one is enough.
         key: the setting that they come from, for messages.
         its: the setting of the net, for messages.
+        classes: number of classes there and here, if these are others.
 
     Raises:
         InputError: a name or a shape does not fit.
@@ -154,6 +160,11 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "th
     if not state.keys() & own.keys():
         place, _ = inner_net(net)
         state = {f"{place}{name}": weight for name, weight in state.items()}
+    if head := [name for name in state.keys() & own.keys() if _by_classes(state[name].shape, own[name].shape, classes)]:
+        state |= {name: own[name] for name in head}
+        if not rank_zero_only.rank:
+            told = f"has {classes[0]} classes and the data {classes[1]}; the net gets a new head"
+            print(f"{key} {told}, {shorten(', '.join(sorted(head)), 60)}", flush=True)
     places = {own[name].data_ptr(): weight for name, weight in state.items() if name in own and own[name].numel()}
     tied = {name: places[weight.data_ptr()] for name, weight in own.items() if weight.data_ptr() in places}
     try:
@@ -164,4 +175,11 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], key: str, its: str = "th
             r"(.*?)\.$", r"\1 there and \2 here", str(error).splitlines()[1].strip(),
         )  # fmt: skip
         problem = f"does not fit {its} {type(net).__name__}: {shorten(reason, 120)}"
+        problem += "; give data with the same classes" * bool(classes)
         raise InputError(f"{key} {problem}") from error
+
+
+def _by_classes(there: Sequence[int], here: Sequence[int], classes: Sequence[int]) -> bool:
+    """Whether two shapes differ in the number of classes alone."""
+    pairs = {*zip(there, here, strict=False)} if len(there) == len(here) else set()
+    return {pair for pair in pairs if pair[0] != pair[1]} == {tuple(classes)}

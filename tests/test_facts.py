@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,53 @@ def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.Cap
         assert {row["image"] for row in rows} == {str(path) for path in (work / "new").glob("*/*.png")}
         line = refused(recipe, ["predict", *args, "--data.keep", "[imge]"], capfd)
         assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
+
+
+def places_of(data: Any) -> Counter[tuple[int, int]]:
+    """How many samples of equal images are in each part."""
+    keys = keys_of(data.samples.labelled)
+    return Counter((key, number) for number, part in enumerate(data.samples.parts) for key in keys[part].tolist())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "alike"),
+    [
+        ("classification", True),
+        *(
+            pytest.param(name, False, marks=pytest.mark.matrix)
+            for name in ("classification", "adversarial", "distillation")
+        ),
+    ],
+)
+def test_changed_labels_are_said(recipe: str, alike: bool, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By all commands, until a checkpoint knows them; in no case does a sample change its part.
+
+    Where most images are alike, what tells them apart is their label.
+    """
+    images = work / "images"
+    add_images(images, "ape bee cat", 20)
+    for path in images.glob("*/*.png") if alike else ():
+        if path.stem > "001":
+            shutil.copy(path.with_name("000.png"), path)
+    source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
+    source += ["--data.source.size", "8", *(["--model.teacher", "null"] if recipe == "distillation" else [])]
+    args = ["fit", *FIT, *source, "--data.batch_size", "4"]
+    before = main_of(recipe)(args).datamodule
+    shutil.move(images / "ape/001.png", images / "bee/x.png")
+    said = "1 samples have another label than the checkpoint knows, such as …"
+    for command in (["test"], [*args, "--init_from", "default", "--name", "next"], ["fit", "--ckpt_path", "last"]):
+        capfd.readouterr()
+        goes_on = ["--trainer.max_steps", "6"] if "last" in command else []
+        after = main_of(recipe)([*command, *goes_on]).datamodule
+        out = capfd.readouterr().out
+        line = next(line for line in out.splitlines() if "another label" in line)
+        assert len(line) <= 240
+        assert said.removesuffix("…") in line
+        assert "bee/x.png ('bee' now, 'ape' before); the present ones count, and all stay in their parts" in line
+        assert "new to the checkpoint" not in out
+        assert places_of(after) == places_of(before)
+    main_of(recipe)(["test", "--ckpt_path", "last"])
+    assert "another label" not in capfd.readouterr().out
 
 
 def test_equal_samples_go_together(work: Path) -> None:

@@ -39,7 +39,7 @@ from common.sources.tables import (
     scaled_quantiles,
     split_rows,
 )
-from recipes.regression.data import Batch
+from recipes.regression.data import Batch, RegressionData
 from recipes.regression.heads import Gaussian, Head, Mean, Quantiles, scores
 from recipes.regression.module import RegressionModule
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
@@ -478,6 +478,22 @@ def test_rows_are_split_as_the_user_says(work: Path, capfd: pytest.CaptureFixtur
     assert line in refused(["test", "--ckpt_path", "last"], capfd)
     line = refused(["fit", *table_flags, "--data.source.time", "part"], capfd)
     assert line.startswith("--data.source.time: 'part': 'test' is neither a number nor a date")
+
+
+@pytest.mark.parametrize("by", [{}, {"time": "day"}, {"group": "day"}])
+def test_changed_targets_are_said(by: dict[str, Any], work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows stay in their parts: a row that has trained is not tested with its new target."""
+    rows = pd.DataFrame({"size": np.arange(100) % 31, "day": range(100), "rent": np.arange(100) * 1.5})
+    rows.to_csv("rows.csv", index=False)
+    before = RegressionData(Table("rows.csv", "rent", **by))
+    rows.loc[[3, 50], "rent"] = 7.25
+    rows.to_csv("rows.csv", index=False)
+    torch.save({"state_dict": {}, "global_step": 0, "facts": before.facts}, "before.ckpt")
+    after = RegressionData(Table("rows.csv", "rent", **by), facts_of="before.ckpt")
+    assert [part.tolist() for part in after.table.parts] == [part.tolist() for part in before.table.parts]
+    out = capfd.readouterr().out
+    assert "2 rows have another target than the checkpoint knows, such as row 3 ('rent' is 7.25 now); the pres" in out
+    assert "new to the checkpoint" not in out
 
 
 def test_equal_rows_stay_in_their_parts() -> None:

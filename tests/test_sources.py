@@ -14,15 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from common.errors import InputError
+from common.errors import InputError, short_path
 from common.nets import ConvNet, PretrainedEncoder
 from common.sources import IDX, Digits, ImageTable, Labelled, Source, TextTable
 from common.sources.files import encode_labels
 from common.sources.labelled import keys_of, split_by_class
 from recipes.classification.data import ClassificationData
+from recipes.classification.words import TaggedWords
 from tests.support import write_encoder
 
 
@@ -302,6 +304,48 @@ def test_text_mistakes(encoder: str, tmp_path: Path) -> None:
     assert "cannot be read" in mistake(TextTable(str(tmp_path / "f.jsonl"), encoder))
     with pytest.raises(InputError, match=r"data.source.max_length must be at least 1, got 0"):
         TextTable(good, encoder, max_length=0)
+
+
+def lacking(folder: Path, *, vocab: bool = True, words: bool = False, **special: str) -> str:
+    """A folder of a tokenizer without special tokens, or of a net's config alone."""
+    if not vocab:
+        BertConfig().save_pretrained(folder)
+        return str(folder)
+    names = {"a": 0, "good": 1, "film": 2, **{token: number for number, token in enumerate(special.values(), 3)}}
+    model = models.WordLevel(names) if words else models.BPE(vocab=names, merges=[])
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, 'no token to pad with, neither pad_token nor eos_token; set "pad_token" in its tokenizer_config.json'),
+        ({"words": True, "pad_token": "[PAD]"}, "cannot encode the texts (WordLevel error: Missing [UNK] token from"),
+        ({"vocab": False}, "has no files of a tokenizer; save it there, or name another folder"),
+        ({"eos_token": "[END]"}, "the tokenizer makes nothing of 1 texts, such as 'zyx'; drop these rows"),
+    ],
+)
+def test_a_tokenizer_that_lacks_something(settings: dict[str, Any], line: str, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "zyx", "label": 0}])
+    found = mistake(TextTable(path, folder := lacking(tmp_path / "net", **settings)))
+    assert line in found
+    assert len(found) <= 240
+    if "[END]" not in settings.values():
+        assert repr(short_path(folder)) in found
+        rows = [{"tokens": ["a", "zyx"], "tags": ["O", "X"]}]
+        assert line in mistake(TaggedWords(write_table(tmp_path / "b.jsonl", rows), folder))
+
+
+def test_a_tokenizer_that_is_slow_or_damaged(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.jsonl", [{"text": "a", "label": 1}])
+    ByT5Tokenizer().save_pretrained(slow := tmp_path / "slow")
+    assert "slow': has no fast form, which runs keep; name one with a tokenizer.json" in mistake(
+        TextTable(path, str(slow))
+    )
+    damaged = Path(lacking(tmp_path / "damaged", pad_token="[PAD]"))
+    (damaged / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nope"}}')
+    assert "damaged': neither a folder with a tokenizer nor" in mistake(TextTable(path, str(damaged)))
 
 
 # Labels

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets.tables import TabM
 from common.sources.labelled import LabelledBatch
-from common.sources.tables import Columns, Table, encode, row_keys
+from common.sources.tables import Columns, Table, encode, fit_columns, row_keys
 from recipes.classification.module import ClassificationModule
 from recipes.classification.objectives import OneLabel, SeveralLabels
 from recipes.classification.tables import LabelledTable, TableSamples
@@ -435,6 +436,74 @@ def test_what_a_checkpoint_does_not_know(birds: Path, capfd: pytest.CaptureFixtu
     source = ["--data.source", "recipes.classification.tables.LabelledTable", "--data.source.path", "birds.csv"]
     line = refused("adversarial", ["fit", *TINY, *source], capfd)
     assert "is a table, which is encoded by its training rows; classification alone takes it" in line
+
+
+CODES = ["007", "012", "100"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "line"),
+    [
+        (CODES, CODES, ""),
+        ([7, 12, 100], CODES, ""),
+        ([7, 12, 100], ["7", "12", "100"], ""),
+        ([7, 12, 100], ["7.0", "12.0", "100.0"], ""),
+        ([7, 12, 100], [7.0, 12.0, 100.0], ""),
+        ([7, 12, 100], [7.0, "012", 100], ""),
+        ([7.0, 12.0, 100.0], CODES, ""),
+        (["7", "12", "100"], [7, 12, 100], ""),
+        (["7", "x", "100"], ["007", "x", 100.0], ""),
+        (CODES, [7, 12, 100], "holds the number 12, where training had the text '012'; give it as text"),
+        (CODES, [7.0, 12.0, 100.0], "holds the number 12, where training had the text '012'; give it as text"),
+        (CODES, ["7", "12", "100"], "holds the text 12, where training had the text '012'; give it as text"),
+        (CODES, [7, "x", 100], "holds the text 7, where training had the text '007'; give it as text"),
+    ],
+)
+def test_codes_are_the_same_as_text_and_as_numbers(trained: list[Any], given: list[Any], line: str) -> None:
+    """Or are refused, where zeros are lost."""
+    source = Table("codes.csv", "y", categorical=["code"])
+    frame = pd.DataFrame({"code": pd.Series(trained * 10), "y": range(30)})
+    columns = fit_columns(frame, np.arange(30.0)[:, None], source, "standard", 5)
+    new = pd.DataFrame({"code": pd.Series(given)})
+    if line:
+        with pytest.raises(InputError, match=re.escape(line)):
+            encode(new, columns)
+    else:
+        assert torch.equal(encode(new, columns)[1], encode(frame.head(3), columns)[1])
+
+
+def test_text_that_is_another_code_stays_unseen() -> None:
+    """Where training, or the column, has both of them as text."""
+    source = Table("codes.csv", "y", categorical=["code"])
+    frame = pd.DataFrame({"code": ["007", "7"] * 10, "y": range(20)})
+    columns = fit_columns(frame, np.arange(20.0)[:, None], source, "standard", 5)
+    assert encode(pd.DataFrame({"code": ["007", "7", "07"]}), columns)[1][:, 0].tolist() == [2, 3, 0]
+    frame.loc[0:17:2, "code"] = "7"
+    columns = fit_columns(frame, np.arange(20.0)[:, None], source, "standard", 5)
+    assert encode(frame, columns)[1][-2:, 0].tolist() == [0, 2], "a rare one"
+
+
+def test_changed_labels_of_a_table_are_said(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows stay in their parts, by class and in order of time."""
+    table = bird_table().assign(day=range(ROWS))
+    settings: list[dict[str, Any]] = [{}, {"time": "day"}, {"group": "day"}]
+    for more in settings:
+        table.to_csv(birds, index=False)
+        before = TableSamples(LabelledTable("birds.csv", "species", **more), 0.1, 0.2, 0, {})
+        before.labelled  # noqa: B018
+        changed = table.copy()
+        changed.loc[5, "species"] = "auk" if table["species"][5] != "auk" else "wren"
+        changed.to_csv(birds, index=False)
+        after = TableSamples(LabelledTable("birds.csv", "species", **more), 0.1, 0.2, 0, before.facts)
+        assert [part.tolist() for part in after.parts] == [part.tolist() for part in before.parts]
+        now, then = changed["species"][5], table["species"][5]
+        out = capfd.readouterr().out
+        such = f"such as sample 5 ({now!r} now{'' if 'time' in more else f', {then!r} before'});"
+        assert f"1 samples have another label than the checkpoint knows, {such}" in out
+        assert "new to the checkpoint" not in out
+        again = TableSamples(LabelledTable("birds.csv", "species", **more), 0.1, 0.2, 0, after.facts)
+        assert again.labelled.target.tolist() == after.labelled.target.tolist()
+        assert "another label" not in capfd.readouterr().out
 
 
 def test_true_and_false_are_not_0_and_1(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Weights from elsewhere: nets that transformers has saved, and runs of one's own, train further by flags."""
 
+import csv
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +279,51 @@ def test_an_export_starts_a_run(work: Path, capfd: pytest.CaptureFixture[str]) -
     assert "is no export of such a net (You set `ignore_mismatched_sizes`" in refused("classification", small, capfd)
 
 
+def test_more_classes_get_a_new_head(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a run, whose samples stay in their parts, and of its weights alone; the run of more classes goes on."""
+    main = main_of("classification")
+    table = ["--data.source", "common.sources.ImageTable", "--data.source.size", "8", "--data.batch_size", "4"]
+    args = ["fit", *FIT, *table, "--data.source.path", "photos", "--data.source.mode", "L"]
+    args += ["--model.optimizer.lr", "0"]
+    before = main([*args, "--name", "base"])
+    shutil.copytree(photos / "cat", photos / "ant")
+    for path in photos.glob("ant/*"):
+        Image.open(path).rotate(90).save(path)
+    state = state_of("classification", "base", "best")["state_dict"]
+    for start, order in (([], ["cat", "dog", "ant"]), (["--data.facts_of", "null"], ["ant", "cat", "dog"])):
+        capfd.readouterr()
+        cli = main([*args, "--init_from", "base", *start])
+        out = capfd.readouterr().out
+        assert "has 2 classes and the data 3; the net gets a new head, " in out
+        assert ("come after its own: 'ant'" in out) == (not start)
+        assert cli.model.class_names == cli.datamodule.facts["class_names"] == order
+        *body, _, _ = ((name, p) for name, p in cli.model.net.named_parameters())
+        assert all(torch.equal(p, state[f"net.{name}"]) for name, p in body)
+        if not start:
+            knows = set(before.datamodule.facts["parts"]["keys"].tolist())
+            old, new = (cli.datamodule.facts["parts"]["keys"] for cli in (before, cli))
+            assert [key for key in new.tolist() if key in knows] == old.tolist()
+            main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
+            assert main(["test"]).model.class_names == order
+    shutil.move(photos / "dog", photos / "dogs")
+    assert "not trained on a class 'ant'" in refused("classification", [*args, "--init_from", "base"], capfd)
+
+
+def test_a_table_of_more_classes_gets_a_new_head(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, kinds in (("two", "ab"), ("three", "cab")):
+        rows = [f"{number % 17 + number / 100},{number % 7},{kind}" for number in range(60) for kind in kinds]
+        (work / f"{name}.csv").write_text("\n".join(["size,price,kind", *rows]))
+    args = ["fit", *FIT, "--config", str(ROOT / "recipes/classification/table.yaml"), "--data.batch_size", "8"]
+    args += ["--data.source.label", "kind", "--model.net.d_block", "16", "--model.net.n_bins", "4"]
+    args += ["--data.source.path"]
+    main_of("classification")([*args, "two.csv", "--name", "base"])
+    cli = main_of("classification")([*args, "three.csv", "--init_from", "base"])
+    assert "has 2 classes and the data 3; the net gets a new head, net.output.bias, net.output.weight" in (
+        capfd.readouterr().out
+    )
+    assert cli.model.class_names == ["a", "b", "c"]
+
+
 @pytest.mark.matrix
 def test_other_classes_and_shapes_are_told(work: Path, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a run whose weights do not fit; other samples of the same classes are a choice."""
@@ -406,6 +453,42 @@ def test_a_run_on_another_table_starts_with_the_weights_of_one(
     main_of("regression")([*args, "two.csv", *start])
     line = refused("regression", [*args, "three.csv", *start], capfd)
     assert "its columns have 'kind' (category 'b') where those of the data" in line
+
+
+@pytest.mark.parametrize("recipe", ["regression", "classification"])
+def test_the_page_of_an_exported_table_net_predicts(
+    recipe: str, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """By its command, and from Python, with nothing but the folder and the rows."""
+    rows = [f"{number % 17},{'ab'[number % 2]},{number % 7}" for number in range(60)]
+    (work / "old.csv").write_text("\n".join(["size,kind,price", *rows]))
+    target, layer = ("price", "small.yaml") if recipe == "regression" else ("kind", "table.yaml")
+    args = ["fit", *FIT, "--config", str(ROOT / f"recipes/{recipe}/{layer}"), "--data.batch_size", "8"]
+    args += ["--model.net.n_bins", "4", "--model.net.d_block", "16"] if recipe == "classification" else []
+    args += ["--data.source", "common.sources.tables.Table"] if recipe == "regression" else []
+    name = "target" if recipe == "regression" else "label"
+    main_of(recipe)([*args, "--data.source.path", "old.csv", f"--data.source.{name}", target])
+    main_of(recipe)(["export"])
+    there = work / "elsewhere/net"
+    shutil.copytree(work / f"runs/{recipe}/default/export", there)
+    shutil.rmtree(work / "runs")
+    (work / "old.csv").rename(work / "new.csv")
+    page = (there / "README.md").read_text().replace("EXPORT", str(there))
+    command, code = re.findall(r"```\w+\n(.*?)```", page, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["python", f"recipes/{recipe}/train.py"]
+    main_of(recipe)(words[2:])
+    with (work / f"runs/{recipe}/exported/predict/predictions.csv").open() as file:
+        written = [row["prediction"] for row in csv.DictReader(file)]
+    found: dict[str, Any] = {}
+    exec(code.replace("print(", "found = (").rstrip(), found)
+    predicted = found["found"]["prediction"]
+    assert len(written) == len(predicted) == 60
+    assert (
+        [f"{value:.5g}" for value in map(float, written)] == [f"{value:.5g}" for value in predicted]
+        if (recipe == "regression")
+        else written == predicted
+    )
 
 
 @pytest.mark.matrix

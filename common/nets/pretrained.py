@@ -210,17 +210,19 @@ class Pretrained(nn.Module):
         """Logits of a batch.
 
         Raises:
-            InputError: images have other channels, or another size, than the net takes.
+            InputError: images have other channels, or another size, than the net takes; or it has no token to pad with.
         """
         if "pixel_values" in inputs:
             inputs["pixel_values"] = self._scaled(inputs["pixel_values"])
         try:
             return self.model(**inputs).logits[..., : self.num_classes]
         except ValueError as error:
-            if "pixel_values" not in inputs:
-                raise
             reason = str(error).splitlines()[0][:90]
-            raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; set data.source.size") from error
+            is_padding = "pixel_values" not in inputs and self.model.config.pad_token_id is None
+            if "pixel_values" not in inputs and not is_padding:
+                raise
+            fix = "set pad_token_id in its config.json" if is_padding else "set data.source.size"
+            raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; {fix}") from error
 
     def _scaled(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
         mean, std = (images.new_tensor(self.preprocessing.get(name, [])) for name in ("image_mean", "image_std"))

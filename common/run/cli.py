@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
-from common.checkpoint import AtomicCheckpointIO, read_checkpoint
+from common.checkpoint import MORE_CLASSES, AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
 from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, short_path, speaking_of
 from common.module import BaseModule
@@ -477,6 +477,7 @@ class RecipeCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        more_classes = MORE_CLASSES.set(bool(config.get("init_from")))
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -486,6 +487,8 @@ class RecipeCLI(LightningCLI):
             if refused := re.search(r"^  - (trainer\.strategy: .*)$", str(error), re.MULTILINE):
                 raise InputError(refused[1]) from error  # of this one it keeps the text only
             raise
+        finally:
+            MORE_CLASSES.reset(more_classes)
         self.model.of_checkpoint, self.model.init_from = config.get("ckpt_path"), config.get("init_from")
 
     @override

@@ -4,17 +4,42 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from common.checkpoint import read_checkpoint, readable_facts
+from common.checkpoint import AtomicCheckpointIO, read_checkpoint, readable_facts
 from common.checksums import CHECKSUMS, checksums
 from common.data import BaseDataModule
 from common.module import BaseModule
 from common.sources.files import made_again
 from common.weights import PARTS, inner_net
 
+OF_TRAINING = "optimizer_states", "lr_schedulers", "callbacks", "loops"
 OLD = ("class_names", "columns")  # which checkpoints of before have among the settings of the net
+
+README = """# A net of the recipe {recipe}
+
+In a clone of the repository, with EXPORT for this folder and `new.csv` for rows with or without the target:
+
+```bash
+python recipes/{recipe}/train.py predict --name exported --ckpt_path EXPORT/net.ckpt \\
+  --data.predict_source {source} --data.predict_source.path new.csv
+```
+
+The command writes `runs/{recipe}/exported/predict/predictions.csv`. From Python:
+
+```python
+import pandas
+
+from {module} import {name}
+
+model = {name}.load_from_checkpoint("EXPORT/net.ckpt")
+print(model.predict(pandas.read_csv("new.csv")))
+```
+
+`facts.json` says what the columns are, and by which class and arguments the net in `model.safetensors` was made.
+"""
 
 
 def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder: Path) -> None:
@@ -24,6 +49,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     images, length of texts; and of a net that transformers does not know by which class and arguments it was made. A
     head of our own on a net of transformers is in ``head.safetensors``. ``parts.safetensors`` has a hash of each sample
     of training, validation and test, by which a run that starts with the net sees whether it tests on what is known.
+    A net of tables gets a ``net.ckpt`` and a ``README.md`` that says how to predict with it.
 
     Args:
         model: the module.
@@ -73,6 +99,8 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     else:
         save_model(net, str(folder / "model.safetensors"))
         facts["net"] = settings.get("net")
+        if "columns" in facts:
+            _write_table_net(checkpoint, model, datamodule, folder)
     if parts := checkpoint.get("facts", {}).get("parts"):
         save_file(dict(parts), folder / PARTS)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -89,3 +117,16 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     written = sorted(path.name for path in folder.iterdir())
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
     print(f"export: {folder}", flush=True)
+
+
+def _write_table_net(checkpoint: Mapping[str, Any], model: BaseModule, datamodule: Any, folder: Path) -> None:
+    """Write the checkpoint without what training alone needs, and how to predict with it."""
+    kept = {name: value for name, value in checkpoint.items() if name not in OF_TRAINING}
+    AtomicCheckpointIO().save_checkpoint(kept, folder / "net.ckpt")
+    kind, source = type(model), type(datamodule.source)
+    named = f"{source.__module__}.{source.__qualname__}" if source.__module__.startswith("common.") else source.__name__
+    if source.__module__ == "common.sources.tables":
+        named = "common.sources.tables.Table"  # bundled data have no path
+    recipe = kind.__module__.split(".")[-2]
+    text = README.format(recipe=recipe, source=named, module=kind.__module__, name=kind.__name__)
+    (folder / "README.md").write_text(text, encoding="utf-8")

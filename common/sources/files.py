@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, short_path
 from common.sources.images import CHANNELS, Images, list_images
 
 # What has a class: a sample has one, or any number; each of its words has one; each position has its next token.
@@ -251,11 +251,32 @@ class TextTable(Source):
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str, Int64[Tensor, "texts time"]]:
-    """Texts as a net takes them, padded to the longest, by a tokenizer of transformers."""
-    encoded = tokenizer(
-        [str(text) for text in texts], truncation=True, max_length=max_length, padding="longest", return_tensors="pt"
-    )
+    """Texts as a net takes them, padded to the longest, by a tokenizer of transformers.
+
+    Raises:
+        InputError: the tokenizer makes nothing of a text.
+    """
+    settings = {"truncation": True, "max_length": max_length, "padding": "longest", "return_tensors": "pt"}
+    encoded = encode_texts(tokenizer, [str(text) for text in texts], **settings)
+    if len(nothing := (encoded["attention_mask"].sum(1) == 0).nonzero()[:, 0]):
+        problem = f"the tokenizer makes nothing of {len(nothing)} texts, such as {str(texts[int(nothing[0])])[:40]!r}"
+        raise InputError(f"data.source.text: {problem}; drop these rows")
     return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[Any], **settings: Any) -> Any:
+    """What a tokenizer of transformers makes of texts.
+
+    Raises:
+        InputError: it cannot encode a word that it does not know.
+    """
+    try:
+        return tokenizer(texts, **settings)
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = str(error).splitlines()[0][:60]
+        problem = f"cannot encode the texts ({reason})"
+        fix = "set unk_token in its tokenizer.json and tokenizer_config.json"
+        raise InputError(f"data.source.tokenizer {short_path(tokenizer.name_or_path)!r}: {problem}; {fix}") from error
 
 
 def load_tokenizer(name: str, in_words: bool = False, known: Mapping[str, Any] | None = None) -> Any:
@@ -267,31 +288,33 @@ def load_tokenizer(name: str, in_words: bool = False, known: Mapping[str, Any] |
         known: :func:`tokenizer_facts` of a checkpoint, whose tokenizer is taken where the folder is gone.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it has no token to pad with.
     """
     from transformers import AutoTokenizer
 
     more = {"add_prefix_space": True} if in_words else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files make a reader raise nearly anything
         if known:
             print(f"data.source.tokenizer {name}: is gone; the checkpoint's own is taken", flush=True)
             return made_again(known)
         problem = f"neither a folder with a tokenizer nor a hub name ({str(error).splitlines()[0][:60]})"
-        raise InputError(f"data.source.tokenizer {name!r}: {problem}") from error
+        raise InputError(f"data.source.tokenizer {short_path(name)!r}: {problem}") from error
+    key = f"data.source.tokenizer {short_path(name)!r}"
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(f"{key}: has no fast form, which runs keep; name one with a tokenizer.json")
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes one of a config.json
+        raise InputError(f"{key}: has no files of a tokenizer; save it there, or name another folder")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        problem = "has no token to pad with, neither pad_token nor eos_token"
+        raise InputError(f'{key}: {problem}; set "pad_token" in its tokenizer_config.json to a token that it has')
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the attention mask hides it
     return tokenizer
 
 
 def tokenizer_facts(tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """What a tokenizer of transformers is made from again, as plain values.
-
-    Raises:
-        InputError: it is no fast one.
-    """
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise InputError("data.source.tokenizer: has no fast form, which runs keep; name one with a tokenizer.json")
+    """What a fast tokenizer of transformers is made from again, as plain values."""
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     how = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of its last use
     sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}

@@ -114,7 +114,7 @@ class Images:
             except Exception as error:
                 raise self._mistake(row, number, error) from error
             if mode[0] in DEEP:
-                problem = f"{_name(row, number)} {deep(mode)}"
+                problem = f"{name_of(row, number)} {deep(mode)}"
                 raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
             colour.append(mode not in GREY)
             digests += hashlib.blake2b(content, digest_size=8).digest()
@@ -124,7 +124,7 @@ class Images:
         if row is None or (row["bytes"] is None and row["path"] is None):
             return InputError(f"data.source.image {self.column!r}: a row has no image; drop it")
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}".partition(" <_io")[0]
-        problem = f"{_name(row, number)} is no image that can be read ({reason.splitlines()[0][:60]})"
+        problem = f"{name_of(row, number)} is no image that can be read ({reason.splitlines()[0][:60]})"
         return InputError(f"data.source.image {self.column!r}: {problem}; mend or remove it")
 
 
@@ -163,7 +163,8 @@ def _content(row: Any) -> bytes:
         return file.read()  # type: ignore[union-attr]
 
 
-def _name(row: Any, number: int) -> str:
+def name_of(row: Any, number: int) -> str:
+    """The file of an image of a table, or else its number."""
     return short_path(row["path"]) if row["path"] else f"sample {number}"
 
 

@@ -15,11 +15,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.checkpoint import check_made_by
+from common.checkpoint import MORE_CLASSES, check_made_by, keys_as_known, relabelled
 from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import Labels
-from common.sources.images import Images
+from common.sources.images import Images, name_of
 
 
 class LabelledBatch(NamedTuple):
@@ -230,19 +230,35 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
 
 def with_labels(keys: Int64[Tensor, " samples"], data: Labelled) -> Int64[Tensor, " samples"]:
     """A number for each sample by its key and its labels: what tells samples apart whose inputs are equal."""
-    rows = zip(keys.numpy(), data.target.contiguous().numpy().reshape(len(keys), -1), strict=True)
-    digests = (hashlib.blake2b(key.tobytes() + row.tobytes(), digest_size=8).digest() for key, row in rows)
+    rows = np.column_stack([keys.numpy(), data.target.numpy().reshape(len(keys), -1)])
+    if data.labels == "words":  # the padding hangs on the longest text
+        parts = (row[row != -100].tobytes() for row in rows)
+    else:
+        content, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        parts = (content[first : first + width] for first in range(0, len(content), width))
+    digests = (hashlib.blake2b(part, digest_size=8).digest() for part in parts)
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
 
 
-def as_known(data: Labelled, known: Sequence[str]) -> Labelled:
+def as_known(data: Labelled, known: Sequence[str], may_grow: bool = False) -> Labelled:
     """The samples with the class numbers of a checkpoint, by its names.
+
+    Args:
+        data: the samples.
+        known: names of the checkpoint's classes.
+        may_grow: whether new classes come after all of these, which is said; not if one of these is gone.
 
     Raises:
         InputError: it does not know a class.
     """
     if not data.class_names or list(known) == data.class_names:
         return data
+    new = [name for name in data.class_names if name not in known]
+    if may_grow and new and len(data.class_names) == len(known) + len(new):
+        known = [*known, *new]
+        if not rank_zero_only.rank:
+            names = shorten(", ".join(map(repr, new)), 80)
+            print(f"data.source: classes that are new to the checkpoint come after its own: {names}", flush=True)
     for name in data.class_names:
         if name not in known:
             there = nearest(name, known) or f"; it knows {shorten(', '.join(known), 60)}"
@@ -313,9 +329,44 @@ def same_parts(
     return Parts(*parts)
 
 
-def parts_facts(keys: Int64[Tensor, " samples"], parts: Parts) -> dict[str, Tensor]:
-    """What :func:`same_parts` needs to know."""
-    return {"keys": keys[torch.cat(parts)], "sizes": torch.tensor([len(part) for part in parts])}
+def beside(keys: Int64[Tensor, " samples"], inputs: Tensor, labelled: Tensor) -> dict[str, Tensor]:
+    """What :func:`common.checkpoint.relabelled` compares, beside the keys; without numbers that equal these."""
+    others = {"inputs": inputs, "labelled": labelled}
+    return {name: values for name, values in others.items() if not values.equal(keys)}
+
+
+def parts_facts(
+    keys: Int64[Tensor, " samples"], parts: Parts, **others: Int64[Tensor, " samples"]
+) -> dict[str, Tensor]:
+    """What :func:`same_parts` needs to know; ``others`` are those :func:`beside` the keys."""
+    order = torch.cat(parts)
+    known = {name: values[order] for name, values in {"keys": keys, **others}.items()}
+    return {**known, "sizes": torch.tensor([len(part) for part in parts])}
+
+
+def tell_relabelled(numbers: Mapping[str, Tensor], known: Mapping[str, Tensor], data: Labelled) -> None:
+    """Say how many samples a checkpoint knows with another label, and name one.
+
+    Args:
+        numbers: of the samples, the ``keys`` and those :func:`beside` them.
+        known: ``parts`` of the checkpoint's facts.
+        data: the samples, with the class numbers of the checkpoint.
+    """
+    changed = relabelled(numbers, known).nonzero()[:, 0]
+    if not len(changed) or rank_zero_only.rank:
+        return
+    first, before = int(changed[0]), ""
+    name = f"sample {first}"
+    if isinstance(images := data.inputs.get("pixel_values"), Images):
+        name = name_of(images.table[first][images.column], first)
+    if data.labels == "one":
+        inputs = numbers.get("inputs", numbers["keys"])[first].repeat(len(data.class_names))
+        of_each = with_labels(inputs, replace(data, target=torch.arange(len(data.class_names))))
+        was = torch.isin(of_each, known.get("labelled", known["keys"])).nonzero()[:1, 0].tolist()
+        before = "".join(f", {data.class_names[number]!r} before" for number in was)
+        name += f" ({data.class_names[int(data.target[first])]!r} now{before})"
+    told = f"{len(changed)} samples have another label than the checkpoint knows, such as {name}"
+    print(f"data.source: {told}; the present ones count, and all stay in their parts", flush=True)
 
 
 class Samples:
@@ -362,7 +413,8 @@ class Samples:
         check_made_by(known, made_by)
         self._source, self._split, self._takes = source, (val_fraction, test_fraction, seed), takes
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
-        if not known:
+        self._may_grow = MORE_CLASSES.get()
+        if not known or self._may_grow:
             self._read  # noqa: B018
 
     @cached_property
@@ -375,11 +427,15 @@ class Samples:
             there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
             raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
         keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
+        inputs = keys if data.groups is None else keys_of(replace(data, groups=None))
+        others: dict[str, Tensor] = {}  # of windows of a text none: they are others when it grows
         together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, keys))
         if known is None:
             every = torch.arange(len(keys))
             parts = split_by_class(data, *self._split, keys if together else every)
             keys = keys if together else with_labels(keys, data)
+            if data.labels != "next token":
+                others = beside(keys, inputs, with_labels(inputs, data))
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
                 "labels": data.labels,
@@ -397,19 +453,23 @@ class Samples:
             if data.class_names and data.labels != (before := self.facts.get("labels", data.labels)):
                 problem = f"the labels are of kind {data.labels!r}, and those of the training {before!r}"
                 raise InputError(f"data.source.label: {problem}; give the same kind")
-            data = as_known(data, self.facts["class_names"])
+            data = as_known(data, self.facts["class_names"], self._may_grow)
+            self.facts["class_names"] = [*map(str, data.class_names)] or self.facts["class_names"]
             if data.labels == "next token":  # windows of a text are others when it grows
                 parts = split_by_class(data, *self._split, keys)
             else:
                 own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
                 every = torch.arange(len(keys))
                 alike, keys = (keys, keys) if together else (every, with_labels(keys, data))
-                if not own and len(keys) < len(known["keys"]) and torch.isin(keys, known["keys"]).all():
+                others = beside(keys, inputs, with_labels(inputs, data))
+                tell_relabelled({"keys": keys, **others}, known, data)
+                before = keys_as_known({"keys": keys, **others}, known)
+                if not own and len(keys) < len(known["keys"]) and torch.isin(before, known["keys"]).all():
                     drawn = Parts(every, every[:0], every[:0])  # none is new, and a class may be too rare to draw
                 else:
                     drawn = split_by_class(data, *self._split, alike)
-                parts = same_parts(keys, drawn, known, own, together)
-        self.facts["parts"] = parts_facts(keys, parts)
+                parts = same_parts(before, drawn, known, own, together)
+        self.facts["parts"] = parts_facts(keys, parts, **others)
         return data, parts
 
     def _can_be_together(self, data: Labelled, keys: Int64[Tensor, " samples"]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, speaking_of
 from common.sources.files import Labelled, made_again, tokenize
 from common.sources.images import CHANNELS, decode, to_tensor
 from common.sources.labelled import LabelledDataset
@@ -48,7 +48,8 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
 def _texts(texts: Any, tokenizer: Mapping[str, Any]) -> dict[str, Tensor]:
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError("samples: the net was trained on texts; give a list of them")
-    return tokenize(made_again(tokenizer), texts, tokenizer["model_max_length"])
+    with speaking_of("samples", instead_of="data.source.text"):
+        return tokenize(made_again(tokenizer), texts, tokenizer["model_max_length"])
 
 
 def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tensor:

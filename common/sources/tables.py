@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.errors import InputError, nearest
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
-from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
+from common.sources.labelled import Parts, beside, check_split, one_of_each, same_parts, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -219,9 +219,17 @@ def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
     for name in sorted(frame.columns):
         cells = frame[name]
         values[f"number {name}"] = numbers = pd.to_numeric(cells, errors="coerce").astype(float)
-        values[f"word {name}"] = cells.astype(str).where(numbers.isna() & cells.notna(), "")
+        words = numbers.isna() & cells.notna()
+        values[f"word {name}"] = cells.astype(str).where(words, "") if words.any() else ""
     hashed = pd.util.hash_pandas_object(pd.DataFrame(values), index=False)
     return torch.from_numpy(hashed.to_numpy().view(np.int64).copy())
+
+
+def row_numbers(keys: Int64[Tensor, " rows"], frame: DataFrame, source: TableSource) -> dict[str, Tensor]:
+    """What is :func:`common.sources.labelled.beside` the keys of :func:`split_rows`."""
+    whole = frame.drop(columns=source.split or [])
+    labelled = row_keys(whole) if source.group else keys
+    return beside(keys, row_keys(whole.drop(columns=source.targets)), labelled)
 
 
 def tell_equal(keys: Int64[Tensor, " rows"], parts: Parts) -> None:
@@ -522,13 +530,21 @@ def _numbers(values: Series, key: str) -> Float[np.ndarray, " rows"]:
 
 def _labels(values: Series) -> Series:
     """Categories as text, None where missing; 3 and 3.0 are the same, since gaps turn whole numbers into floats."""
-    from pandas.api.types import is_float_dtype
 
-    def written(value: float) -> str:
-        return str(int(value)) if value.is_integer() else f"{value:.15g}"
+    def written(value: Any) -> str:
+        if not isinstance(value, float | np.floating):
+            return str(value)
+        return str(int(value)) if float(value).is_integer() else f"{value:.15g}"
 
-    text = values.map(written) if is_float_dtype(values) else values.astype(str)
-    return text.astype(object).where(values.notna(), None)
+    if values.dtype == object or "float" in str(values.dtype).lower():
+        return values.map(written, na_action="ignore").astype(object).where(values.notna(), None)
+    return values.astype(str).astype(object).where(values.notna(), None)
+
+
+def _number(label: str) -> str:
+    """A whole number without leading zeros and decimals, as readers of numbers write it; other text as it is."""
+    found = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", label)
+    return found[1] + found[2] if found else label
 
 
 def _scaled(values: Float[np.ndarray, "rows numeric"], columns: Columns) -> Float[np.ndarray, "rows numeric"]:
@@ -605,11 +621,17 @@ def encode(
     for name, categories in columns["categorical"].items():
         values = _column(frame, name, key)
         labels = _labels(values)
-        if is_numeric_dtype(values):  # readers of CSV files drop leading zeros from columns of digits
-            padded = {label.lstrip("0") or "0": label for label in categories if re.fullmatch(r"0\d+", label)}
-            if lost := padded.keys() & set(labels) - set(categories):
-                problem = f"holds the number {min(lost)}, where training had the text {padded[min(lost)]!r}"
-                raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
+        given, kept = {*labels[labels.notna()]}, {*categories}
+        # Readers of CSV files drop leading zeros from columns of digits.
+        padded = {_number(label): label for label in categories if re.fullmatch(r"0\d+", label)}
+        if (lost := padded.keys() & given - kept) and not any(re.fullmatch(r"0\d+", label) for label in given):
+            kind = "number" if is_numeric_dtype(values) else "text"
+            problem = f"holds the {kind} {min(lost)}, where training had the text {padded[min(lost)]!r}"
+            raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
+        # Where training had numbers, text such as 007 or 7.0 is the number that it writes.
+        plain = {_number(label): label for label in categories if label not in padded.values()}
+        same = {label: plain.get(_number(label), label) for label in given - kept}
+        labels = labels.replace({old: new for old, new in same.items() if old != new and not (padded or new in given)})
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
         there = labels[labels.notna()]
         if len(there) and (found < 0).all() and _kind(there) != _kind(categories):

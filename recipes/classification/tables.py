@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from typing_extensions import override
 
-from common.checkpoint import check_made_by
+from common.checkpoint import MORE_CLASSES, check_made_by, keys_as_known
 from common.errors import InputError, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import encode_label_columns, encode_label_lists, hashed, parts_named, separated
@@ -21,11 +21,13 @@ from common.sources.labelled import (
     Parts,
     Samples,
     as_known,
+    beside,
     check_split,
     differ_enough,
     one_of_each,
     parts_facts,
     split_by_class,
+    tell_relabelled,
     with_labels,
 )
 from common.sources.tables import (
@@ -37,6 +39,7 @@ from common.sources.tables import (
     fit_columns,
     read_classes,
     row_keys,
+    row_numbers,
     same_rows,
     split_rows,
     splitting,
@@ -152,7 +155,8 @@ class TableSamples(Samples):
         check_made_by(known, made_by)
         self._source, self._split = source, (val_fraction, test_fraction, seed)
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
-        if not known:
+        self._may_grow = MORE_CLASSES.get()
+        if not known or self._may_grow:
             self._read  # noqa: B018
 
     @cached_property
@@ -163,30 +167,34 @@ class TableSamples(Samples):
             data = self._source.classes(frame)
             if "columns" in known:
                 check_source(frame, source, known["columns"])
-                data = as_known(data, known["class_names"])
-                parts, keys = self._drawn(frame, data, known["parts"]["keys"])
-                parts = same_rows(frame, source, keys, parts, known["parts"], known["equal_together"])
+                data = as_known(data, known["class_names"], self._may_grow)
+                known["class_names"] = data.class_names
+                parts, keys, others = self._drawn(frame, data, known["parts"])
+                tell_relabelled({"keys": keys, **others}, known["parts"], data)
+                before = keys_as_known({"keys": keys, **others}, known["parts"])
+                parts = same_rows(frame, source, before, parts, known["parts"], known["equal_together"])
             else:
-                parts, keys = self._drawn(frame, data)
+                parts, keys, others = self._drawn(frame, data)
                 tell_equal(keys, parts)
                 train, no_numbers = frame.iloc[parts.train], np.empty((len(parts.train), 0))
                 columns = fit_columns(train, no_numbers, source, self._source.scaling, self._source.rare)
                 self.facts |= {"columns": columns, "class_names": data.class_names, "labels": data.labels}
-        self.facts["parts"] = parts_facts(keys, parts)
+        self.facts["parts"] = parts_facts(keys, parts, **others)
         return replace(data, inputs=self._inputs(frame)), parts
 
     def _drawn(
-        self, frame: DataFrame, data: Labelled, known: Int64[Tensor, " known"] | None = None
-    ) -> tuple[Parts, Int64[Tensor, " rows"]]:
-        """The parts, in order of time or with the classes in the same proportion, and the rows' keys.
+        self, frame: DataFrame, data: Labelled, known: Mapping[str, Tensor] | None = None
+    ) -> tuple[Parts, Int64[Tensor, " rows"], dict[str, Tensor]]:
+        """The parts, in order of time or with the classes in the same proportion, the rows' keys, and what is beside.
 
         Equal rows stay together, unless most rows have an equal one: then they are no copies, but of few columns.
         """
         source = self._source.table
         if source.time:
             self.facts["equal_together"] = False
-            return split_rows(frame, source, *self._split)
-        keys = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
+            parts, keys = split_rows(frame, source, *self._split)
+            return parts, keys, row_numbers(keys, frame, source)
+        inputs = keys = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
         if source.group:
             keys = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}")
         own = parts_named(frame[source.split].tolist(), source.split) if source.split else np.zeros(len(frame), int)
@@ -203,9 +211,12 @@ class TableSamples(Samples):
             self.facts["equal_together"] = copies and differ_enough(ordered, val_fraction, test_fraction, keys[order])
         every = torch.arange(len(keys))
         alike, keys = (keys, keys) if self.facts["equal_together"] else (every, with_labels(keys, data))
-        if known is not None and not source.split and len(keys) < len(known) and torch.isin(keys, known).all():
-            return Parts(every, every[:0], every[:0]), keys  # none is new, and a class may be too rare to draw
-        return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys
+        others = beside(keys, inputs, with_labels(inputs, data))
+        before = keys if known is None else keys_as_known({"keys": keys, **others}, known)
+        fewer = known is not None and not source.split and len(keys) < len(known["keys"])
+        if known is not None and fewer and torch.isin(before, known["keys"]).all():
+            return Parts(every, every[:0], every[:0]), keys, others  # none is new, and a class may be too rare to draw
+        return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys, others
 
     def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:
         return dict(zip(INPUTS, encode(frame, self.facts["columns"]), strict=True))

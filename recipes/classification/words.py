@@ -20,6 +20,7 @@ from common.errors import InputError
 from common.sources import Labelled, Source
 from common.sources.files import (
     column,
+    encode_texts,
     groups_of,
     load_splits,
     load_tokenizer,
@@ -208,7 +209,7 @@ def aligned(
             problem = f"the tokenizer makes nothing of the word {min(nothing)!r} and knows no unknown one"
             raise InputError(f"data.source.words: {problem}; drop it")
         texts = [[tokenizer.unk_token if word in nothing else word for word in text] for text in texts]
-    encoded = tokenizer([list(text) for text in texts], **settings)
+    encoded = encode_texts(tokenizer, [list(text) for text in texts], **settings)
     inputs = {key: torch.tensor(encoded[key]) for key in ("input_ids", "attention_mask")}
     target = torch.full_like(inputs["input_ids"], -100)
     cut = []
@@ -229,7 +230,8 @@ def aligned(
 
 
 def _without_token(words: set[str], tokenizer: Any) -> set[str]:
-    encoded = tokenizer([[word] for word in sorted(words)], is_split_into_words=True, add_special_tokens=False)
+    settings = {"is_split_into_words": True, "add_special_tokens": False}
+    encoded = encode_texts(tokenizer, [[word] for word in sorted(words)], **settings)
     return {word for word, ids in zip(sorted(words), encoded["input_ids"], strict=True) if not ids}
 
 

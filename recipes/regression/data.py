@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from common.checkpoint import check_made_by, read_facts
+from common.checkpoint import check_made_by, keys_as_known, read_facts, relabelled
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
 from common.sources.labelled import Parts, parts_facts
@@ -24,6 +25,7 @@ from common.sources.tables import (
     fit_columns,
     known_targets,
     read_targets,
+    row_numbers,
     same_rows,
     split_rows,
     tell_equal,
@@ -140,15 +142,22 @@ class RegressionData(BaseDataModule):
         frame = source.read()
         target = read_targets(frame, source)
         if "columns" in known:
+            check_source(frame, source, known["columns"])
+        parts, keys = split_rows(frame, source, *self._split)
+        others = row_numbers(keys, frame, source)
+        if "columns" in known:
             columns: Columns = known["columns"]
-            check_source(frame, source, columns)
-            parts, keys = split_rows(frame, source, *self._split)
-            parts = same_rows(frame, source, keys, parts, known["parts"])
+            numbers = {"keys": keys, **others}
+            if len(changed := relabelled(numbers, known["parts"]).nonzero()[:, 0]) and not rank_zero_only.rank:
+                row, name = int(changed[0]), source.targets[0]
+                such = f"such as row {row} ({name!r} is {frame[name].iloc[row]} now)"
+                told = f"{len(changed)} rows have another target than the checkpoint knows, {such}"
+                print(f"data.source: {told}; the present ones count, and all stay in their parts", flush=True)
+            parts = same_rows(frame, source, keys_as_known(numbers, known["parts"]), parts, known["parts"])
         else:
-            parts, keys = split_rows(frame, source, *self._split)
             tell_equal(keys, parts)
             columns = fit_columns(frame.iloc[parts.train], target[parts.train], source, self.scaling, self.rare)
-        self.facts |= {"columns": columns, "parts": parts_facts(keys, parts)}
+        self.facts |= {"columns": columns, "parts": parts_facts(keys, parts, **others)}
         return Rows(frame, target, columns, parts, _encoded(frame, target, columns, "data.source.path"))
 
     @override
