@@ -233,7 +233,7 @@ class Pretrained(nn.Module):
             check_context(self.model.config, inputs["input_ids"].shape[1], repr(self.model.name_or_path), key)
         more = {"use_cache": False} if self.language else {}  # for training and for one pass, both of whole texts
         try:
-            return self.model(**inputs, **more).logits[..., : self.num_classes]
+            return self.model(**inputs, **more).logits[..., : self.num_classes].clone()  # FSDP2 warns of a view
         except ValueError as error:
             if "pixel_values" not in inputs:
                 raise
