@@ -482,16 +482,11 @@ def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Pa
     (work / "my.txt").rename(work / "new.txt")
     other = ["--data.predict_source", "TextWindows", "--data.predict_source.path", "new.txt"]
     data = main(["predict", *other, "--data.predict_source.context", "32"]).datamodule
-    assert (
-        mine.decode(data.predict_data[[0]].inputs["input_ids"][0])
-        == text[: len(mine.decode(mine(text).input_ids[:32]))]
-    )
+    assert text.startswith(mine.decode(data.predict_data[[0]].inputs["input_ids"][0]))
     cli = main(["export"])
     place = work / "runs/distillation/default/export"
-    ids, there = (
-        AutoTokenizer.from_pretrained(place)("the import system").input_ids,
-        AutoModelForCausalLM.from_pretrained(place),
-    )
+    there = AutoModelForCausalLM.from_pretrained(place)
+    ids = AutoTokenizer.from_pretrained(place)("the import system").input_ids
     assert ids == mine("the import system").input_ids
     with torch.no_grad():
         logits = there(input_ids=torch.tensor([ids])).logits
@@ -566,12 +561,12 @@ STUDENT_MISFITS: list[tuple[Callable[[Path, str], Any], str, str]] = [
     (fewer, "", "model.weights: './net': knows 260 tokens, and the data have 300"),
     (other_teacher, "", "model.teacher.name: './large': has another tokenizer, token "),
     (other_teacher, BESIDE, "model.weights: './net': has another tokenizer, token "),
-    (write_decoder, "--data.source.tokenizer common.sources.tokenizers.BPE", "BPE is not the tokenizer of model.weights"),
-    (write_decoder, "--data.source.context 65", "data.source.context: 65 exceeds max_position_embeddings 64 of './net'"),
+    (write_decoder, BPE.replace("data", "data.source", 1), "BPE is not the tokenizer of model.weights"),
+    (write_decoder, "--data.source.context 65", "data.source.context: 65 exceeds max_position_embeddings 64 of "),
     (write_decoder, "--model.frozen_blocks 3", "model.frozen_blocks: 3: must be 0 to 2, the blocks of this net"),
-    (write_decoder, "--model.weights null", "data.source.tokenizer: is null, and there are no model.weights to take it"),
-    (write_decoder, "--model.net common.nets.ConvNet", "model.net: model.weights are a net of their own; add the recipe's"),
-    (write_decoder, "--data.source common.sources.Digits", "model.weights: is for texts of TextWindows, not for Digits"),
+    (write_decoder, "--model.weights null", "data.source.tokenizer: is null, and there are no model.weights to"),
+    (write_decoder, "--model.net common.nets.ConvNet", "model.net: model.weights are a net of their own; add "),
+    (write_decoder, "--data.source common.sources.Digits", "model.weights: is for texts of TextWindows, not for Dig"),
     (body_alone, "", "its files lack lm_head.weight"),
 ]  # fmt: skip
 
