@@ -51,7 +51,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tagged = [{"tokens": ["a", word, "film"], "tags": ["O", "B-X", "I-X"]} for word in ("good", "bad", "very") * 10]
     (folder / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     write_decoder(folder / "llama", "".join(texts)[:50_000], positions=512)
-    write_resnet(folder / "microsoft/resnet-18")
+    for size in (18, 50):
+        write_resnet(folder / f"microsoft/resnet-{size}")
     generator = np.random.default_rng(0)
     names = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households")
     houses = pd.DataFrame(generator.uniform(1, 50, (400, len(names))), columns=pd.Index(names))

@@ -129,12 +129,11 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     source: list[Any] = ["--data.source", "common.sources.ImageTable", "--data.source.path", str(images)]
     net = ["--model.teacher", "null"] if recipe == "distillation" else []
     main_of(recipe)(["fit", *FIT, *source, "--data.source.size", "8", *net, "--data.batch_size", "4"])
-    if recipe != "distillation":
-        args = ["predict", "--data.predict_source", "common.sources.ImageTable"]
-        args += ["--data.predict_source.path", str(images), "--data.predict_source.mode", "RGB"]
-        args += ["--data.predict_source.size", "[28, 20]"]
-        line = refused(recipe, args, capfd)
-        assert "images are 3x28x20, and those of the training 1x8x8 (channels x height x width); set its size" in line
+    args = ["predict", "--data.predict_source", "common.sources.ImageTable"]
+    args += ["--data.predict_source.path", str(images), "--data.predict_source.mode", "RGB"]
+    args += ["--data.predict_source.size", "[28, 20]"]
+    line = refused(recipe, args, capfd)
+    assert "images are 3x28x20, and those of the training 1x8x8 (channels x height x width); set its size" in line
     shutil.move(images / "ape", work / "ape")
     data = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert data.class_names == ["ape", "bee", "cat"]
@@ -154,15 +153,14 @@ def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.Cap
     shutil.move(images, work / "new")
     main_of(recipe)(["export"])
     assert (work / f"runs/{recipe}/default/export/model.safetensors").exists()
-    if recipe != "distillation":
-        args = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.path", str(work / "new")]
-        args += ["--data.predict_source.size", "8", "--trainer.limit_predict_batches", "1.0"]
-        main_of(recipe)(["predict", *args, "--data.keep", "[image]"])
-        with (work / f"runs/{recipe}/default/predict/predictions.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert {row["image"] for row in rows} == {str(path) for path in (work / "new").glob("*/*.png")}
-        line = refused(recipe, ["predict", *args, "--data.keep", "[imge]"], capfd)
-        assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
+    args = ["--data.predict_source", "common.sources.ImageTable", "--data.predict_source.path", str(work / "new")]
+    args += ["--data.predict_source.size", "8", "--trainer.limit_predict_batches", "1.0"]
+    main_of(recipe)(["predict", *args, "--data.keep", "[image]"])
+    with (work / f"runs/{recipe}/default/predict/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"] for row in rows} == {str(path) for path in (work / "new").glob("*/*.png")}
+    line = refused(recipe, ["predict", *args, "--data.keep", "[imge]"], capfd)
+    assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
 
 
 def places_of(data: Any) -> Counter[tuple[int, int]]:

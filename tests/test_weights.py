@@ -509,8 +509,8 @@ def test_a_config_alone_is_a_new_net_of_that_shape(work: Path, text: str, capfd:
 
 
 @pytest.mark.matrix
-def test_students_and_teachers_begin_with_weights(work: Path, text: str, photos: Path) -> None:
-    """A student of a folder goes on without it; a teacher with other classes is trained first, and anew with others."""
+def test_students_and_teachers_begin_with_weights(work: Path, photos: Path) -> None:
+    """A teacher with other classes is trained first, and anew with others."""
     write_resnet(work / "net")
     source = ["--data.source", "common.sources.ImageTable", *IMAGES, "--data.source.mode", "RGB"]
     args = ["fit", *FIT, *source, "--model.augmentation", "null", "--model.net", "common.nets.Pretrained"]
@@ -524,13 +524,148 @@ def test_students_and_teachers_begin_with_weights(work: Path, text: str, photos:
         teachers.append(cli.model.teacher_checkpoint)
         (work / "net/preprocessor_config.json").touch()
     assert teachers[0] != teachers[1]
-    write_decoder(work / "llama", text)
-    named = ["--data.source.tokenizer", "common.sources.tokenizers.PretrainedTokenizer"]
-    args = ["fit", *FIT, "--data.source", "TextWindows", *named, "--data.source.tokenizer.name", "llama"]
-    args += ["--data.source.path", "my.txt", "--data.source.context", "32", "--model.augmentation", "null"]
-    args += ["--model.net", "common.nets.Pretrained", "--model.net.name", "llama", "--model.net.task", "next token"]
-    main_of("distillation")([*args, "--model.teacher", "null", "--data.train_fraction", "1.0", "--name", "text"])
-    shutil.rmtree(work / "llama")
-    main_of("distillation")(["export", "--name", "text"])
-    there = AutoModelForCausalLM.from_pretrained(work / "runs/distillation/text/export")
-    assert there.config.vocab_size == 300
+
+
+def write_teacher(folder: Path, text: str) -> Path:
+    """A Llama of other sizes than those of ``write_decoder``, with the same tokenizer."""
+    write_decoder(folder, text)
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+STUDENT = ["--model.weights", "./net", "--model.teacher.name", "./large"]
+WINDOWS = ["--data.source.path", "my.txt", "--data.source.context", "32"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"), [("LlamaConfig", 0), pytest.param("GPT2Config", 1, marks=pytest.mark.matrix)]
+)
+def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Path, text: str) -> None:
+    """With its own tokenizer; resumed to the bit without its folder, and exported without the text too."""
+    folder = write_decoder(work / "net", text, kind, tokens=12)
+    write_teacher(work / "large", text)
+    mine, start = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    main = main_of("distillation")
+    args = [*preset("distillation"), *WINDOWS, *STUDENT, *STEADY, "--model.frozen_blocks", str(frozen)]
+    cli = main([*args, "--model.body_lr_scale", "0.1", "--name", "whole"])
+    net = cli.model.net.model
+    assert type(net) is type(start)
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, start.get_parameter(name))}
+    assert moved == {name for name, p in net.named_parameters() if p.requires_grad}
+    assert (len(moved) < len(list(net.parameters()))) == bool(frozen)
+    tied = start.get_output_embeddings().weight is start.get_input_embeddings().weight
+    rates = {group["lr"] for group in cli.trainer.optimizers[0].param_groups}
+    assert rates == ({0.1 * 5.0e-5} if tied else {5.0e-5, 0.1 * 5.0e-5})
+    main([*args, "--model.body_lr_scale", "0.1", "--trainer.max_steps", "2"])
+    shutil.rmtree(folder)
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert same_state(state_of("distillation", "default"), state_of("distillation", "whole"))
+    (work / "my.txt").rename(work / "new.txt")
+    other = ["--data.predict_source", "TextWindows", "--data.predict_source.path", "new.txt"]
+    data = main(["predict", *other, "--data.predict_source.context", "32"]).datamodule
+    assert text.startswith(mine.decode(data.predict_data[[0]].inputs["input_ids"][0]))
+    cli = main(["export"])
+    place = work / "runs/distillation/default/export"
+    there = AutoModelForCausalLM.from_pretrained(place)
+    ids = AutoTokenizer.from_pretrained(place)("the import system").input_ids
+    assert ids == mine("the import system").input_ids
+    with torch.no_grad():
+        logits = there(input_ids=torch.tensor([ids])).logits
+        assert torch.equal(logits[..., :300], cli.model.net.eval()(input_ids=torch.tensor([ids])))
+    assert there.config.vocab_size == 312
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_student_begins_with_an_image_net(freeze: bool, work: Path, photos: Path) -> None:
+    write_resnet(work / "net")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=2)
+    transformers.ResNetForImageClassification(config).save_pretrained(work / "large")
+    main, start = main_of("distillation"), AutoModelForImageClassification.from_pretrained(work / "net").base_model
+    args = ["fit", "--config", str(ROOT / "recipes/distillation/pretrained_images.yaml"), *FIT, *IMAGES, *STEADY]
+    args += ["--model.net.name", "./net", "--model.teacher.name", "./large", "--model.teacher_training", "null"]
+    args += ["--model.net.freeze", str(freeze).lower()]
+    cli = main([*args, "--name", "whole"])
+    body = cli.model.net.model.base_model.state_dict()
+    same = [torch.equal(value, body[name]) for name, value in start.state_dict().items()]
+    assert all(same) if freeze else not any(same[:2])
+    rates = {group["lr"] for group in cli.trainer.optimizers[0].param_groups}
+    assert rates == ({1.0e-3} if freeze else {1.0e-3, 1.0e-4})
+    main([*args, "--trainer.max_steps", "2"])
+    shutil.rmtree(work / "net")
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert same_state(state_of("distillation", "default"), state_of("distillation", "whole"))
+    cli = main(["export"])
+    there, images = (
+        AutoModelForImageClassification.from_pretrained(cli.model.run_dir / "export"),
+        torch.rand(3, 3, 16, 16),
+    )
+    scaled = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
+    with torch.no_grad():
+        assert torch.allclose(there(scaled).logits, cli.model.net.eval()(pixel_values=images), atol=1e-6)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_ranks_start_with_the_same_student(kind: str, strategy: str, work: Path, text: str, photos: Path) -> None:
+    if kind == "texts":
+        write_decoder(work / "net", text, tokens=6)
+        write_teacher(work / "large", text)
+        args = [*preset("distillation"), *WINDOWS, *STUDENT]
+    else:  # a ViT: batch norm sees the samples of a rank alone
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 2}
+        sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+        for name in ("net", "large"):
+            transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(work / name)
+        args = ["fit", "--config", str(ROOT / "recipes/distillation/pretrained_images.yaml"), *FIT, *IMAGES]
+        args += ["--model.net.name", "./net", "--model.teacher.name", "./large", "--model.teacher_training", "null"]
+        args += ["--model.augmentation", "null"]
+    layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.devices", "2"]
+    main_of("distillation")([*args, "--data.batch_size", "8", "--name", "one"])
+    codes = run_ranks(
+        main_of("distillation"), [*args, *layer, "--data.batch_size", "4", "--name", "two"], folder=work / "logs"
+    )
+    assert codes == [0, 0], logs(work / "logs")
+    both = [read_metrics(work / f"runs/distillation/{run}/metrics.csv", "train/loss") for run in ("two", "one")]
+    assert len(both[0]) == 4
+    assert difference(*both) < 1e-5
+
+
+def other_teacher(folder: Path, text: str) -> None:
+    write_decoder(folder, text)
+    write_decoder(folder.parent / "large", text.upper())
+
+
+BESIDE = "--data.source.tokenizer common.sources.tokenizers.PretrainedTokenizer --data.source.tokenizer.name large"
+STUDENT_MISFITS: list[tuple[Callable[[Path, str], Any], str, str]] = [
+    (fewer, "", "model.weights: './net': knows 260 tokens, and the data have 300"),
+    (other_teacher, "", "model.teacher.name: './large': has another tokenizer, token "),
+    (other_teacher, BESIDE, "model.weights: './net': has another tokenizer, token "),
+    (write_decoder, BPE.replace("data", "data.source", 1), "BPE is not the tokenizer of model.weights"),
+    (write_decoder, "--data.source.context 65", "data.source.context: 65 exceeds max_position_embeddings 64 of "),
+    (write_decoder, "--model.frozen_blocks 3", "model.frozen_blocks: 3: must be 0 to 2, the blocks of this net"),
+    (write_decoder, "--model.weights null", "data.source.tokenizer: is null, and there are no model.weights to"),
+    (write_decoder, "--model.net common.nets.ConvNet", "model.net: model.weights are a net of their own; add "),
+    (write_decoder, "--data.source common.sources.Digits", "model.weights: is for texts of TextWindows, not for Dig"),
+    (body_alone, "", "its files lack lm_head.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("write", "flags", "problem"),
+    [case if not n else pytest.param(*case, marks=pytest.mark.matrix) for n, case in enumerate(STUDENT_MISFITS)],
+)
+def test_a_student_that_does_not_fit_is_a_line(
+    write: Callable[[Path, str], Any],
+    flags: str,
+    problem: str,
+    work: Path,
+    text: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_teacher(work / "large", text)
+    write(work / "net", text)
+    assert problem in refused("distillation", [*preset("distillation"), *WINDOWS, *STUDENT, *flags.split()], capfd)

@@ -144,6 +144,19 @@ def check_tokens(name: str, vocab: Mapping[str, int], key: str) -> None:
             raise InputError(f"{key} {name!r}: has another tokenizer, {found}; take one of the same")
 
 
+def check_context(
+    config: PretrainedConfig, context: int, whose: str = "model.config", key: str = "data.context"
+) -> None:
+    """Check that a language model has positions for ``context`` tokens; ``whose`` and ``key`` are for messages.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or context
+    if context > positions:
+        raise InputError(f"{key} {context} exceeds max_position_embeddings {positions} of {whose}; shorten it")
+
+
 def preprocessing(name: str) -> dict[str, Any]:
     """What a net's ``preprocessor_config.json`` says, if it scales images by a mean and a deviation; else nothing.
 
@@ -189,11 +202,12 @@ class Pretrained(nn.Module):
         kinds = AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForCausalLM
         kind = dict(zip(("image", "text", "next token"), kinds, strict=True))[task]
         key, language = f"{type(self).__name__} name", task == "next token"
-        self.model, its = load(kind, name, key, "such a net", None if language else num_classes)
+        labels, tokens = (None, num_classes) if language else (num_classes, None)
+        self.model, its = load(kind, name, key, "such a net", labels, tokens)
         config: Any = self.model.config
         if task == "text" and config.pad_token_id is None and isinstance(config.eos_token_id, int):
             config.pad_token_id = config.eos_token_id  # as common.sources.files.load_tokenizer does
-        self.num_classes, self.freeze = num_classes, freeze
+        self.num_classes, self.language, self.freeze = num_classes, language, freeze
         self.preprocessing: dict[str, Any] = its["preprocessing"] if task == "image" else {}
         self.new_head = "" if language or its["classes"] == num_classes else f"{its['classes']} classes"
         if language and (found := self.model.config.vocab_size) < num_classes:
@@ -210,12 +224,17 @@ class Pretrained(nn.Module):
         """Logits of a batch.
 
         Raises:
-            InputError: images have other channels, or another size, than the net takes; or it has no token to pad with.
+            InputError: images have other channels, or another size, than the net takes; texts are too long for it, or
+                there is no token to pad them with.
         """
         if "pixel_values" in inputs:
             inputs["pixel_values"] = self._scaled(inputs["pixel_values"])
+        else:
+            key = "data.source.context" if self.language else "data.source.max_length"
+            check_context(self.model.config, inputs["input_ids"].shape[1], repr(self.model.name_or_path), key)
+        more = {"use_cache": False} if self.language else {}  # for training and for one pass, both of whole texts
         try:
-            return self.model(**inputs).logits[..., : self.num_classes]
+            logits = self.model(**inputs, **more).logits
         except ValueError as error:
             reason = str(error).splitlines()[0][:90]
             is_padding = "pixel_values" not in inputs and self.model.config.pad_token_id is None
@@ -223,6 +242,8 @@ class Pretrained(nn.Module):
                 raise
             fix = "set pad_token_id in its config.json" if is_padding else "set data.source.size"
             raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; {fix}") from error
+        # Without the rows that round a vocabulary up; a copy, as FSDP2 gives no view on.
+        return logits if logits.shape[-1] == self.num_classes else logits[..., : self.num_classes].contiguous()
 
     def _scaled(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
         mean, std = (images.new_tensor(self.preprocessing.get(name, [])) for name in ("image_mean", "image_std"))

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from common.errors import InputError
-from common.nets.pretrained import load
+from common.nets.pretrained import check_context, load
 from common.parts import blocks
 
 
@@ -211,19 +211,6 @@ def freeze_blocks(net: PreTrainedModel, count: int) -> list[nn.Module]:
     for part in (frozen := [*tables, *layers[:count]]):
         part.requires_grad_(False)
     return frozen
-
-
-def check_context(
-    config: PretrainedConfig, context: int, whose: str = "model.config", key: str = "data.context"
-) -> None:
-    """Check that a language model has positions for ``context`` tokens; ``whose`` and ``key`` are for messages.
-
-    Raises:
-        InputError: it has fewer.
-    """
-    positions = getattr(config, "max_position_embeddings", None) or context
-    if context > positions:
-        raise InputError(f"{key} {context} exceeds max_position_embeddings {positions} of {whose}; shorten it")
 
 
 class CausalLM(nn.Module):

@@ -491,6 +491,21 @@ class Samples:
         """Data sets of the three parts."""
         return (LabelledDataset(self.labelled, part) for part in self.parts)
 
+    def for_predict(
+        self, source: Source | None, keep: Sequence[str] | None
+    ) -> tuple[LabelledDataset, dict[str, list[Any]]]:
+        """The samples to predict, and columns of their source.
+
+        Args:
+            source: other samples than the test part.
+            keep: names of the columns.
+
+        Raises:
+            InputError: those of :meth:`to_predict` and of :meth:`common.sources.Source.columns`.
+        """
+        kept = (source or self._source).columns(keep) if keep else {}
+        return LabelledDataset(self.labelled, self.parts.test) if source is None else self.to_predict(source), kept
+
     def to_predict(self, source: Any) -> LabelledDataset:
         """A data set of other samples, whose labels are not looked at.
 
@@ -518,7 +533,8 @@ class Samples:
             problem = "is not that of the training; one that is made from a text changes with it"
             raise InputError(f"data.source.tokenizer: {problem}; give the same")
         if (length := now.get("model_max_length")) != (before := then.get("model_max_length")):
-            raise InputError(f"data.source.max_length: is {length}, and that of the training {before}; take that")
+            key = "context" if given.labels == "next token" else "max_length"
+            raise InputError(f"data.source.{key}: is {length}, and that of the training {before}; take that")
 
 
 def _check_own_parts(data: Labelled, keys: Tensor, parts: Parts) -> None:

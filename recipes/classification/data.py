@@ -49,7 +49,7 @@ class ClassificationData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.source, self.predict_source, self.keep = source, predict_source, keep
+        self.predict_source, self.keep = predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples: Samples
         if of_table := isinstance(source, LabelledTable):
@@ -73,10 +73,7 @@ class ClassificationData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "predict" and self.keep:
-            self.kept = (self.predict_source or self.source).columns(self.keep)
-        if stage == "predict" and self.predict_source is not None:
-            self.predict_data = self.samples.to_predict(self.predict_source)
+        if stage == "predict":
+            self.predict_data, self.kept = self.samples.for_predict(self.predict_source, self.keep)
             return
         self.train_data, self.val_data, self.test_data = self.samples.datasets()
-        self.predict_data = self.test_data

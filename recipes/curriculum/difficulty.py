@@ -15,8 +15,7 @@ from rich.progress import track
 from common.checksums import check_files
 from common.errors import InputError
 from common.losses import precise
-from common.nets.pretrained import check_tokens
-from common.nets.text import check_context
+from common.nets.pretrained import check_context, check_tokens
 from common.sources.text import CACHE, Windows
 
 

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from common.errors import InputError
+from common.errors import InputError, speaking_of
 from common.losses import cross_entropy, item_cross_entropy
 from common.module import BaseModule, Stage
+from common.nets import Pretrained, body_of, freeze_blocks
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
 
@@ -23,8 +24,12 @@ class DistillationModule(BaseModule):
     """A student with the loss (1 - alpha) cross-entropy + alpha loss + feature_weight feature_loss.
 
     Args:
-        net: the student by class path; its first argument, the number of classes, comes from the data.
+        net: the student by class path; its first argument, the number of classes, comes from the data. None for that of
+            the weights.
         num_classes: number of classes; comes from the data.
+        weights: folder or hub name of a causal language model of transformers that is the student, for ``TextWindows``.
+        frozen_blocks: how many of its first blocks stay as they are, and with them the embeddings.
+        body_lr_scale: factor on the learning rate of the student's ``body``, for fine-tuning.
         teacher: the teacher, given like ``net``; None trains the student alone.
         teacher_checkpoint: a checkpoint of any recipe with the teacher's weights.
         teacher_training: a config in the recipe's folder that trains the teacher first if there is no checkpoint; None
@@ -41,8 +46,11 @@ class DistillationModule(BaseModule):
 
     def __init__(
         self,
-        net: Callable[[int], nn.Module],
+        net: Callable[[int], nn.Module] | None,
         num_classes: int,
+        weights: str | None = None,
+        frozen_blocks: int = 0,
+        body_lr_scale: float = 1.0,
         teacher: Callable[[int], nn.Module] | None = None,
         teacher_checkpoint: str | None = None,
         teacher_training: str | None = None,
@@ -63,7 +71,13 @@ class DistillationModule(BaseModule):
         for key, path in (("teacher", teacher_checkpoint), ("alone", alone_checkpoint)):
             if path and teacher is None:
                 raise InputError(f"model.{key}_checkpoint is given, but model.teacher is null; name the teacher's net")
+        if net is not None and weights is not None:
+            problem = "model.weights are a net of their own"
+            raise InputError(f"model.net: {problem}; add the recipe's pretrained.yaml by --config, or give null")
+        if frozen_blocks and weights is None:
+            raise InputError("model.frozen_blocks: is for model.weights; give those, or --model.net.freeze true")
         self.make_net, self.make_teacher, self.num_classes = net, teacher, num_classes
+        self.weights, self.frozen_blocks, self.body_lr_scale = weights, frozen_blocks, body_lr_scale
         self.teacher_checkpoint, self.alone_checkpoint = teacher_checkpoint, alone_checkpoint
         self.teacher_training = teacher_training
         self.loss, self.alpha = loss or SoftTargets(), alpha
@@ -83,7 +97,7 @@ class DistillationModule(BaseModule):
             net, layers = self.make_teacher(self.num_classes), [theirs for _, theirs in self.pairs]
             self.teacher = Teacher(net, self.teacher_checkpoint, self.trainer, layers)
             if self.alone_checkpoint:
-                self.alone = StudentAlone(self.make_net(self.num_classes), self.alone_checkpoint, self.trainer)
+                self.alone = StudentAlone(self.make_student(), self.alone_checkpoint, self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -101,9 +115,20 @@ class DistillationModule(BaseModule):
             problem = "its weights are not those that the run has learnt from"
             raise InputError(f"model.teacher: {problem}; put them back, or begin a new run")
 
+    def make_student(self) -> nn.Module:
+        """The student's net."""
+        if self.make_net is not None:
+            return self.make_net(self.num_classes)
+        if self.weights is None:
+            raise InputError("model.net is null, and there are no model.weights; give one of them")
+        with speaking_of("model.weights", instead_of="Pretrained name"):
+            return Pretrained(self.num_classes, self.weights, "next token")
+
     @override
     def build_net(self) -> nn.Module:
-        net = self.make_net(self.num_classes)
+        net = self.make_student()
+        self.lr_scales = {body_of(net): self.body_lr_scale}
+        self.frozen = freeze_blocks(net.model, self.frozen_blocks) if isinstance(net, Pretrained) else []
         self.features = Features(net, [ours for ours, _ in self.pairs])
         return net
 

@@ -1,14 +1,18 @@
 """Windows of text as labelled samples."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from typing_extensions import override
 
-from common.errors import InputError
+from common.checksums import is_shape
+from common.errors import InputError, speaking_of
+from common.nets.pretrained import check_tokens
 from common.sources import Labelled, Source
 from common.sources.text import CACHE, Windows, prepare
-from common.sources.tokenizers import TokenizerSource
+from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
 
 class TextWindows(Source):
@@ -17,7 +21,8 @@ class TextWindows(Source):
     The windows are held in memory, 16 bytes per token. The validation split is ``val_fraction`` of the documents.
 
     Args:
-        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``.
+        tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the
+            student's ``weights``, or of a checkpoint.
         path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
             standard library.
         column: the text's column, in files and data sets with columns.
@@ -26,9 +31,11 @@ class TextWindows(Source):
         cache_dir: folder of prepared corpora.
     """
 
+    weights: str | None = None  # of the student, whose tokenizer holds
+
     def __init__(
         self,
-        tokenizer: TokenizerSource,
+        tokenizer: TokenizerSource | None = None,
         path: str | None = None,
         column: str = "text",
         context: int = 128,
@@ -41,18 +48,28 @@ class TextWindows(Source):
         self.val_fraction, self.cache_dir = val_fraction, Path(cache_dir).expanduser()
 
     @override
+    def take_over(self, facts: Mapping[str, Any]) -> None:
+        self.weights = None  # the checkpoint's tokenizer holds
+        if self.tokenizer is None:
+            self.tokenizer = KnownTokenizer(facts["tokenizer"]["json"], facts["tokenizer"]["eos_token"])
+
+    @override
     def read(self) -> Labelled:
+        with speaking_of("data.source.tokenizer", instead_of="data.tokenizer"):
+            tokenizer = chosen(self.tokenizer, self.weights, {})
         corpus = prepare(
-            self.path, self.tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir
+            self.path, tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir
         )
+        if self.weights and self.tokenizer and not is_shape(self.weights):
+            check_tokens(self.weights, corpus.tokenizer.get_vocab(), "model.weights")
         train = Windows(corpus.train, self.context, keep_partial=False)
         val = Windows(corpus.val, self.context, keep_partial=True)
         parts = [windows[range(len(windows))] for windows in (train, val)]
         input_ids, target = (torch.cat(both) for both in zip(*parts, strict=True))
         names = [corpus.tokenizer.decode([number], skip_special_tokens=False) for number in range(corpus.vocab_size)]
         ends = corpus.tokenizer.id_to_token(corpus.eos_id)
-        made_from = {"json": corpus.tokenizer.to_str(), "eos_token": ends, "pad_token": ends}
-        made_from |= {"model_max_length": self.context}
+        made_from = {"eos_token": ends, "pad_token": ends, **tokenizer.special()}
+        made_from |= {"json": corpus.tokenizer.to_str(), "model_max_length": self.context}
         return Labelled(
             {"input_ids": input_ids}, target, names, num_val=len(val), tokenizer=made_from, labels="next token"
         )

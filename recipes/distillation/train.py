@@ -14,7 +14,10 @@ from .data import DistillationData
 from .module import DistillationModule
 from .training import TeacherCLI
 
-LINKS = {"data.num_classes": "model.num_classes"}
+LINKS = {
+    "model.weights": "data.weights",
+    "data.num_classes": "model.num_classes",
+}
 
 
 def main(args: list[str] | None = None) -> RecipeCLI:

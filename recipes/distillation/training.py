@@ -24,7 +24,8 @@ from common.sources.text import CACHE, make_cache
 
 FORMAT = 4  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
-LOADING = ("batch_size", "eval_batch_size", "num_workers")  # the teacher has its own
+# Settings of the data that are the student's alone; the teacher has its own.
+OWN = ("batch_size", "eval_batch_size", "num_workers", "predict_source", "keep", "weights")
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
 
@@ -50,7 +51,11 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
     if not layer.is_file():
         hint = nearest(layer.name, (path.name for path in recipe.glob("*.yaml")))
         raise InputError(f"model.teacher_training {training}: no such file in {recipe.name}{hint}")
-    data = {key: value for key, value in config["data"].items() if key not in LOADING}
+    data = {key: value for key, value in config["data"].items() if key not in OWN}
+    if weights := config["model"].get("weights"):  # whose tokenizer the data have
+        its = {"class_path": "common.sources.tokenizers.PretrainedTokenizer", "init_args": {"name": weights}}
+        arguments = data["source"]["init_args"]
+        data["source"] = data["source"] | {"init_args": {**arguments, "tokenizer": arguments["tokenizer"] or its}}
     base: dict[str, Any] = {"model": {"net": config["model"]["teacher"], "teacher": None}, "data": data}
     if config["model"]["augmentation"] is None:  # as for texts; the layer may have one
         base["model"]["augmentation"] = None
