@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.figures import read_metrics  # noqa: E402
 from common.run.cli import DEFAULTS  # noqa: E402
-from common.run.record import describe_environment  # noqa: E402
+from common.run.environment import describe_environment  # noqa: E402
 from common.sources.text import CACHE  # noqa: E402
 
 STORE = ROOT / "benchmarks/results/recipes.json"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.run.media
 import common.run.output
-import common.run.record
 import common.run.report
 from tests.support import RECIPES, ROOT, code_hash, small_args
 
@@ -91,7 +91,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     Reports are drawn in tests of the recipes and of the loggers, and by every command of the docs.
     """
     monkeypatch.setattr(common.run.report, "write_report", lambda folder, title, best: folder / "report.html")
-    monkeypatch.setattr(common.run.record, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(common.run.media, "draw_samples", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

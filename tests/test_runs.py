@@ -452,7 +452,7 @@ def test_many_commands_in_one_process(work: Path, record_property: Any) -> None:
 
 
 def test_starts_hold_no_secrets() -> None:
-    from common.run.record import without_secrets
+    from common.run.environment import without_secrets
 
     words = ["train.py", "fit", "--my.api_key=abc", "--hub_token", "abc", "--data.tokenizer=x"]
     assert without_secrets(words) == ["train.py", "fit", "--my.api_key=…", "--hub_token", "…", "--data.tokenizer=x"]

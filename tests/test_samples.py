@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import common.run.record
+import common.run.media
 from common.figures import captioned_images
 from common.losses import HighestLosses, item_cross_entropy
 from common.run.samples import FirstBatch, draw_samples, labels
@@ -105,7 +105,7 @@ def test_images(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         drawn[title] = inputs["pixel_values"], captions
         return draw_samples(inputs, captions, facts, title)
 
-    monkeypatch.setattr(common.run.record, "draw_samples", note)
+    monkeypatch.setattr(common.run.media, "draw_samples", note)
     main = main_of("classification")
     plain = main(["fit", *FIT, "--media.every_n_validations", "0"]).model.state_dict()
     run = Path("runs/classification/default")

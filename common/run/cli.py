@@ -48,10 +48,12 @@ from common.run.faults import Endings, lost_rank
 from common.run.folder import RunFolder, make
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
+from common.run.media import Media
 from common.run.messages import LIBRARIES, explain
 from common.run.output import lasting_output, spare
 from common.run.parser import TRAINER_HELP, RecipeParser
-from common.run.record import Media, PredictionWriter, RunRecord, RunReport
+from common.run.predictions import PredictionWriter
+from common.run.record import RunRecord, RunReport
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
 

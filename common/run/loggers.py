@@ -9,7 +9,7 @@ from lightning.pytorch import loggers
 from typing_extensions import override
 
 from common.errors import InputError
-from common.run.record import describe_environment
+from common.run.environment import describe_environment
 
 
 class TensorBoardLogger(loggers.TensorBoardLogger):

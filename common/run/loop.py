@@ -2,22 +2,19 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from typing_extensions import override
 
-from common.data import data_ranks, geometry, global_seed, seed_all, step_seed, total_steps
-from common.figures import read_metrics, short_number
-from common.run.report import Best
+from common.data import data_ranks, geometry, global_seed, seed_all, step_seed
+from common.run.ending import has_stopped, is_out_of_time
 from common.run.trainer import RecipeTrainer
 
 
@@ -158,7 +155,7 @@ class FitLoop(_FitLoop):
         for callback in self.trainer.early_stopping_callbacks:
             if steps.limits.get(callback.state_key) != _limits(callback) and callback.wait_count < callback.patience:
                 callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED  # the limits that are given now win
-        self.trainer.should_stop = any(map(_has_stopped, self.trainer.early_stopping_callbacks))
+        self.trainer.should_stop = any(map(has_stopped, self.trainer.early_stopping_callbacks))
 
 
 def _seed(trainer: L.Trainer, place: int) -> None:
@@ -169,53 +166,3 @@ def _seed(trainer: L.Trainer, place: int) -> None:
 
 def _limits(callback: EarlyStopping) -> list[Any]:
     return [callback.patience, callback.stopping_threshold, callback.divergence_threshold]
-
-
-def _has_stopped(callback: EarlyStopping) -> bool:
-    return callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
-
-
-def is_out_of_time(trainer: L.Trainer) -> bool:
-    """Whether the time given is over before the run has come to its end."""
-    over = any((timer.time_remaining() or 1) <= 0 for timer in _timers(trainer))
-    return over and not _is_at_end(trainer) and not any(map(_has_stopped, trainer.early_stopping_callbacks))
-
-
-def early_end(trainer: L.Trainer) -> str | None:
-    """At which step a run ends before its planned end, and why; None if it does not."""
-    if _is_at_end(trainer):
-        return None
-    stopping = next(filter(_has_stopped, trainer.early_stopping_callbacks), None)
-    if stopping is not None:
-        why = _why_stopped(stopping, Path(trainer.default_root_dir))
-    elif is_out_of_time(trainer):
-        given = max(timer.time_elapsed() + (timer.time_remaining() or 0.0) for timer in _timers(trainer))
-        why = f"max_time, {timedelta(seconds=round(given))}, is over; --ckpt_path last goes on"
-    elif trainer.should_stop:
-        why = "a callback has set trainer.should_stop"
-    else:
-        return None
-    planned = total_steps(trainer)
-    return f"at step {trainer.global_step:,}{f' of {planned:,}' if planned >= 0 else ''}: {why}"
-
-
-def _why_stopped(callback: EarlyStopping, run: Path) -> str:
-    """Which metric has stopped a run, and when it was best."""
-    delta = f" by {abs(callback.min_delta):g}" if callback.min_delta else ""
-    reasons = {
-        EarlyStoppingReason.PATIENCE_EXHAUSTED: f"has not improved{delta}, patience {callback.patience}",
-        EarlyStoppingReason.STOPPING_THRESHOLD: f"has reached stopping_threshold {callback.stopping_threshold}",
-        EarlyStoppingReason.DIVERGENCE_THRESHOLD: f"is beyond divergence_threshold {callback.divergence_threshold}",
-        EarlyStoppingReason.NON_FINITE_METRIC: "is not finite",
-    }
-    best = Best(callback.monitor, callback.mode).find(read_metrics(run))
-    when = f"; its best was {short_number(best[1])} at step {best[0] + 1:,}" if best else ""  # rows count from 0
-    return f"EarlyStopping: {callback.monitor} {reasons[callback.stopping_reason]}{when}"
-
-
-def _timers(trainer: L.Trainer) -> list[Timer]:
-    return [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
-
-
-def _is_at_end(trainer: L.Trainer) -> bool:
-    return 0 <= total_steps(trainer) <= trainer.global_step

@@ -1,192 +1,44 @@
-"""What a run leaves in its folder: pictures and texts, its config and environment, its report, its predictions."""
+"""What a run leaves in its folder: its config, environment and summary, and its report."""
 
-import contextlib
 import csv
-import hashlib
-import html
-import importlib.metadata
-import inspect
 import json
 import math
 import os
 import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
     Callback,
     EarlyStopping,
     ModelCheckpoint,
     Timer,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
 from common.checkpoint import readable_facts
-from common.data import data_ranks, global_seed, seed_all, step_seed
+from common.data import data_ranks
 from common.errors import InputError, Stopped, nearest
 from common.module import BaseModule
-from common.parts import facts_of
 from common.run.callbacks import BestCheckpoint, known_mode, likely_mode
+from common.run.ending import early_end, is_out_of_time
+from common.run.environment import code_hash, describe_environment, without_secrets
 from common.run.faults import compare_ranks
 from common.run.folder import RunFolder
 from common.run.layers import to_yaml
-from common.run.loop import early_end, is_out_of_time
+from common.run.media import WORST
 from common.run.output import spared
 from common.run.report import checkpoint_name
-from common.run.samples import FirstBatch, draw_samples, labels, worst_samples
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-WORST = "worst_samples"
-
-
-class Media(Callback):
-    """Sends a module's pictures and texts to the run's folder and to every logger.
-
-    To the folder alone it adds samples of the data: the first batch that the net gets, and, after training and test,
-    those with the highest losses.
-
-    Args:
-        every_n_validations: how often during training; that of the last validation is always sent when training ends.
-            0 for none at all, in tests too.
-    """
-
-    def __init__(self, every_n_validations: int = 1):
-        if every_n_validations < 0:
-            raise InputError(f"media.every_n_validations must be at least 0, got {every_n_validations}")
-        self.every_n_validations = every_n_validations
-        self._validations = 0
-        self._waits = False  # whether the state of the last validation is to be sent
-        self._step = 0  # that of the metrics that were logged last
-        self._first: FirstBatch | None = None
-        self._worst: tuple[dict[str, torch.Tensor], list[str]] | None = None  # samples of the last evaluation
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
-        wanted = self.every_n_validations and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if wanted and trainer.is_global_zero and not trainer.global_step:
-            with spared("the first batch"):
-                self._first = FirstBatch(pl_module.net)
-
-    @override
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: BaseModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._first is None:
-            return
-        with spared("the first batch"):
-            if not batch_idx:
-                self._labels = labels(batch, pl_module.facts)
-            if pl_module.ends_step:  # the run's folder is there
-                first, self._first = self._first, None
-                shown = draw_samples(first.take(), self._labels, pl_module.facts, "a batch as the net sees it")
-                _write(trainer, [], "train-first_batch", shown, 0)
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        due = self.every_n_validations > 0 and self._validations % self.every_n_validations == 0
-        self._waits = trainer.state.fn == "fit" and not due
-        if not self._waits:
-            self._publish(trainer, pl_module, "val")
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
-        if self._waits:
-            self._publish(trainer, pl_module, "val")
-        self._send_worst(trainer, pl_module, "val")
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = state_dict["validations"]
-
-    @override
-    def on_test_end(self, trainer: L.Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
-        self._publish(trainer, pl_module, "test")
-
-    def _publish(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
-        if trainer.fast_dev_run or not self.every_n_validations:  # type: ignore[attr-defined]
-            return
-        # A net that is sharded answers only when all ranks ask, and ask the same.
-        seed_all(step_seed(global_seed(), self._step), module.device)
-        with spared("a picture of the recipe"):
-            with trainer.precision_plugin.forward_context():  # as in validation
-                media = module.media(stage) | facts_of(trainer.strategy).media()
-            for name, item in media.items() if trainer.is_global_zero else ():
-                _write(trainer, trainer.loggers, f"{stage}-{name}", item, self._step)
-        with spared("the worst samples"), trainer.precision_plugin.forward_context():
-            self._worst = worst_samples(module, stage)
-        if trainer.state.fn != "fit":
-            self._send_worst(trainer, module, stage)
-
-    def _send_worst(self, trainer: L.Trainer, module: BaseModule, stage: str) -> None:
-        """Draw the samples with the highest losses; in training once, at its end."""
-        worst, self._worst = self._worst, None
-        if worst is not None and trainer.is_global_zero:
-            with spared("the worst samples"):
-                how = ": target → prediction" if any("→" in caption for caption in worst[1]) else ""
-                shown = draw_samples(*worst, module.facts, f"the highest losses{how}")
-                _write(trainer, [], f"{stage}-{WORST}", shown, self._step)
-
-
-def _write(trainer: L.Trainer, loggers: Sequence[Logger], name: str, item: "Figure | str | None", step: int) -> None:
-    folder = Path(trainer.default_root_dir)
-    with spared(f"the picture {name}"):
-        if isinstance(item, str):
-            _write_text(folder, loggers, name, item, step)
-        elif item is not None:
-            _write_figure(folder, loggers, name, item, step)
-
-
-def _write_text(folder: Path, loggers: Sequence[Logger], name: str, text: str, step: int) -> None:
-    path = folder / "texts" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    key = name.replace("-", "/", 1)
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(key, f"```\n{text}\n```", step)
-        elif isinstance(logger, WandbLogger):
-            import wandb
-
-            page = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
-            logger.log_metrics({key: page}, step)  # type: ignore[dict-item]
-
-
-def _write_figure(folder: Path, loggers: Sequence[Logger], name: str, figure: "Figure", step: int) -> None:
-    from common.figures import save_figure
-
-    path = folder / "figures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.set_dpi(120)
-    pixels = save_figure(figure, path)
-    key = name.replace("-", "/", 1)
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, pixels, step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(key, [str(path)], step)
+    pass
 
 
 class RunRecord(Callback):
@@ -212,7 +64,7 @@ class RunRecord(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             step = {"the step of --ckpt_path": self.run.first_step}
-            compare_ranks(trainer, {**self.config, **step, "the code": _code(type(pl_module))})
+            compare_ranks(trainer, {**self.config, **step, "the code": code_hash(type(pl_module))})
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -457,113 +309,6 @@ class RunReport(Callback):
             console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
 
 
-def without_secrets(command: Sequence[str]) -> list[str]:
-    """A command line without the values of secrets."""
-    words, secret = list(command), re.compile(r"(--\S*(?:key|token|secret|password))(?:=.*)?", re.IGNORECASE)
-    for place, word in enumerate(command):
-        if found := secret.fullmatch(word):
-            words[place : place + 1 + ("=" not in word)] = [f"{found[1]}=…"] if "=" in word else [word, "…"]
-    return words
-
-
 def _sizes(data: Any) -> dict[str, int]:
     """Samples of each part that a data module has read."""
     return {part: len(found) for part in ("train", "val", "test") if (found := getattr(data, f"{part}_data", None))}
-
-
-def _code(recipe: type) -> str:
-    """A hash of the code of a module's recipe and of ``common``."""
-    sha = hashlib.sha256()
-    common, own = Path(__file__).resolve().parents[1], Path(inspect.getfile(recipe)).resolve().parent
-    for path in sorted([*common.rglob("*.py"), *own.glob("*.py")]):
-        sha.update(path.read_bytes())
-    return sha.hexdigest()[:12]
-
-
-def describe_environment() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, the machine, the git commit and what it lacks."""
-    packages = (
-        "torch",
-        "lightning",
-        "torchmetrics",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "deepspeed",
-        "megatron-core",
-        "ray",
-        "horovod",
-        "kornia",
-        "numpy",
-    )
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    commit = ""
-    if git := shutil.which("git"):
-        # Whoever owns the clone; files that git does not know yet make it dirty as well.
-        command = [git, "-c", "safe.directory=*"]
-        about = {"capture_output": True, "text": True, "check": False, "cwd": Path(__file__).resolve().parents[2]}
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], **about).stdout.strip()
-        if commit and (changed := subprocess.run([*command, "status", "--porcelain"], **about).stdout.rstrip()):
-            commit += "-dirty"
-            names = [line[3:] for line in changed.splitlines()]
-            versions["uncommitted"] = ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "device": device, "commit": commit, **versions}
-
-
-def _readable(values: Sequence[Any]) -> list[Any]:
-    """Numbers of fp32 without the digits that they do not have, and lists as JSON."""
-    texts = [json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in values]
-    return [f"{value:.7g}" if isinstance(value, float) else value for value in texts]
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Collects what ``predict_step`` returns, a column name to values mapping, in one table ``predictions.csv``.
-
-    Args:
-        folder: where the table is written.
-    """
-
-    def __init__(self, folder: Path):
-        super().__init__(write_interval="epoch")
-        self.folder = folder
-
-    @override
-    def write_on_epoch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        predictions: Sequence[dict[str, Sequence[Any]]],
-        batch_indices: Sequence[Any],
-    ) -> None:
-        everyone: list[Any] = [list(predictions)]
-        if trainer.world_size > 1:
-            everyone = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyone, list(predictions))
-            everyone = everyone[:: trainer.world_size // data_ranks(trainer)[0]]  # one of each group
-        if not trainer.is_global_zero:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "predictions.csv"
-        earlier = ", in place of the earlier ones" if path.exists() else ""
-        kept = trainer.datamodule.kept  # type: ignore[attr-defined]
-        if twice := kept.keys() & everyone[0][0].keys():
-            raise InputError(f"data.keep: {min(twice)!r} is also a column of the predictions; rename it in the data")
-        for batches in everyone if kept else ():
-            for number, batch in enumerate(batches):
-                # Numbers as they are, in all their digits.
-                cells = {name: [column[i] for i in batch["index"]] for name, column in kept.items()}
-                beside = {k: [repr(v) if isinstance(v, float) else v for v in values] for k, values in cells.items()}
-                batches[number] = {"index": batch["index"], **beside, **batch}
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(everyone[0][0])
-            for batches in zip(*everyone, strict=True):
-                # Ranks took every world-th sample, so the rows interleave; zip stops where padding was masked out.
-                rows = [list(zip(*map(_readable, batch.values()), strict=True)) for batch in batches]
-                for position in range(len(rows[0])):
-                    table.writerows(rank[position] for rank in rows if position < len(rank))
-        Console().print(f"predictions: {path}{earlier}", soft_wrap=True, markup=False, highlight=False)
