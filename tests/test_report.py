@@ -147,7 +147,7 @@ def test_learning_curves_have_a_panel_per_metric_and_mark_the_best(tmp_path: Pat
     assert titles(figure) == ["loss", *(name.replace("_", " ") for name in names)]
     assert figure.axes[0].get_title(loc="right") == "best val 0.6"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(labels) == ["lowest val/loss (step 149)", "train", "val"]
+    assert sorted(labels) == ["lowest val/loss (step 150)", "train", "val"]
     image = pixels(figure)
     for color in STAGES.values():
         rgb = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)])
@@ -162,7 +162,7 @@ def test_the_best_is_that_of_the_checkpoint() -> None:
     assert figure is not None
     assert [axes.get_title(loc="right") for axes in figure.axes] == ["", "best val 0.8"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "highest val/accuracy (step 19)" in labels
+    assert "highest val/accuracy (step 20)" in labels
     figure = learning_curves(series, Best("optim/lr", "max"))
     assert figure is not None
     assert [axes.get_title(loc="right") for axes in figure.axes] == ["", ""]

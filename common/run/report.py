@@ -111,7 +111,8 @@ def learning_curves(series: Series, best: Best = LOWEST_LOSS) -> "Figure | None"
         lines = {stage: series[f"{stage}/{name}"] for stage in STAGES if f"{stage}/{name}" in series}
         plot_lines(axes, lines, [STAGES[stage] for stage in lines])
         if found is not None:
-            axes.axvline(found[0], color="#888888", lw=1, ls=":", label=f"{best.words} (step {found[0]:,})")
+            steps = found[0] + 1  # as its checkpoint counts them; rows count from 0
+            axes.axvline(found[0], color="#888888", lw=1, ls=":", label=f"{best.words} (step {steps:,})")
         if found is not None and name == name_of_best and stage_of_best in lines:
             axes.plot(*found, marker="*", ms=12, color=STAGES[stage_of_best], mec="white", mew=0.8, zorder=5)
             axes.set_title(f"best {stage_of_best} {short_number(found[1])}", loc="right", fontsize=9, color=GREY)
