@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common.sources.images as images_module
 from common.data import step_seed
 from common.errors import InputError
 from common.sources import ImageTable
@@ -288,3 +289,45 @@ def test_images_need_the_processes_that_they_are_given(mixed: Path) -> None:
     assert train.decodes
     assert isinstance(samples.labelled.inputs["pixel_values"], Images)
     assert samples.facts["range"] == [0.0, 1.0]
+
+
+def test_a_later_start_reads_changed_files_alone(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """By size and times; a damaged cache, or none, changes nothing."""
+    read: list[str] = []
+    monkeypatch.setattr(images_module, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(images_module, "SETTLED", 0)
+    content = images_module._content
+    monkeypatch.setattr(images_module, "_content", lambda row: (read.append(Path(row["path"]).name), content(row))[1])
+
+    def seen() -> tuple[list[int], Any, str]:
+        read.clear()
+        images = ImageTable(str(mixed), size=6).read().inputs["pixel_values"]
+        return images.keys.tolist(), images.shape, images.mode
+
+    first = seen()
+    assert len(read) == 6
+    assert (seen(), read) == (first, [])
+    path = mixed / "ape/grey.png"
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before[:-1] + b"x")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = seen()
+    assert read == ["grey.png"]
+    assert sum(a != b for a, b in zip(changed[0], first[0], strict=True)) == 1
+    noise(7, 9, 12).save(mixed / "bee/new.png")
+    assert len(seen()[0]) == 7
+    assert read == ["new.png"]
+    whole, (kept,) = seen(), (tmp_path / "cache/images").glob("*")
+    for damage in (b"", b"PK", kept.read_bytes()[:-40], kept.read_bytes().replace(b"\1", b"\2")):
+        kept.write_bytes(damage)
+        assert seen() == whole
+        assert len(read) == 7
+        assert (seen(), read) == (whole, [])
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    assert seen() == whole
+    path.write_bytes(b"no image")
+    with pytest.raises(InputError, match="grey.png is no image that can be read"):
+        seen()

@@ -3,8 +3,12 @@
 import hashlib
 import io
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +19,7 @@ from jaxtyping import Float32, Int64
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.checksums import CACHE
 from common.errors import InputError, short_path
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
@@ -22,6 +27,7 @@ DEEP = "IF"  # how the names of modes of 16 bits or more begin
 CHANNELS = {"L": 1, "RGB": 3}
 TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 CHUNK = 256  # images that one thread looks at
+SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again has another time
 
 
 class Seen(NamedTuple):
@@ -36,7 +42,8 @@ class Images:
     """Images of a table, decoded where a batch asks for them: in a loader's workers.
 
     Memory does not grow with the pixels. Of each image only a hash of its bytes is held, and the table has its bytes,
-    mapped from disk, or its file name. Each is read once when this is made, and its header checked.
+    mapped from disk, or its file name. Each is read once when this is made, and its header checked. Of files this is
+    kept in the cache folder: a later start reads those alone whose size or time has changed.
 
     Args:
         table: a data set of ``datasets``.
@@ -97,28 +104,43 @@ class Images:
 
     def _look(self) -> Seen:
         """Look at each image without decoding it."""
-        starts = range(0, len(self), CHUNK)
+        starts, began = range(0, len(self), CHUNK), time.time_ns()
+        ends = [os.path.abspath((self.table[place][self.column] or {}).get("path") or "") for place in (0, -1)]
+        kept = Path(CACHE).expanduser() / f"images/{_hash(os.path.commonpath(ends).encode()).hex()}.npz"
+        known = _known(kept)
         with ThreadPoolExecutor(16) as pool:  # a disk or network answers several at once
-            parts = [*zip(*pool.map(self._look_at, starts), strict=True)]
-        return Seen(*map(torch.cat, parts))
+            seen = np.concatenate([*pool.map(partial(self._look_at, known=known), starts)])
+        local = seen[(seen[:, 0] != 0) & (seen[:, 2:4].max(1) < began - SETTLED)]
+        if len(local) and not np.array_equal(local[np.argsort(local[:, 0])], known):
+            _keep(kept, local)
+        keys, sizes, colour = (torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7))
+        return Seen(keys, sizes, colour.bool())
 
-    def _look_at(self, start: int) -> Seen:
-        digests, sizes, colour = bytearray(), [], []
-        for number, row in enumerate(self.table[start : start + CHUNK][self.column], start):
-            try:
-                content = _content(row)
-                with Image.open(io.BytesIO(content)) as image:
-                    turned = "exif" in image.info and image.getexif().get(Image.ExifTags.Base.Orientation) in TURNED
-                    sizes.append(image.size if turned else image.size[::-1])
-                    mode = image.mode
-            except Exception as error:
-                raise self._mistake(row, number, error) from error
-            if mode[0] in DEEP:
-                problem = f"{name_of(row, number)} {deep(mode)}"
-                raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
-            colour.append(mode not in GREY)
-            digests += hashlib.blake2b(content, digest_size=8).digest()
-        return Seen(torch.frombuffer(digests, dtype=torch.int64), torch.tensor(sizes), torch.tensor(colour))
+    def _look_at(self, start: int, known: np.ndarray) -> np.ndarray:
+        """Stamp, hash, height, width and colour of each image of a chunk, those that are known without reading them."""
+        rows = self.table[start : start + CHUNK][self.column]
+        stamps = np.array([_stamp(row) for row in rows])
+        places = np.searchsorted(known[:, 0], stamps[:, 0]).clip(max=len(known) - 1)
+        are_known = (known[places, :4] == stamps).all(1) & (stamps[:, 0] != 0)
+        seen = np.concatenate([stamps, known[places, 4:]], 1)
+        for number in np.flatnonzero(~are_known).tolist():
+            seen[number, 4:] = self._look_into(rows[number], start + number)
+        return seen
+
+    def _look_into(self, row: Any, number: int) -> tuple[int, int, int, bool]:
+        """Hash, height, width and colour of an image."""
+        try:
+            content = _content(row)
+            with Image.open(io.BytesIO(content)) as image:
+                turned = "exif" in image.info and image.getexif().get(Image.ExifTags.Base.Orientation) in TURNED
+                height, width = image.size if turned else image.size[::-1]
+                mode = image.mode
+        except Exception as error:
+            raise self._mistake(row, number, error) from error
+        if mode[0] in DEEP:
+            problem = f"{name_of(row, number)} {deep(mode)}"
+            raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
+        return int.from_bytes(_hash(content), sys.byteorder, signed=True), height, width, mode not in GREY
 
     def _mistake(self, row: Any, number: int, error: Exception) -> InputError:
         if row is None or (row["bytes"] is None and row["path"] is None):
@@ -126,6 +148,44 @@ class Images:
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}".partition(" <_io")[0]
         problem = f"{name_of(row, number)} is no image that can be read ({reason.splitlines()[0][:60]})"
         return InputError(f"data.source.image {self.column!r}: {problem}; mend or remove it")
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def _stamp(row: Any) -> tuple[int, int, int, int]:
+    """A hash of a file's path, its size and the times of its last changes; zeros for what is no file here."""
+    if row is not None and row["bytes"] is None and row["path"] is not None:
+        with suppress(OSError, ValueError):  # reading it says what is wrong
+            stat = os.stat(row["path"])
+            path = int.from_bytes(_hash(os.path.abspath(row["path"]).encode()), sys.byteorder, signed=True)
+            return path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return 0, 0, 0, 0
+
+
+def _known(kept: Path) -> np.ndarray:
+    """What an earlier start has kept, in the order of the first column; a row of zeros where there is nothing."""
+    nothing = np.zeros((1, 8), np.int64)
+    try:
+        with np.load(kept, allow_pickle=False) as file:
+            known = file["seen"]
+    except Exception:  # damaged bytes make a reader raise nearly anything
+        return nothing
+    return known if known.dtype == np.int64 and known.ndim == 2 and known.shape[1] == 8 and len(known) else nothing
+
+
+def _keep(kept: Path, seen: np.ndarray) -> None:
+    """Write what a later start need not read again; a folder that cannot be written costs nothing but that."""
+    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                np.savez(file, seen=seen[np.argsort(seen[:, 0])])
+            os.replace(part, kept)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def decode(picture: Image.Image, mode: str, size: Sequence[int]) -> np.ndarray:

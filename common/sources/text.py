@@ -38,7 +38,6 @@ from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
 FORMAT = 3  # bump when the same source and settings would give other tokens
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
 PIECE = 1 << 16  # characters of a document to encode at a time
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
