@@ -546,7 +546,8 @@ def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Pa
     """With its own tokenizer; resumed to the bit without its folder, and exported without the text too."""
     folder = write_decoder(work / "net", text, kind, tokens=12)
     write_teacher(work / "large", text)
-    mine, start = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    mine = AutoTokenizer.from_pretrained(folder)
+    start: Any = AutoModelForCausalLM.from_pretrained(folder)
     main = main_of("distillation")
     args = [*preset("distillation"), *WINDOWS, *STUDENT, *STEADY, "--model.frozen_blocks", str(frozen)]
     cli = main([*args, "--model.body_lr_scale", "0.1", "--name", "whole"])
@@ -581,7 +582,8 @@ def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Pa
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_student_begins_with_an_image_net(freeze: bool, work: Path, photos: Path) -> None:
     write_resnet(work / "net")
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=2)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 2}
+    config = transformers.ResNetConfig(**sizes)
     transformers.ResNetForImageClassification(config).save_pretrained(work / "large")
     main, start = main_of("distillation"), AutoModelForImageClassification.from_pretrained(work / "net").base_model
     args = ["fit", "--config", str(ROOT / "recipes/distillation/pretrained_images.yaml"), *FIT, *IMAGES, *STEADY]
