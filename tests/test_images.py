@@ -329,5 +329,5 @@ def test_a_later_start_reads_changed_files_alone(
     (tmp_path / "cache").write_text("no folder")
     assert seen() == whole
     path.write_bytes(b"no image")
-    with pytest.raises(InputError, match="grey.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"grey\.png is no image that can be read"):
         seen()
