@@ -168,7 +168,7 @@ def _known(kept: Path) -> np.ndarray:
     """What an earlier start has kept, in the order of the first column; a row of zeros where there is nothing."""
     nothing = np.zeros((1, 8), np.int64)
     try:
-        with np.load(kept, allow_pickle=False) as file:
+        with kept.open("rb") as content, np.load(content, allow_pickle=False) as file:
             known = file["seen"]
     except Exception:  # damaged bytes make a reader raise nearly anything
         return nothing
