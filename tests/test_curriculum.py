@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
+from common.checksums import CACHE
 from common.errors import InputError
-from common.sources.text import CACHE, Windows
+from common.sources.text import Windows
 from common.sources.tokenizers import Characters
 from recipes.curriculum.data import CurriculumData
 from recipes.curriculum.difficulty import DocumentLength, Rarity, ReferenceLoss, ScoreFile

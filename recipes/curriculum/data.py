@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from common.checkpoint import read_facts
-from common.checksums import is_shape
+from common.checksums import CACHE, is_shape
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.nets.pretrained import check_tokens
-from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
+from common.sources.text import Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
 
 from .difficulty import Difficulty, check_order, order_digest

@@ -12,11 +12,11 @@ from filelock import FileLock
 from jaxtyping import Float, Int64
 from rich.progress import track
 
-from common.checksums import check_files
+from common.checksums import CACHE, check_files
 from common.errors import InputError
 from common.losses import precise
 from common.nets.pretrained import check_context, check_tokens
-from common.sources.text import CACHE, Windows
+from common.sources.text import Windows
 
 
 def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from common.checksums import is_shape
+from common.checksums import CACHE, is_shape
 from common.errors import InputError, speaking_of
 from common.nets.pretrained import check_tokens
 from common.sources import Labelled, Source
-from common.sources.text import CACHE, Windows, prepare
+from common.sources.text import Windows, prepare
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
 

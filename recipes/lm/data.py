@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from common.checkpoint import read_facts
-from common.checksums import is_shape
+from common.checksums import CACHE, is_shape
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
 from common.nets.pretrained import check_tokens
 from common.sources.files import column, load_splits, named_columns
-from common.sources.text import CACHE, Corpus, Text, TokenBatch, TokenDataset, Windows
+from common.sources.text import Corpus, Text, TokenBatch, TokenDataset, Windows
 from common.sources.tokenizers import TokenizerSource
 
 Batch = TokenBatch
