@@ -61,7 +61,7 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         InputError: the checkpoint cannot be read.
     """
     from safetensors.torch import save_file, save_model
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it stands on stderr
@@ -78,12 +78,17 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     settings = checkpoint.get("hyper_parameters", {})
     facts = readable_facts(checkpoint.get("facts") or {k: v for k, v in settings.items() if k in OLD})
     classes = facts.get("class_names")
+    tokenizer = _tokenizer(datamodule)
     if found := next((module for module in inner if isinstance(module, PreTrainedModel)), None):
         if classes and found.config.num_labels == len(classes):
             found.config.id2label = dict(enumerate(map(str, classes)))
             found.config.label2id = {str(name): number for number, name in enumerate(classes)}
             if checkpoint["hyper_parameters"].get("labels") == "several":
                 found.config.problem_type = "multi_label_classification"
+        if found.can_generate() and tokenizer is not None:
+            for each in (found.config, found.generation_config):
+                if each.eos_token_id is None:  # a net that generates nothing in training is not told
+                    each.eos_token_id = tokenizer.eos_token_id
         found.save_pretrained(folder)
         place, _ = inner_net(net)
         rest = {name: values for name, values in net.state_dict().items() if not name.startswith(place)}
@@ -104,6 +109,17 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     if parts := checkpoint.get("facts", {}).get("parts"):
         save_file(dict(parts), folder / PARTS)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    written = sorted(path.name for path in folder.iterdir())
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
+    print(f"export: {folder}", flush=True)
+
+
+def _tokenizer(datamodule: Any) -> Any:
+    """The tokenizer of the data in the form of transformers; None without texts."""
+    from transformers import PreTrainedTokenizerFast
+
     if (tokenizer := getattr(datamodule, "tokenizer", None)) is not None:
         eos_id = getattr(datamodule, "eos_id", None)
         ends = tokenizer.id_to_token(eos_id) if eos_id is not None else None
@@ -111,12 +127,9 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
         if context := getattr(datamodule, "context", None):
             special["model_max_length"] = context
         special = datamodule.facts.get("special") or special  # a pretrained net's own
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    elif isinstance(made_from := datamodule.facts.get("tokenizer"), Mapping) and made_from:
-        made_again(made_from).save_pretrained(folder)
-    written = sorted(path.name for path in folder.iterdir())
-    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
-    print(f"export: {folder}", flush=True)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    made_from = datamodule.facts.get("tokenizer")
+    return made_again(made_from) if isinstance(made_from, Mapping) and made_from else None
 
 
 def _write_table_net(checkpoint: Mapping[str, Any], model: BaseModule, datamodule: Any, folder: Path) -> None:
