@@ -15,7 +15,7 @@ import torch
 
 import common.run.media
 import common.run.output
-import common.run.report
+import common.run.record
 from tests.support import RECIPES, ROOT, code_hash, small_args
 
 PASSED = pytest.StashKey[Path]()
@@ -90,7 +90,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Reports are drawn in tests of the recipes and of the loggers, and by every command of the docs.
     """
-    monkeypatch.setattr(common.run.report, "write_report", lambda folder, title, best: folder / "report.html")
+    monkeypatch.setattr(common.run.record, "write_report", lambda folder, title, best: folder / "report.html")
     monkeypatch.setattr(common.run.media, "draw_samples", lambda *_: None)
 
 

@@ -358,7 +358,7 @@ def write_images(folder: Path, names: list[str]) -> None:
 
 
 def test_names_of_classes_are_drawn_and_printed_as_they_are(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.run.report.write_report", write_report)
+    monkeypatch.setattr("common.run.record.write_report", write_report)
     write_images(work / "prices", ["$", "$$", "[red]x", "運_^{"])
     main_of("classification")(
         ["fit", *TINY, "--data.source", "ImageTable", "--data.source.path", "prices", "--data.source.size", "8"]

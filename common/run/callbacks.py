@@ -169,8 +169,8 @@ class RunProgressBar(RichProgressBar):
 def _watched(trainer: L.Trainer) -> dict[str, float]:
     """The metrics that choose a checkpoint or stop the run, where they are logged already."""
     watching = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
-    names = [name for each in watching if (name := getattr(each, "monitor", None)) in trainer.callback_metrics]
-    return {name: trainer.callback_metrics[name].item() for name in names}
+    names, metrics = [getattr(each, "monitor", None) for each in watching], trainer.callback_metrics
+    return {name: metrics[name].item() for name in names if name in metrics}
 
 
 # Words in the names of metrics: of these the smallest value is the best, of those the largest.

@@ -345,7 +345,8 @@ class RecipeCLI(LightningCLI):
             if was != now:
                 problem = f"{was or 'none'} has a state in the checkpoint, which {now or 'none'} cannot go on from"
                 raise InputError(f"model.{key}: {problem}; take {was or 'null'}, or fit without --ckpt_path")
-        if self.subcommand != "fit" and not self.run.holds(checkpoint) and self.run.path.exists():
+        trained = (self.run.path / "checkpoints").exists()  # else it is of earlier commands about such a checkpoint
+        if self.subcommand != "fit" and trained and not self.run.holds(checkpoint):
             problem = f"is not of the run {self.run.path}; give --name another name"
             raise InputError(f"--ckpt_path {checkpoint}: {problem}")
 

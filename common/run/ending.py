@@ -31,7 +31,8 @@ def early_end(trainer: L.Trainer) -> str | None:
     if stopping is not None:
         why = _why_stopped(stopping, Path(trainer.default_root_dir))
     elif is_out_of_time(trainer):
-        given = max(timer.time_elapsed() + (timer.time_remaining() or 0.0) for timer in _timers(trainer))
+        over = [timer for timer in _timers(trainer) if (timer.time_remaining() or 1) <= 0]
+        given = min(timer.time_elapsed() + (timer.time_remaining() or 0.0) for timer in over)
         why = f"max_time, {timedelta(seconds=round(given))}, is over; --ckpt_path last goes on"
     elif trainer.should_stop:
         why = "a callback has set trainer.should_stop"

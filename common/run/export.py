@@ -27,7 +27,7 @@ python recipes/{recipe}/train.py predict --name exported --ckpt_path EXPORT/net.
   --data.predict_source {source} --data.predict_source.path new.csv
 ```
 
-The command writes `runs/{recipe}/exported/predict/predictions.csv`. From Python:
+The command writes `runs/{recipe}/exported/predict-net/predictions.csv`. From Python:
 
 ```python
 import pandas

@@ -8,9 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
-)
+from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from typing_extensions import override
 

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -35,10 +35,7 @@ from common.run.folder import RunFolder
 from common.run.layers import to_yaml
 from common.run.media import WORST
 from common.run.output import spared
-from common.run.report import checkpoint_name
-
-if TYPE_CHECKING:
-    pass
+from common.run.report import LOWEST_LOSS, Best, checkpoint_name, write_report
 
 
 class RunRecord(Callback):
@@ -169,7 +166,7 @@ class RunRecord(Callback):
                 if isinstance(logger, TensorBoardLogger):  # its table of runs shows those with a score alone
                     logger.log_hyperparams(self.config, {f"best/{best.monitor}": best.best_model_score.item()})
         state = "out of time" if is_out_of_time(trainer) else "complete"
-        self._summarize(trainer, state, ended_early=early_end(trainer) if trainer.is_global_zero else None)
+        self._summarize(trainer, state, ended_early=_why_early(trainer))
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -221,10 +218,17 @@ class RunRecord(Callback):
         return {"checkpoint": self.checkpoint, "step": self.run.first_step, "data": data}
 
     def _tell_measured(self, trainer: L.Trainer) -> None:
-        measured, name = self._measured(trainer), checkpoint_name(self.checkpoint, self.run.path)
         if trainer.is_global_zero:
+            measured, name = self._measured(trainer), checkpoint_name(self.checkpoint, self.run.path)
             command = "test" if trainer.testing else "validate"
             print(f"{command}: {name}, step {measured['step']:,}, on {measured['data']}", flush=True)
+
+
+def _why_early(trainer: L.Trainer) -> str | None:
+    if trainer.is_global_zero:
+        with spared("why the run has ended"):
+            return early_end(trainer)
+    return None
 
 
 def _evaluated(trainer: L.Trainer) -> str:
@@ -272,8 +276,8 @@ class RunReport(Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and (end := early_end(trainer)):
-            print(f"fit: ended {end}", flush=True)
+        if early := _why_early(trainer):
+            print(f"fit: ended {early}", flush=True)
         self._finish(trainer, "val")
 
     @override
@@ -283,8 +287,6 @@ class RunReport(Callback):
     def _finish(self, trainer: L.Trainer, stage: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        from common.run.report import LOWEST_LOSS, Best, write_report
-
         for logger in trainer.loggers:
             logger.save()
         folder = Path(trainer.default_root_dir)

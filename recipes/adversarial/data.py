@@ -40,7 +40,7 @@ class AdversarialData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.predict_source, self.keep = predict_source, keep
+        self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         self.facts = facts = self.samples.facts

@@ -49,7 +49,7 @@ class ClassificationData(BaseDataModule):
         num_workers: int | None = None,
     ):
         super().__init__(batch_size, eval_batch_size, num_workers)
-        self.predict_source, self.keep = predict_source, keep
+        self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples: Samples
         if of_table := isinstance(source, LabelledTable):

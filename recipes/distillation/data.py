@@ -58,7 +58,7 @@ class DistillationData(BaseDataModule):
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
         self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
         self.train_fraction, self.split_seed, self.facts = train_fraction, split_seed, self.samples.facts
-        self.predict_source, self.keep = predict_source, keep
+        self.source, self.predict_source, self.keep = source, predict_source, keep
         self.class_names: list[str] = self.facts["class_names"]
         self.num_classes = len(self.class_names)
 
