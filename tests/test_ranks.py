@@ -38,7 +38,7 @@ def test_evaluation_counts_every_sample_once(recipe: str, work: Path, plain_args
         path = work / f"counts{world}.pt"
         codes = run_ranks(keep_counts, recipe, args, path, world=world, folder=work)
         assert codes == [0] * world, logs(work)
-        table = work / "runs" / recipe / f"ranks{world}" / "test/metrics.csv"
+        table = work / "runs" / recipe / f"ranks{world}" / "test-null/metrics.csv"
         names = [name for name in table.read_text().splitlines()[0].split(",") if name.startswith("test/")]
         metrics[world] = {name: read_metrics(table, name)[-1] for name in names}
         counts[world] = torch.load(path) if recipe == "classification" else None
