@@ -510,7 +510,7 @@ def test_a_run_of_before_is_refused_as_such(houses: Path, capfd: pytest.CaptureF
         state["facts"]["columns"]["target"] = state["facts"]["columns"].pop("targets")[0]
         torch.save(state, path)
     for command in (["test"], ["fit", "--ckpt_path", "last", "--trainer.max_steps", "9"]):
-        assert refused(command, capfd) == "--data.source: the checkpoint is of an earlier version; begin a new run"
+        assert refused(command, capfd).endswith("data.source: the checkpoint is of an earlier version; begin a new run")
 
 
 def test_equal_rows_stay_in_their_parts() -> None:
