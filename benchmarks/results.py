@@ -29,10 +29,10 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.cache import CACHE  # noqa: E402
 from common.figures import read_metrics  # noqa: E402
 from common.run.cli import DEFAULTS  # noqa: E402
 from common.run.environment import describe_environment  # noqa: E402
-from common.sources.text import CACHE  # noqa: E402
 
 STORE = ROOT / "benchmarks/results/recipes.json"
 PAGE = ROOT / "recipes/README.md"

@@ -5,7 +5,6 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from common.errors import InputError
-
-# Whether data may have more classes than the checkpoint whose facts hold: where its weights start a new run.
-MORE_CLASSES: ContextVar[bool] = ContextVar("whether data may have more classes than a checkpoint", default=False)
 
 
 def read_checkpoint(
@@ -97,43 +93,54 @@ def trained_on(then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     if "parts" not in then or "parts" not in now:
         return 0
     trained = then["parts"]["keys"][: then["parts"]["sizes"][0]]
-    keys = keys_as_known(now["parts"], then["parts"])
+    keys = keys_as_known(relabelled(now["parts"], then["parts"]), now["parts"], then["parts"])
     ours, others = keys.tensor_split([int(now["parts"]["sizes"][0])])
     others = others[~torch.isin(others, ours)]  # some samples of a source's own parts are equal
     return int(torch.isin(others, trained).sum())
+
+
+def surplus(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Which of our numbers are more than theirs has equals of: with 7, 7, 8 and 7 the second 7 and the 8."""
+    values, number = torch.cat([ours, theirs]).unique(return_inverse=True)
+    mine, others = number.tensor_split([len(ours)])
+    of_each, order = torch.bincount(others, minlength=len(values)), mine.argsort(stable=True)
+    nth = torch.empty_like(order)  # of our equal numbers, in their order
+    nth[order] = torch.arange(len(order)) - torch.searchsorted(mine[order], mine[order])
+    return nth >= of_each[mine]
 
 
 def relabelled(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Which samples are known with another label; none where nothing is known of labels.
 
     Args:
-        now: of samples the ``keys``; a number for the ``inputs`` of each, and one for them with the label,
-            ``labelled``, unless the keys are these numbers.
+        now: numbers of samples, see :func:`common.sources.labelled.sample_numbers`.
         then: the same of known samples.
     """
-    if not all({"inputs", "labelled"} & each.keys() for each in (now, then)):
+    if "labelled" not in now or "labelled" not in then:
         return torch.zeros(len(now["keys"]), dtype=torch.bool)
-    inputs, labelled = ([each.get(name, each["keys"]) for each in (now, then)] for name in ("inputs", "labelled"))
-    others = ~torch.isin(labelled[0], labelled[1])
-    gone = inputs[1][~torch.isin(labelled[1], labelled[0])]  # an equal sample may be new, with a label of its own
-    return others & torch.isin(inputs[0], gone)
+    gone = then["inputs"][surplus(then["labelled"], now["labelled"])]  # an equal sample may be new, with its own label
+    return surplus(now["labelled"], then["labelled"]) & torch.isin(now["inputs"], gone)
 
 
-def keys_as_known(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def keys_as_known(
+    changed: torch.Tensor, now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """The keys of samples; those with another label than before keep the key that is known, where keys have labels.
 
-    The arguments are those of :func:`relabelled`.
+    Args:
+        changed: which samples these are, the result of :func:`relabelled`.
+        now: the same as there.
+        then: the same.
     """
-    changed = relabelled(now, then).nonzero()[:, 0]
-    if not len(changed) or "labelled" in then or "labelled" in now:
+    if not (changed.any() and now["keys"].equal(now["labelled"]) and then["keys"].equal(then["labelled"])):
         return now["keys"]
-    gone = ~torch.isin(then["keys"], now["keys"])
+    gone = surplus(then["keys"], now["keys"])
     free: dict[int, list[int]] = {}
     for inputs, key in zip(then["inputs"][gone].tolist(), then["keys"][gone].tolist(), strict=True):
         free.setdefault(inputs, []).append(key)
     keys = now["keys"].clone()
-    for place, inputs in zip(changed.tolist(), now["inputs"][changed].tolist(), strict=True):
-        if left := free[inputs]:
+    for place in changed.nonzero()[:, 0].tolist():
+        if left := free[int(now["inputs"][place])]:
             keys[place] = left.pop(0)
     return keys
 

@@ -1,14 +1,12 @@
 """Files of a folder, such as an export or a prepared text: their checksums, and whether weights are among them."""
 
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.errors import InputError
 
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "lightning-recipes")
 CHECKSUMS = "checksums.json"
 
 

@@ -287,7 +287,7 @@ class BaseDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int | None = None):
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["facts_of"])  # it is of one command
+        self.save_hyperparameters(logger=False, ignore=["facts_of", "init_from"])  # they are of one command
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):

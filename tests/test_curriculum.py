@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from common.checksums import CACHE
+from common.cache import CACHE
 from common.errors import InputError
 from common.sources.text import Windows
 from common.sources.tokenizers import Characters

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from common.checkpoint import keys_as_known, relabelled
 from common.errors import InputError
 from common.sources import Labelled
-from common.sources.labelled import Parts, keys_of, parts_facts, same_parts
+from common.sources.labelled import Parts, as_known, keys_of, parts_facts, same_parts, sample_numbers
 from common.sources.tables import Table, split_rows
 from tests.support import ROOT, TINY, main_of, refused, write_encoder
 
@@ -135,7 +136,10 @@ def test_classes_go_by_their_names(recipe: str, work: Path, capfd: pytest.Captur
     line = refused(recipe, args, capfd)
     assert "images are 3x28x20, and those of the training 1x8x8 (channels x height x width); set its size" in line
     shutil.move(images / "ape", work / "ape")
+    capfd.readouterr()
     data = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
+    said = "data.source: 20 of the checkpoint's 60 samples are gone, and none of class 'ape' is left; all others stay"
+    assert said in capfd.readouterr().out.splitlines()
     assert data.class_names == ["ape", "bee", "cat"]
     assert set(data.samples.labelled.target.tolist()) == {1, 2}
     shutil.move(work / "ape", images / "apes")
@@ -193,8 +197,10 @@ def test_changed_labels_are_said(recipe: str, alike: bool, work: Path, capfd: py
     source += ["--data.source.size", "8", *(["--model.teacher", "null"] if recipe == "distillation" else [])]
     args = ["fit", *FIT, *source, "--data.batch_size", "4"]
     before = main_of(recipe)(args).datamodule
-    shutil.move(images / "ape/001.png", images / "bee/x.png")
-    said = "1 samples have another label than the checkpoint knows, such as …"
+    moved = ["001", "005", "006"] if alike else ["001"]
+    for name in moved:
+        shutil.move(images / f"ape/{name}.png", images / f"bee/x{name}.png")
+    said = f"{len(moved)} samples have another label than the checkpoint knows, such as …"
     for command in (["test"], [*args, "--init_from", "default", "--name", "next"], ["fit", "--ckpt_path", "last"]):
         capfd.readouterr()
         goes_on = ["--trainer.max_steps", "6"] if "last" in command else []
@@ -203,11 +209,43 @@ def test_changed_labels_are_said(recipe: str, alike: bool, work: Path, capfd: py
         line = next(line for line in out.splitlines() if "another label" in line)
         assert len(line) <= 240
         assert said.removesuffix("…") in line
-        assert "bee/x.png ('bee' now, 'ape' before); the present ones count, and all stay in their parts" in line
+        assert "bee/x001.png ('bee' now, 'ape' before); the present ones count, and all stay in their parts" in line
         assert "new to the checkpoint" not in out
         assert places_of(after) == places_of(before)
     main_of(recipe)(["test", "--ckpt_path", "last"])
     assert "another label" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("equal_together", [True, False])
+def test_equal_samples_change_their_labels(equal_together: bool) -> None:
+    """As many as do are told, and no sample counts as new that has another label."""
+    inputs, parts = torch.tensor([7, 7, 7, 8, 9, 9]), Parts(*torch.arange(6).split(2))
+
+    def numbers(labels: list[int]) -> dict[str, torch.Tensor]:
+        return sample_numbers(Labelled({}, torch.tensor(labels), ["a", "b", "c"]), inputs, equal_together)
+
+    then = parts_facts(numbers([0, 0, 0, 1, 2, 2]), parts)
+    for labels, changed in (([0, 1, 1, 1, 2, 2], [1, 2]), ([1, 0, 0, 1, 2, 0], [0, 5]), ([0, 0, 0, 1, 2, 2], [])):
+        now = numbers(labels)
+        found = relabelled(now, then)
+        assert found.nonzero()[:, 0].tolist() == changed
+        keys = keys_as_known(found, now, then)
+        assert sorted(keys.tolist()) == sorted(then["keys"].tolist())
+
+
+def test_a_new_label_changes_no_sample() -> None:
+    """Of several per sample, whatever is the longest list of them."""
+    inputs = torch.arange(10) * 256
+    target = (torch.arange(30).reshape(10, 3) % 4 == 0).long()
+    old = Labelled({}, target, ["a", "b", "c"], labels="several")
+    more = torch.cat([target[:, :1], torch.zeros(10, 1).long(), target[:, 1:]], 1)
+    new = as_known(Labelled({}, more, ["a", "ab", "b", "c"], labels="several"), ["a", "b", "c"], may_grow=True)
+    assert new.target.shape == (10, 4)
+    then, now = sample_numbers(old, inputs, True), sample_numbers(new, inputs, True)
+    assert torch.equal(then["labelled"], now["labelled"])
+    assert len(now["labelled"].unique()) == 10
+    new.target[3, 3] = 1
+    assert relabelled(sample_numbers(new, inputs, True), then).nonzero()[:, 0].tolist() == [3]
 
 
 def test_equal_samples_go_together(work: Path) -> None:
@@ -251,7 +289,7 @@ def test_folders_and_columns_split_images(work: Path, capfd: pytest.CaptureFixtu
 def test_known_samples_keep_their_order() -> None:
     """A run that goes on reads the same batches, whatever has been added before."""
     keys = torch.tensor([5, 3, 8, 1, 9])
-    known = parts_facts(keys, Parts(torch.tensor([2, 0, 1]), torch.tensor([4]), torch.tensor([3])))
+    known = parts_facts({"keys": keys}, Parts(torch.tensor([2, 0, 1]), torch.tensor([4]), torch.tensor([3])))
     more = torch.tensor([1, 7, 8, 9, 3, 5])
     drawn = Parts(torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([5]))
     parts = same_parts(more, drawn, known)
@@ -269,7 +307,7 @@ def test_a_sample_that_the_user_moved_is_refused(moved: int) -> None:
     else:
         now = Parts(torch.cat([train, test[:1]]), parts.val, test[1:])
     with pytest.raises(InputError, match="1 samples that the checkpoint knows are in another part now; put them back"):
-        same_parts(keys, now, parts_facts(keys, parts), own=[1, 2])
+        same_parts(keys, now, parts_facts({"keys": keys}, parts), own=[1, 2])
 
 
 def test_keys_of_texts_do_not_hang_on_the_longest() -> None:

@@ -257,7 +257,10 @@ def test_a_damaged_image_is_one_line(workers: str, work: Path, capfd: pytest.Cap
     last = work / "runs/classification/default/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] in (4, 5)
     assert main_of("classification")(["fit", "--ckpt_path", "last"]).trainer.global_step == 20
-    assert "1 samples are new to the checkpoint, 1 for training, 0 for validation" in capfd.readouterr().out
+    assert (
+        "1 samples are new to the checkpoint, 1 for training; 1 of the checkpoint's 60 samples are gone; all"
+        in capfd.readouterr().out
+    )
 
 
 def test_what_a_run_knows_of_its_images_holds(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +322,12 @@ def test_a_later_start_reads_changed_files_alone(
     noise(7, 9, 12).save(mixed / "bee/new.png")
     assert len(seen()[0]) == 7
     assert read == ["new.png"]
+    files = [str(file) for file in sorted(mixed.glob("*/*"))]
+    for _ in range(2):  # another list of files in the same folder
+        read.clear()
+        fewer = Images(datasets.Dataset.from_dict({"image": [files[0], files[-1]]}), "image", [6, 6])
+        assert (len(fewer), read) == (2, [])
+        assert (len(seen()[0]), read) == (7, [])
     whole, (kept,) = seen(), (tmp_path / "cache/images").glob("*")
     for damage in (b"", b"PK", kept.read_bytes()[:-40], kept.read_bytes().replace(b"\1", b"\2")):
         kept.write_bytes(damage)
@@ -327,6 +336,8 @@ def test_a_later_start_reads_changed_files_alone(
         assert (seen(), read) == (whole, [])
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("no folder")
+    assert seen() == whole
+    monkeypatch.setattr(images_module, "CACHE", "~nobody-of-this-name/cache")
     assert seen() == whole
     path.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"grey\.png is no image that can be read"):

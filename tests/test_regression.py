@@ -368,7 +368,9 @@ def test_baselines_can_be_left_out(work: Path) -> None:
     assert not (work / "runs/regression/default/texts/test-baselines.txt").exists()
 
 
-def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path) -> None:
+def test_predicts_raw_rows_with_gaps_and_new_categories(
+    houses: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     """With the target and without; the table of training may be gone."""
     head = ["--model.head", "Quantiles"]
     main(["fit", *SMALL, *TABLE, *head])
@@ -378,7 +380,11 @@ def test_predicts_raw_rows_with_gaps_and_new_categories(houses: Path, work: Path
     rows = ["--data.predict_source", "common.sources.tables.Table", "--data.predict_source.path", "new.csv"]
     every = ["--trainer.limit_predict_batches", "1.0"]
     table = work / "runs/regression/default/predict/predictions.csv"
+    capfd.readouterr()
     main(["predict", *rows, *every])
+    said = "1 of 6 rows hold values that training has in too few rows or in none, such as 'new'"
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.predict_source")]
+    assert told == [f"data.predict_source: column 'district': {said}"]
     first = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["index"] for row in first] == [*"012345"]
     assert {row["target"] for row in first} == {""}
@@ -498,10 +504,21 @@ def test_changed_targets_are_said(by: dict[str, Any], work: Path, capfd: pytest.
     assert "new to the checkpoint" not in out
 
 
+def test_a_run_of_before_is_refused_as_such(houses: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its facts name one target, and none in a list."""
+    main(["fit", *SMALL, *TABLE])
+    for path in Path("runs/regression/default/checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)
+        state["facts"]["columns"]["target"] = state["facts"]["columns"].pop("targets")[0]
+        torch.save(state, path)
+    for command in (["test"], ["fit", "--ckpt_path", "last", "--trainer.max_steps", "9"]):
+        assert refused(command, capfd).endswith("data.source: the checkpoint is of an earlier version; begin a new run")
+
+
 def test_equal_rows_stay_in_their_parts() -> None:
     """Each part keeps as many as before. More are drawn."""
     keys = torch.tensor([7, 7, 7, 1, 2, 3])
-    known = parts_facts(keys, Parts(torch.tensor([0, 3]), torch.tensor([1, 4]), torch.tensor([2, 5])))
+    known = parts_facts({"keys": keys}, Parts(torch.tensor([0, 3]), torch.tensor([1, 4]), torch.tensor([2, 5])))
     more = torch.tensor([3, 7, 9, 7, 7, 2, 7, 1])
     drawn = Parts(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([6, 7]))
     parts = same_parts(more, drawn, known, equal_together=False)

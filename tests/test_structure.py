@@ -20,7 +20,7 @@ FLOORS = (
     ("common.errors",),
     ("common.losses", "common.figures"),
     ("common.parts",),
-    ("common.data", "common.optim", "common.checkpoint", "common.checksums"),
+    ("common.data", "common.optim", "common.checkpoint", "common.checksums", "common.cache"),
     ("common.weights",),
     ("common.module",),
     ("common.sources", "common.nets"),

@@ -253,7 +253,9 @@ def test_data_of_scikit_learn_have_their_classes_names() -> None:
 # The run
 
 
-def test_raw_rows_without_the_table_of_training(birds: Path, work: Path) -> None:
+def test_raw_rows_without_the_table_of_training(
+    birds: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     """With gaps, an unseen habitat and columns of no use, with labels and without; exported as well."""
     main([*FIT, "--trainer.max_steps", "20"])
     rings = ["a", "009001", "1234567890123456", "", "NA", "1234567.891"]
@@ -261,7 +263,11 @@ def test_raw_rows_without_the_table_of_training(birds: Path, work: Path) -> None
     new[["ringed", "ring", "habitat", "wing", "weight"]].to_csv("new.csv", index=False)
     birds.unlink()
     rows = ["--data.predict_source", "LabelledTable", "--data.predict_source.path", "new.csv", "--data.keep", "[ring]"]
+    capfd.readouterr()
     main(["predict", *rows, *EVERY])
+    said = "1 of 6 rows hold values that training has in too few rows or in none, such as 'ice'"
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.predict_source")]
+    assert told == [f"data.predict_source: column 'habitat': {said}"]
     text = (RUN / "predict/predictions.csv").read_text()
     first = predictions()
     assert [*first] == ["index", "ring", "prediction", "p(auk)", "p(lark)", "p(wren)"]

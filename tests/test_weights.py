@@ -305,6 +305,8 @@ def test_more_classes_get_a_new_head(work: Path, photos: Path, capfd: pytest.Cap
             assert [key for key in new.tolist() if key in knows] == old.tolist()
             main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"])
             assert main(["test"]).model.class_names == order
+    line = refused("classification", [*args, "--data.init_from", "base"], capfd)
+    assert "data.init_from: is taken from init_from and cannot be set; remove it" in line
     shutil.move(photos / "dog", photos / "dogs")
     assert "not trained on a class 'ant'" in refused("classification", [*args, "--init_from", "base"], capfd)
 

@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 from typing_extensions import override
 
-from common.checkpoint import MORE_CLASSES, AtomicCheckpointIO, read_checkpoint
+from common.checkpoint import AtomicCheckpointIO, read_checkpoint
 from common.data import BaseDataModule
 from common.errors import LOST_RANK_EXIT, InputError, Stopped, nearest, short_path, speaking_of
 from common.module import BaseModule
@@ -257,6 +257,8 @@ class RecipeCLI(LightningCLI):
             help = "A checkpoint, the name of a run or the folder of an export, whose weights the net starts with."
             parser.add_argument("--init_from", type=str | None, default=None, help=help)
         for source, target in self.links.items():
+            if source == "init_from" and self.command != "fit":
+                continue  # no other command begins a run
             of_built = source.startswith("data.")
             parser.link_arguments(source, target, apply_on="instantiate" if of_built else "parse")
 
@@ -359,6 +361,8 @@ class RecipeCLI(LightningCLI):
                 problem = f"the run of --ckpt_path {began}; leave it out, or begin another --name"
                 raise InputError(f"--init_from {name}: {problem}")
             config.init_from = None
+            if "init_from" in config.data:
+                config.data.init_from = None
             return
         self.began_with = config.init_from = str(self.run.weights(name))
         own = "data.facts_of" in layers.keys(self.argv)
@@ -480,26 +484,27 @@ class RecipeCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        more_classes = MORE_CLASSES.set(bool(config.get("init_from")))
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            # jsonargparse wraps what a constructor raises where several types are accepted, as for callbacks.
-            if isinstance(error.__cause__, InputError | MisconfigurationException | StrictDataclassError):
-                raise error.__cause__ from error
-            if refused := re.search(r"^  - (trainer\.strategy: .*)$", str(error), re.MULTILINE):
-                raise InputError(refused[1]) from error  # of this one it keeps the text only
-            raise
-        finally:
-            MORE_CLASSES.reset(more_classes)
+        with self._advising():
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                # jsonargparse wraps what a constructor raises where several types are accepted, as for callbacks.
+                if isinstance(error.__cause__, InputError | MisconfigurationException | StrictDataclassError):
+                    raise error.__cause__ from error
+                if refused := re.search(r"^  - (trainer\.strategy: .*)$", str(error), re.MULTILINE):
+                    raise InputError(refused[1]) from error  # of this one it keeps the text only
+                raise
         self.model.of_checkpoint, self.model.init_from = config.get("ckpt_path"), config.get("init_from")
+
+    def _advising(self) -> AbstractContextManager[None]:
+        """To start with weights, other samples than theirs are no mistake, but a choice."""
+        starts = self.config[self.subcommand].get("init_from")
+        return speaking_of("give --data.facts_of null" if starts else "begin a new run", instead_of="begin a new run")
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        # To start with weights, other samples than theirs are no mistake, but a choice.
-        fix = "give --data.facts_of null" if self.config[subcommand].get("init_from") else "begin a new run"
         try:
-            with speaking_of(fix, instead_of="begin a new run"):
+            with self._advising():
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # as which Lightning ends

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,13 +20,14 @@ from jaxtyping import Float32, Int64
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.checksums import CACHE
+from common.cache import CACHE
 from common.errors import InputError, short_path
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
 DEEP = "IF"  # how the names of modes of 16 bits or more begin
 CHANNELS = {"L": 1, "RGB": 3}
 TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
+FORMAT = 1  # of what is kept of files; raise it when the same file would be seen otherwise
 CHUNK = 256  # images that one thread looks at
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again has another time
 
@@ -106,13 +108,16 @@ class Images:
         """Look at each image without decoding it."""
         starts, began = range(0, len(self), CHUNK), time.time_ns()
         ends = [os.path.abspath((self.table[place][self.column] or {}).get("path") or "") for place in (0, -1)]
-        kept = Path(CACHE).expanduser() / f"images/{_hash(os.path.commonpath(ends).encode()).hex()}.npz"
+        kept = Path(CACHE, f"images/{FORMAT}-{_hash(os.path.commonpath(ends).encode()).hex()}.npz")
         known = _known(kept)
         with ThreadPoolExecutor(16) as pool:  # a disk or network answers several at once
             seen = np.concatenate([*pool.map(partial(self._look_at, known=known), starts)])
         local = seen[(seen[:, 0] != 0) & (seen[:, 2:4].max(1) < began - SETTLED)]
-        if len(local) and not np.array_equal(local[np.argsort(local[:, 0])], known):
-            _keep(kept, local)
+        others = known[(known[:, 0] != 0) & ~np.isin(known[:, 0], seen[:, 0])]  # of another list of files in there
+        now = np.concatenate([local, others])
+        now = now[np.argsort(now[:, 0], kind="stable")]
+        if len(local) and not np.array_equal(now, known):
+            _keep(kept, now)
         keys, sizes, colour = (torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7))
         return Seen(keys, sizes, colour.bool())
 
@@ -168,7 +173,7 @@ def _known(kept: Path) -> np.ndarray:
     """What an earlier start has kept, in the order of the first column; a row of zeros where there is nothing."""
     nothing = np.zeros((1, 8), np.int64)
     try:
-        with kept.open("rb") as content, np.load(content, allow_pickle=False) as file:
+        with kept.expanduser().open("rb") as content, np.load(content, allow_pickle=False) as file:
             known = file["seen"]
     except Exception:  # damaged bytes make a reader raise nearly anything
         return nothing
@@ -176,13 +181,17 @@ def _known(kept: Path) -> np.ndarray:
 
 
 def _keep(kept: Path, seen: np.ndarray) -> None:
-    """Write what a later start need not read again; a folder that cannot be written costs nothing but that."""
-    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
-    with suppress(OSError):
+    """Write what a later start need not read again, in the order of the first column.
+
+    A folder that cannot be written costs nothing but that.
+    """
+    with suppress(OSError, RuntimeError):  # the latter where there is no home
+        kept = kept.expanduser()
+        part = kept.with_name(f"{kept.stem}.{uuid.uuid4().hex}.part")  # machines that share a folder may share a pid
         kept.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
-                np.savez(file, seen=seen[np.argsort(seen[:, 0])])
+                np.savez(file, seen=seen)
             os.replace(part, kept)
         finally:
             part.unlink(missing_ok=True)

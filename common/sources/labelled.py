@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.checkpoint import MORE_CLASSES, check_made_by, keys_as_known, relabelled
+from common.checkpoint import check_made_by, keys_as_known, relabelled, surplus
 from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import Labels
@@ -230,14 +230,33 @@ def keys_of(data: Labelled) -> Int64[Tensor, " samples"]:
 
 def with_labels(keys: Int64[Tensor, " samples"], data: Labelled) -> Int64[Tensor, " samples"]:
     """A number for each sample by its key and its labels: what tells samples apart whose inputs are equal."""
-    rows = np.column_stack([keys.numpy(), data.target.numpy().reshape(len(keys), -1)])
-    if data.labels == "words":  # the padding hangs on the longest text
-        parts = (row[row != -100].tobytes() for row in rows)
-    else:
-        content, width = rows.tobytes(), rows.shape[1] * rows.itemsize
-        parts = (content[first : first + width] for first in range(0, len(content), width))
-    digests = (hashlib.blake2b(part, digest_size=8).digest() for part in parts)
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
+    digests, target = bytearray(), data.target.reshape(len(keys), -1)
+    for some, labels in zip(keys.split(4096), target.split(4096), strict=True):  # no second copy of wide labels
+        for row in np.column_stack([some.numpy(), labels.numpy()]):
+            content = (row[row != -100] if data.labels == "words" else row).tobytes()  # padding hangs on the longest
+            if data.labels == "several":
+                content = content.rstrip(b"\0")  # classes that came later
+            digests += hashlib.blake2b(content, digest_size=8).digest()
+    return torch.frombuffer(digests, dtype=torch.int64)
+
+
+def sample_numbers(data: Labelled, inputs: Int64[Tensor, " samples"], equal_together: bool) -> dict[str, Tensor]:
+    """Numbers by which a checkpoint knows samples again.
+
+    Args:
+        data: the samples.
+        inputs: those of :func:`keys_of`, without groups.
+        equal_together: whether samples of equal inputs are in one part.
+
+    Returns:
+        ``inputs``; ``labelled``, by inputs and labels; and ``keys``: by group, else ``inputs`` if equal samples are
+        together, else ``labelled``. Of windows of a text, which are others when it grows, the keys alone.
+    """
+    if data.labels == "next token":
+        return {"keys": inputs}
+    labelled = with_labels(inputs, data)
+    keys = data.groups if data.groups is not None else inputs if equal_together else labelled
+    return {"keys": keys, "inputs": inputs, "labelled": labelled}
 
 
 def as_known(data: Labelled, known: Sequence[str], may_grow: bool = False) -> Labelled:
@@ -277,8 +296,9 @@ def same_parts(
     known: Mapping[str, Tensor],
     own: Collection[int] = (),
     equal_together: bool = True,
+    emptied: Sequence[str] = (),
 ) -> Parts:
-    """The parts, except that samples which a checkpoint knows keep their parts and order; says how many are new.
+    """The parts, except that samples which a checkpoint knows keep their parts and order; says what came and went.
 
     Args:
         keys: of the samples; equal samples have equal ones.
@@ -286,6 +306,7 @@ def same_parts(
         known: ``parts`` of a checkpoint's facts: ``keys`` of training, validation and test in turn, and the ``sizes``.
         own: numbers of the parts that are the source's own, which are not drawn.
         equal_together: whether a new sample that equals a known one goes with it.
+        emptied: names of the classes that no sample has.
 
     Raises:
         InputError: most of the checkpoint's samples gave way to others, or one of a source's own part is in another.
@@ -310,18 +331,24 @@ def same_parts(
             elif there and not (equal_together and len(there) == 1):
                 there.remove(goes)
             found[goes].setdefault(key, []).append(position)
-    gone = int((~torch.isin(known["keys"], keys)).sum())
-    if sum(new) and 2 * gone > len(known["keys"]):  # growing data lose none
-        there = f"{gone} of the checkpoint's {len(known['keys'])} samples are gone, and {sum(new)} are new"
+    missing = int((~torch.isin(known["keys"], keys)).sum())  # without an equal one
+    if sum(new) and 2 * missing > len(known["keys"]):  # growing data lose none
+        there = f"{missing} of the checkpoint's {len(known['keys'])} samples are gone, and {sum(new)} are new"
         problem = "they are others, or have changed"
         raise InputError(f"data.source: {there}: {problem}; give those of the training, or begin a new run")
     if moved:
         problem = f"{moved} samples that the checkpoint knows are in another part now"
         raise InputError(f"data.source: {problem}; put them back, or begin a new run")
-    if (sum(new) or gone) and not rank_zero_only.rank:
-        shares = "{} for training, {} for validation, {} for testing".format(*new)
-        lost = f"; {gone} of its own are gone" if gone else ""
-        print(f"data.source: {sum(new)} samples are new to the checkpoint, {shares}{lost}; all others stay", flush=True)
+    told = []
+    if sum(new):
+        shares = zip(new, ("training", "validation", "testing"), strict=True)
+        where = ", ".join(f"{number} for {name}" for number, name in shares if number)
+        told.append(f"{sum(new)} samples are new to the checkpoint, {where}")
+    if gone := int(surplus(known["keys"], keys).sum()):
+        left = f", and none of class {shorten(', '.join(map(repr, emptied)), 80)} is left" if emptied else ""
+        told.append(f"{gone} of the checkpoint's {len(known['keys'])} samples are gone{left}")
+    if told and not rank_zero_only.rank:
+        print(f"data.source: {'; '.join(told)}; all others stay", flush=True)
     parts = []
     for by_key, before in zip(found, known["keys"].split(known["sizes"].tolist()), strict=True):
         order = [by_key[key].pop(0) for key in before.tolist() if by_key.get(key)]
@@ -329,44 +356,75 @@ def same_parts(
     return Parts(*parts)
 
 
-def beside(keys: Int64[Tensor, " samples"], inputs: Tensor, labelled: Tensor) -> dict[str, Tensor]:
-    """What :func:`common.checkpoint.relabelled` compares, beside the keys; without numbers that equal these."""
-    others = {"inputs": inputs, "labelled": labelled}
-    return {name: values for name, values in others.items() if not values.equal(keys)}
-
-
-def parts_facts(
-    keys: Int64[Tensor, " samples"], parts: Parts, **others: Int64[Tensor, " samples"]
-) -> dict[str, Tensor]:
-    """What :func:`same_parts` needs to know; ``others`` are those :func:`beside` the keys."""
+def parts_facts(numbers: Mapping[str, Int64[Tensor, " samples"]], parts: Parts) -> dict[str, Tensor]:
+    """What :func:`same_parts` needs to know: the :func:`sample_numbers` in the order of the parts, and their sizes."""
     order = torch.cat(parts)
-    known = {name: values[order] for name, values in {"keys": keys, **others}.items()}
+    known = {name: values[order] for name, values in numbers.items()}
     return {**known, "sizes": torch.tensor([len(part) for part in parts])}
 
 
-def tell_relabelled(numbers: Mapping[str, Tensor], known: Mapping[str, Tensor], data: Labelled) -> None:
-    """Say how many samples a checkpoint knows with another label, and name one.
+def known_keys(
+    numbers: Mapping[str, Tensor], known: Mapping[str, Tensor] | None, data: Labelled
+) -> Int64[Tensor, " samples"]:
+    """The keys by which a checkpoint knows samples; says how many have another label than it knows, and names one.
 
     Args:
-        numbers: of the samples, the ``keys`` and those :func:`beside` them.
-        known: ``parts`` of the checkpoint's facts.
+        numbers: :func:`sample_numbers`.
+        known: ``parts`` of the checkpoint's facts; None if there is none.
         data: the samples, with the class numbers of the checkpoint.
     """
-    changed = relabelled(numbers, known).nonzero()[:, 0]
-    if not len(changed) or rank_zero_only.rank:
-        return
-    first, before = int(changed[0]), ""
-    name = f"sample {first}"
-    if isinstance(images := data.inputs.get("pixel_values"), Images):
-        name = name_of(images.table[first][images.column], first)
-    if data.labels == "one":
-        inputs = numbers.get("inputs", numbers["keys"])[first].repeat(len(data.class_names))
-        of_each = with_labels(inputs, replace(data, target=torch.arange(len(data.class_names))))
-        was = torch.isin(of_each, known.get("labelled", known["keys"])).nonzero()[:1, 0].tolist()
-        before = "".join(f", {data.class_names[number]!r} before" for number in was)
-        name += f" ({data.class_names[int(data.target[first])]!r} now{before})"
-    told = f"{len(changed)} samples have another label than the checkpoint knows, such as {name}"
-    print(f"data.source: {told}; the present ones count, and all stay in their parts", flush=True)
+    if known is None:
+        return numbers["keys"]
+    changed = relabelled(numbers, known)
+    if changed.any() and not rank_zero_only.rank:
+        first = int(changed.nonzero()[0])
+        name = f"sample {first}"
+        if isinstance(images := data.inputs.get("pixel_values"), Images):
+            name = name_of(images.table[first][images.column], first)
+        if data.labels == "one":
+            inputs = numbers["inputs"][first].repeat(len(data.class_names))
+            of_each = with_labels(inputs, replace(data, target=torch.arange(len(data.class_names)), groups=None))
+            gone = known["labelled"][surplus(known["labelled"], numbers["labelled"])]
+            was = torch.isin(of_each, gone).nonzero()[:1, 0].tolist()
+            before = "".join(f", {data.class_names[number]!r} before" for number in was)
+            name += f" ({data.class_names[int(data.target[first])]!r} now{before})"
+        told = f"{int(changed.sum())} samples have another label than the checkpoint knows, such as {name}"
+        print(f"data.source: {told}; the present ones count, and all stay in their parts", flush=True)
+    return keys_as_known(changed, numbers, known)
+
+
+def drawn_parts(
+    data: Labelled,
+    split: tuple[float, float, int],
+    alike: Int64[Tensor, " samples"],
+    keys: Int64[Tensor, " samples"],
+    known: Mapping[str, Tensor] | None,
+) -> Parts:
+    """The parts of :func:`split_by_class`; all samples for training where a checkpoint has parts for each of them.
+
+    Then a class may be too rare to draw.
+
+    Args:
+        data: the samples.
+        split: shares for validation and testing, and the seed.
+        alike: equal for samples that go together.
+        keys: those of :func:`known_keys`.
+        known: ``parts`` of the checkpoint's facts; None if there is none.
+    """
+    fewer = known is not None and not (data.num_val or data.num_test) and len(keys) < len(known["keys"])
+    if known is not None and fewer and torch.isin(keys, known["keys"]).all():
+        every = torch.arange(len(keys))
+        return Parts(every, every[:0], every[:0])
+    return split_by_class(data, *split, alike)
+
+
+def classes_without(data: Labelled) -> list[str]:
+    """Names of the classes that no sample has."""
+    if data.labels == "several":
+        there = data.target.any(0)
+    else:
+        there = torch.bincount(data.target[data.target >= 0], minlength=len(data.class_names)) > 0
+    return [name for name, has in zip(data.class_names, there.tolist(), strict=True) if not has]
 
 
 class Samples:
@@ -382,6 +440,7 @@ class Samples:
         seed: the same.
         known: facts of the checkpoint, see :class:`common.data.BaseDataModule`; empty if there is none.
         takes: what the recipe can learn: what has a class.
+        may_grow: whether classes that are new to the checkpoint come after its own.
 
     Attributes:
         facts: what they are ``made_by``, the arguments of the split; ``class_names`` and ``labels``, what has a class;
@@ -403,6 +462,7 @@ class Samples:
         seed: int,
         known: Mapping[str, Any],
         takes: Collection[Labels] = ("one", "next token"),
+        may_grow: bool = False,
     ):
         if known and "shapes" not in known:
             raise InputError("data.facts_of: the checkpoint was not trained on such samples; name another, or null")
@@ -413,8 +473,8 @@ class Samples:
         check_made_by(known, made_by)
         self._source, self._split, self._takes = source, (val_fraction, test_fraction, seed), takes
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
-        self._may_grow = MORE_CLASSES.get()
-        if not known or self._may_grow:
+        self._may_grow = may_grow
+        if not known or may_grow:
             self._read  # noqa: B018
 
     @cached_property
@@ -426,16 +486,9 @@ class Samples:
         if data.labels not in self._takes:
             there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
             raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
-        keys, by_file = keys_of(data), isinstance(data.inputs.get("pixel_values"), Images)
-        inputs = keys if data.groups is None else keys_of(replace(data, groups=None))
-        others: dict[str, Tensor] = {}  # of windows of a text none: they are others when it grows
-        together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, keys))
+        by_file = isinstance(data.inputs.get("pixel_values"), Images)
+        inputs = keys_of(replace(data, groups=None))
         if known is None:
-            every = torch.arange(len(keys))
-            parts = split_by_class(data, *self._split, keys if together else every)
-            keys = keys if together else with_labels(keys, data)
-            if data.labels != "next token":
-                others = beside(keys, inputs, with_labels(inputs, data))
             self.facts |= {
                 "class_names": [str(name) for name in data.class_names],
                 "labels": data.labels,
@@ -444,7 +497,6 @@ class Samples:
                 "tokenizer": dict(data.tokenizer),
                 "by_file": by_file,
             }
-            _check_own_parts(data, keys, parts)
         else:
             self._check_alike(data)
             if data.groups is None and by_file and not self.facts.get("by_file"):
@@ -455,21 +507,19 @@ class Samples:
                 raise InputError(f"data.source.label: {problem}; give the same kind")
             data = as_known(data, self.facts["class_names"], self._may_grow)
             self.facts["class_names"] = [*map(str, data.class_names)] or self.facts["class_names"]
-            if data.labels == "next token":  # windows of a text are others when it grows
-                parts = split_by_class(data, *self._split, keys)
-            else:
-                own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
-                every = torch.arange(len(keys))
-                alike, keys = (keys, keys) if together else (every, with_labels(keys, data))
-                others = beside(keys, inputs, with_labels(inputs, data))
-                tell_relabelled({"keys": keys, **others}, known, data)
-                before = keys_as_known({"keys": keys, **others}, known)
-                if not own and len(keys) < len(known["keys"]) and torch.isin(before, known["keys"]).all():
-                    drawn = Parts(every, every[:0], every[:0])  # none is new, and a class may be too rare to draw
-                else:
-                    drawn = split_by_class(data, *self._split, alike)
-                parts = same_parts(before, drawn, known, own, together)
-        self.facts["parts"] = parts_facts(keys, parts, **others)
+        together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, inputs))
+        numbers = sample_numbers(data, inputs, together)
+        alike = numbers["keys"] if together else torch.arange(len(inputs))
+        if known is None or data.labels == "next token":
+            parts = split_by_class(data, *self._split, alike)
+            if known is None:
+                _check_own_parts(data, numbers["keys"], parts)
+        else:
+            keys = known_keys(numbers, known, data)
+            drawn = drawn_parts(data, self._split, alike, keys, known)
+            own = [*[1] * (data.num_val > 0), *[2] * (data.num_test > 0)]
+            parts = same_parts(keys, drawn, known, own, together, classes_without(data))
+        self.facts["parts"] = parts_facts(numbers, parts)
         return data, parts
 
     def _can_be_together(self, data: Labelled, keys: Int64[Tensor, " samples"]) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.errors import InputError, nearest
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
-from common.sources.labelled import Parts, beside, check_split, one_of_each, same_parts, together
+from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -226,10 +226,10 @@ def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
 
 
 def row_numbers(keys: Int64[Tensor, " rows"], frame: DataFrame, source: TableSource) -> dict[str, Tensor]:
-    """What is :func:`common.sources.labelled.beside` the keys of :func:`split_rows`."""
+    """What :func:`common.sources.labelled.sample_numbers` is of samples, with the keys of :func:`split_rows`."""
     whole = frame.drop(columns=source.split or [])
     labelled = row_keys(whole) if source.group else keys
-    return beside(keys, row_keys(whole.drop(columns=source.targets)), labelled)
+    return {"keys": keys, "inputs": row_keys(whole.drop(columns=source.targets)), "labelled": labelled}
 
 
 def tell_equal(keys: Int64[Tensor, " rows"], parts: Parts) -> None:
@@ -307,10 +307,12 @@ def same_rows(
     parts: Parts,
     known: Mapping[str, Tensor],
     equal_together: bool = False,
+    emptied: Sequence[str] = (),
 ) -> Parts:
     """The parts of :func:`split_rows`, except that rows which a checkpoint knows keep theirs.
 
-    A new row that equals a known one goes with it if rows go in groups, or ``equal_together`` says so.
+    A new row that equals a known one goes with it if rows go in groups, or ``equal_together`` says so. ``emptied`` are
+    the classes that no row has.
 
     Raises:
         InputError: those of :func:`common.sources.labelled.same_parts`, or rows in order of time are new.
@@ -319,7 +321,7 @@ def same_rows(
         problem = f"{new} rows are new to the checkpoint, and the latest are there to test"
         raise InputError(f"data.source.time {source.time!r}: {problem}; begin a new run, or predict them")
     own = parts_named(frame[source.split].tolist(), source.split).tolist() if source.split else ()
-    return same_parts(keys, parts, known, {*own} - {0}, equal_together or source.group is not None)
+    return same_parts(keys, parts, known, {*own} - {0}, equal_together or source.group is not None, emptied)
 
 
 def _times(values: Series, key: str) -> np.ndarray:
@@ -630,8 +632,9 @@ def encode(
             raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
         # Where training had numbers, text such as 007 or 7.0 is the number that it writes.
         plain = {_number(label): label for label in categories if label not in padded.values()}
-        same = {label: plain.get(_number(label), label) for label in given - kept}
-        labels = labels.replace({old: new for old, new in same.items() if old != new and not (padded or new in given)})
+        same = {} if padded else {label: plain.get(_number(label), label) for label in given - kept}
+        if same := {old: new for old, new in same.items() if old != new and new not in given}:
+            labels = labels.map(lambda label, same=same: same.get(label, label), na_action="ignore")
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
         there = labels[labels.notna()]
         if len(there) and (found < 0).all() and _kind(there) != _kind(categories):
@@ -641,6 +644,22 @@ def encode(
     codes += [np.isnan(raw[:, number]) for number, each in enumerate(facts) if each["has_missing"]]
     categorical = np.stack(codes, 1) if codes else np.empty((len(frame), 0))
     return torch.from_numpy(_scaled(filled, columns)).float(), torch.from_numpy(categorical).long()
+
+
+def tell_unknown(frame: DataFrame, columns: Columns, categorical: Int64[Tensor, "rows categorical"]) -> None:
+    """Say of each categorical column how many rows to predict have a value that training lacks, and name one.
+
+    Args:
+        frame: the rows.
+        columns: facts of the training rows.
+        categorical: the rows, the result of :func:`encode`.
+    """
+    for number, name in enumerate(columns["categorical"]):
+        unknown = (categorical[:, number] == 0).nonzero()[:, 0]
+        if len(unknown) and not rank_zero_only.rank:
+            value = str(frame[name].iloc[int(unknown[0])])[:20]
+            told = f"{len(unknown)} of {len(frame)} rows hold values that training has in too few rows or in none"
+            print(f"data.predict_source: column {name!r:.60}: {told}, such as {value!r}", flush=True)
 
 
 def _kind(labels: Iterable[str]) -> str:

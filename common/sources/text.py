@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.cache import make_cache
 from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
@@ -70,19 +71,6 @@ class Corpus:
     documents: dict[str, int]
     fingerprint: str
     held: Held
-
-
-def make_cache(folder: Path) -> None:
-    """Make the folder of what is kept for later runs.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot make {folder} ({error.strerror}), which keeps what later runs need"
-        raise InputError(f"XDG_CACHE_HOME: {problem}; set it to another folder") from error
 
 
 def prepare(

@@ -13,7 +13,11 @@ from common.run.cli import RecipeCLI
 from .data import AdversarialData
 from .module import AdversarialModule
 
-LINKS = {"data.class_names": "model.class_names", "data.input_range": "model.input_range"}
+LINKS = {
+    "init_from": "data.init_from",
+    "data.class_names": "model.class_names",
+    "data.input_range": "model.input_range",
+}
 
 
 def main(args: list[str] | None = None) -> RecipeCLI:

@@ -30,6 +30,7 @@ class ClassificationData(BaseDataModule):
         test_fraction: share of all samples for testing, if the source has no test split of its own.
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
         facts_of: a checkpoint whose class numbers and parts hold; that of ``--ckpt_path`` if there is one.
+        init_from: weights that the run begins with, whose classes may be fewer; comes from ``--init_from``.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -44,6 +45,7 @@ class ClassificationData(BaseDataModule):
         test_fraction: float = 0.2,
         split_seed: int = 0,
         facts_of: str | None = None,
+        init_from: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -51,12 +53,13 @@ class ClassificationData(BaseDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.source, self.predict_source, self.keep = source, predict_source, keep
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
+        known, may_grow = read_facts(facts_of), init_from is not None
         self.samples: Samples
         if of_table := isinstance(source, LabelledTable):
-            self.samples = TableSamples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+            self.samples = TableSamples(source, val_fraction, test_fraction, split_seed, known, may_grow)
         else:
             every: tuple[Labels, ...] = "one", "several", "words"
-            self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of), takes=every)
+            self.samples = Samples(source, val_fraction, test_fraction, split_seed, known, every, may_grow)
         self.facts, self.class_names = self.samples.facts, self.samples.facts["class_names"]
         self.labels: Labels = self.facts.get("labels", "one")  # runs of before have no other
         self.columns: Columns | None = self.facts.get("columns")  # of a table

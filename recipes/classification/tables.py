@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from typing_extensions import override
 
-from common.checkpoint import MORE_CLASSES, check_made_by, keys_as_known
+from common.checkpoint import check_made_by
 from common.errors import InputError, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import encode_label_columns, encode_label_lists, hashed, parts_named, separated
@@ -21,14 +21,14 @@ from common.sources.labelled import (
     Parts,
     Samples,
     as_known,
-    beside,
     check_split,
+    classes_without,
     differ_enough,
+    drawn_parts,
+    known_keys,
     one_of_each,
     parts_facts,
-    split_by_class,
-    tell_relabelled,
-    with_labels,
+    sample_numbers,
 )
 from common.sources.tables import (
     DataFrame,
@@ -44,6 +44,7 @@ from common.sources.tables import (
     split_rows,
     splitting,
     tell_equal,
+    tell_unknown,
 )
 
 INPUTS = "numeric", "categorical"  # of the nets of common.nets.tables
@@ -130,6 +131,7 @@ class TableSamples(Samples):
         test_fraction: the same.
         seed: the same.
         known: facts of the checkpoint; empty if there is none.
+        may_grow: whether classes that are new to the checkpoint come after its own.
 
     Attributes:
         facts: what they are ``made_by``, the arguments of split and encoding; ``class_names``, ``columns`` and
@@ -140,7 +142,13 @@ class TableSamples(Samples):
     """
 
     def __init__(
-        self, source: LabelledTable, val_fraction: float, test_fraction: float, seed: int, known: Mapping[str, Any]
+        self,
+        source: LabelledTable,
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+        known: Mapping[str, Any],
+        may_grow: bool = False,
     ):
         if known and not {"columns", "class_names"} <= known.keys():
             problem = "the checkpoint was not trained on classes of a table"
@@ -155,37 +163,36 @@ class TableSamples(Samples):
         check_made_by(known, made_by)
         self._source, self._split = source, (val_fraction, test_fraction, seed)
         self.facts: dict[str, Any] = {**known, "made_by": made_by}
-        self._may_grow = MORE_CLASSES.get()
-        if not known or self._may_grow:
+        self._may_grow = may_grow
+        if not known or may_grow:
             self._read  # noqa: B018
 
     @cached_property
     def _read(self) -> tuple[Labelled, Parts]:
-        source, known = self._source.table, self.facts
+        source, known = self._source.table, self.facts.get("parts")
         with speaking():
             frame = source.read()
             data = self._source.classes(frame)
-            if "columns" in known:
-                check_source(frame, source, known["columns"])
-                data = as_known(data, known["class_names"], self._may_grow)
-                known["class_names"] = data.class_names
-                parts, keys, others = self._drawn(frame, data, known["parts"])
-                tell_relabelled({"keys": keys, **others}, known["parts"], data)
-                before = keys_as_known({"keys": keys, **others}, known["parts"])
-                parts = same_rows(frame, source, before, parts, known["parts"], known["equal_together"])
+            if known is not None:
+                check_source(frame, source, self.facts["columns"])
+                data = as_known(data, self.facts["class_names"], self._may_grow)
+                self.facts["class_names"] = data.class_names
+            parts, numbers, keys = self._drawn(frame, data, known)
+            if known is not None:
+                together = self.facts["equal_together"]
+                parts = same_rows(frame, source, keys, parts, known, together, classes_without(data))
             else:
-                parts, keys, others = self._drawn(frame, data)
                 tell_equal(keys, parts)
                 train, no_numbers = frame.iloc[parts.train], np.empty((len(parts.train), 0))
                 columns = fit_columns(train, no_numbers, source, self._source.scaling, self._source.rare)
                 self.facts |= {"columns": columns, "class_names": data.class_names, "labels": data.labels}
-        self.facts["parts"] = parts_facts(keys, parts, **others)
+        self.facts["parts"] = parts_facts(numbers, parts)
         return replace(data, inputs=self._inputs(frame)), parts
 
     def _drawn(
-        self, frame: DataFrame, data: Labelled, known: Mapping[str, Tensor] | None = None
-    ) -> tuple[Parts, Int64[Tensor, " rows"], dict[str, Tensor]]:
-        """The parts, in order of time or with the classes in the same proportion, the rows' keys, and what is beside.
+        self, frame: DataFrame, data: Labelled, known: Mapping[str, Tensor] | None
+    ) -> tuple[Parts, dict[str, Tensor], Int64[Tensor, " rows"]]:
+        """The parts, in order of time or with the classes in the same proportion; the rows' numbers, and known keys.
 
         Equal rows stay together, unless most rows have an equal one: then they are no copies, but of few columns.
         """
@@ -193,30 +200,28 @@ class TableSamples(Samples):
         if source.time:
             self.facts["equal_together"] = False
             parts, keys = split_rows(frame, source, *self._split)
-            return parts, keys, row_numbers(keys, frame, source)
-        inputs = keys = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
-        if source.group:
-            keys = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}")
+            numbers = row_numbers(keys, frame, source)
+            return parts, numbers, known_keys(numbers, known, data)
+        inputs = row_keys(frame.drop(columns=[*source.targets, *splitting(source)]))
+        groups = hashed(frame[source.group].tolist(), f"data.source.group {source.group!r}") if source.group else None
         own = parts_named(frame[source.split].tolist(), source.split) if source.split else np.zeros(len(frame), int)
         order = torch.from_numpy(np.argsort(own, kind="stable"))
         num_train, num_val, num_test = np.bincount(own, minlength=3).tolist()
         if not num_train:
             raise InputError(f"data.source.split {source.split!r}: names no row for training; name some train")
-        groups = keys[order] if source.group else None
-        ordered = replace(data, target=data.target[order], num_test=num_test, num_val=num_val, groups=groups)
+        data = replace(data, groups=groups)
+        its_groups = groups if groups is None else groups[order]
+        ordered = replace(data, target=data.target[order], num_test=num_test, num_val=num_val, groups=its_groups)
         val_fraction, test_fraction, seed = self._split
         check_split(val_fraction, test_fraction, seed)
         if "equal_together" not in self.facts:
-            copies = bool(source.group) or 2 * len(one_of_each(keys)) > len(keys)
-            self.facts["equal_together"] = copies and differ_enough(ordered, val_fraction, test_fraction, keys[order])
-        every = torch.arange(len(keys))
-        alike, keys = (keys, keys) if self.facts["equal_together"] else (every, with_labels(keys, data))
-        others = beside(keys, inputs, with_labels(inputs, data))
-        before = keys if known is None else keys_as_known({"keys": keys, **others}, known)
-        fewer = known is not None and not source.split and len(keys) < len(known["keys"])
-        if known is not None and fewer and torch.isin(before, known["keys"]).all():
-            return Parts(every, every[:0], every[:0]), keys, others  # none is new, and a class may be too rare to draw
-        return Parts(*(order[part] for part in split_by_class(ordered, *self._split, alike[order]))), keys, others
+            copies = bool(source.group) or 2 * len(one_of_each(inputs)) > len(inputs)
+            self.facts["equal_together"] = copies and differ_enough(ordered, val_fraction, test_fraction, inputs[order])
+        numbers = sample_numbers(data, inputs, self.facts["equal_together"])
+        keys = known_keys(numbers, known, data)
+        alike = numbers["keys"][order] if self.facts["equal_together"] else torch.arange(len(order))
+        drawn = drawn_parts(ordered, self._split, alike, keys, known)
+        return Parts(*(order[part] for part in drawn)), numbers, keys
 
     def _inputs(self, frame: DataFrame) -> dict[str, Tensor]:
         return dict(zip(INPUTS, encode(frame, self.facts["columns"]), strict=True))
@@ -229,7 +234,10 @@ class TableSamples(Samples):
             InputError: they cannot be read, or not be encoded as those of the training.
         """
         with speaking_of("data.predict_source", instead_of="data.source"), speaking():
-            return rows_to_predict(source.table.read(), self.facts)
+            frame = source.table.read()
+            rows = rows_to_predict(frame, self.facts)
+        tell_unknown(frame, self.facts["columns"], rows.data.inputs["categorical"])
+        return rows
 
 
 def rows_to_predict(frame: DataFrame, facts: Mapping[str, Any]) -> LabelledDataset:

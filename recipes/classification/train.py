@@ -14,6 +14,7 @@ from .data import ClassificationData
 from .module import ClassificationModule
 
 LINKS = {
+    "init_from": "data.init_from",
     "data.class_names": "model.class_names",
     "data.labels": "model.labels",
     "data.columns": "model.columns",

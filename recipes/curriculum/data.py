@@ -8,8 +8,9 @@ import numpy as np
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from common.cache import CACHE
 from common.checkpoint import read_facts
-from common.checksums import CACHE, is_shape
+from common.checksums import is_shape
 from common.data import BaseDataModule
 from common.errors import InputError
 from common.nets.pretrained import check_tokens

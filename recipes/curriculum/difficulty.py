@@ -12,7 +12,8 @@ from filelock import FileLock
 from jaxtyping import Float, Int64
 from rich.progress import track
 
-from common.checksums import CACHE, check_files
+from common.cache import CACHE
+from common.checksums import check_files
 from common.errors import InputError
 from common.losses import precise
 from common.nets.pretrained import check_context, check_tokens

@@ -27,6 +27,7 @@ class DistillationData(BaseDataModule):
         split_seed: seed of the split alone, so runs with other seeds test on the same samples.
         weights: folder or hub name of a net that is trained further; comes from the model.
         facts_of: a checkpoint whose class numbers and parts hold; that of ``--ckpt_path`` if there is one.
+        init_from: weights that the run begins with, whose classes may be fewer; comes from ``--init_from``.
         batch_size: samples per rank and micro-batch.
         eval_batch_size: the same in evaluation.
         num_workers: reading processes.
@@ -43,6 +44,7 @@ class DistillationData(BaseDataModule):
         split_seed: int = 0,
         weights: str | None = None,
         facts_of: str | None = None,
+        init_from: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -56,7 +58,8 @@ class DistillationData(BaseDataModule):
                 raise InputError(f"model.weights: {problem}; give --model.net common.nets.Pretrained --model.net.name")
             source.weights = weights
         # Read here if no checkpoint has the facts: the module needs them, and mistakes show before ranks start.
-        self.samples = Samples(source, val_fraction, test_fraction, split_seed, read_facts(facts_of))
+        known, may_grow = read_facts(facts_of), init_from is not None
+        self.samples = Samples(source, val_fraction, test_fraction, split_seed, known, may_grow=may_grow)
         self.train_fraction, self.split_seed, self.facts = train_fraction, split_seed, self.samples.facts
         self.source, self.predict_source, self.keep = source, predict_source, keep
         self.class_names: list[str] = self.facts["class_names"]

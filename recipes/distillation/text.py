@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from common.checksums import CACHE, is_shape
+from common.cache import CACHE
+from common.checksums import is_shape
 from common.errors import InputError, speaking_of
 from common.nets.pretrained import check_tokens
 from common.sources import Labelled, Source

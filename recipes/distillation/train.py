@@ -15,6 +15,7 @@ from .module import DistillationModule
 from .training import TeacherCLI
 
 LINKS = {
+    "init_from": "data.init_from",
     "model.weights": "data.weights",
     "data.num_classes": "model.num_classes",
 }

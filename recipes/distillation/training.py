@@ -15,13 +15,12 @@ import yaml
 from filelock import FileLock
 from typing_extensions import override
 
-from common.checksums import CACHE
+from common.cache import CACHE, make_cache
 from common.data import TrainSampler, end_with_parent
 from common.errors import InputError, Stopped, nearest, speaking_of
 from common.run.cli import DEFAULTS, RecipeCLI
 from common.run.layers import to_yaml
 from common.sources.labelled import fingerprint
-from common.sources.text import make_cache
 
 FORMAT = 4  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher

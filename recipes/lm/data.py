@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from common.cache import CACHE
 from common.checkpoint import read_facts
-from common.checksums import CACHE, is_shape
+from common.checksums import is_shape
 from common.data import BaseDataModule
 from common.errors import InputError, speaking_of
 from common.nets.pretrained import check_tokens

@@ -29,6 +29,7 @@ from common.sources.tables import (
     same_rows,
     split_rows,
     tell_equal,
+    tell_unknown,
 )
 
 
@@ -121,6 +122,8 @@ class RegressionData(BaseDataModule):
         self.rare, self._split = rare, (val_fraction, test_fraction, split_seed)
         known = read_facts(facts_of)
         columns = known.get("columns", {})
+        if columns and "targets" not in columns:
+            raise InputError("data.source: the checkpoint is of an earlier version; begin a new run")
         if known and not (columns.get("targets") and columns["mean"]):
             raise InputError(
                 "data.facts_of: the checkpoint was not trained on numbers of a table; name another, or null"
@@ -144,20 +147,21 @@ class RegressionData(BaseDataModule):
         if "columns" in known:
             check_source(frame, source, known["columns"])
         parts, keys = split_rows(frame, source, *self._split)
-        others = row_numbers(keys, frame, source)
+        numbers = row_numbers(keys, frame, source)
         if "columns" in known:
             columns: Columns = known["columns"]
-            numbers = {"keys": keys, **others}
-            if len(changed := relabelled(numbers, known["parts"]).nonzero()[:, 0]) and not rank_zero_only.rank:
-                row, name = int(changed[0]), source.targets[0]
+            changed = relabelled(numbers, known["parts"])
+            if changed.any() and not rank_zero_only.rank:
+                row, name = int(changed.nonzero()[0]), source.targets[0]
                 such = f"such as row {row} ({name!r} is {frame[name].iloc[row]} now)"
-                told = f"{len(changed)} rows have another target than the checkpoint knows, {such}"
+                told = f"{int(changed.sum())} rows have another target than the checkpoint knows, {such}"
                 print(f"data.source: {told}; the present ones count, and all stay in their parts", flush=True)
-            parts = same_rows(frame, source, keys_as_known(numbers, known["parts"]), parts, known["parts"])
+            keys = keys_as_known(changed, numbers, known["parts"])
+            parts = same_rows(frame, source, keys, parts, known["parts"])
         else:
             tell_equal(keys, parts)
             columns = fit_columns(frame.iloc[parts.train], target[parts.train], source, self.scaling, self.rare)
-        self.facts |= {"columns": columns, "parts": parts_facts(keys, parts, **others)}
+        self.facts |= {"columns": columns, "parts": parts_facts(numbers, parts)}
         return Rows(frame, target, columns, parts, _encoded(frame, target, columns, "data.source.path"))
 
     @override
@@ -168,6 +172,7 @@ class RegressionData(BaseDataModule):
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
             self.predict_data = rows_to_predict(new, self.columns)
+            tell_unknown(new, self.columns, self.predict_data.rows[1])
             return
         self.train_data, self.val_data, self.test_data = (
             RowDataset(self.table.encoded, part) for part in self.table.parts
