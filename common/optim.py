@@ -35,7 +35,9 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
     """
     for prefix, scale in (lr_scales or {}).items():
         if scale != 1 and not any(name.startswith(prefix) for name, _ in net.named_parameters()):
-            raise InputError(f"model.net has no part {prefix!r} whose learning rate could be scaled by {scale}")
+            raise InputError(
+                f"model.body_lr_scale {scale}: the net has no part {prefix!r} to scale; give 1, or another net"
+            )
     # Embeddings of numbers are no nn.Embedding; only their class name identifies them.
     tables = [m for m in net.modules() if isinstance(m, nn.Embedding) or "Embedding" in type(m).__name__]
     heads = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]

@@ -379,6 +379,19 @@ def write_decoder(
     return folder
 
 
+def tokens_until_the_end(folder: Path) -> int:
+    """How many tokens an exported language model generates whose every token is the one that ends a text."""
+    import torch
+    import transformers
+
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    end = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    net.set_output_embeddings(head := torch.nn.Linear(net.config.hidden_size, net.config.vocab_size))
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.nn.functional.one_hot(torch.tensor(end), net.config.vocab_size).float()
+    return net.generate(torch.tensor([[end]]), max_new_tokens=5, do_sample=False).shape[1] - 1
+
+
 def write_resnet(folder: Path) -> Path:
     """A ResNet of transformers for seven classes of colour images, with new weights and its own mean and scale."""
     import torch

@@ -209,6 +209,29 @@ def test_a_run_goes_on_in_the_same_order_of_difficulty_only(
     assert tested.datamodule.difficulty.path == work / "scores.txt"
 
 
+@pytest.mark.parametrize("scores", [["--data.difficulty", "Rarity"], ["--data.difficulty", "null", *WHOLE]])
+def test_a_run_goes_on_with_more_text(
+    scores: list[str], fit: Fit, small_text: Path, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Windows of the same text must be the same."""
+    (work / "texts").mkdir()
+    (work / "texts/a.txt").write_text(small_text.read_text()[:20_000])
+    args = ["--data.path", "texts", *scores]
+    windows = len(fit("--trainer.max_steps", "2", *args).datamodule.windows)
+    again = ["--ckpt_path", "last", "--trainer.max_steps", "4"]
+    with pytest.raises(SystemExit):
+        fit(*again, *args, "--data.context", "16")
+    by_scores, error = scores[1] == "Rarity", capfd.readouterr().err
+    assert ("data.difficulty" in error) == by_scores
+    key, order = ("data.difficulty", "in another order") if by_scores else ("data.path", "others")
+    assert f"{key}: training windows are {order} than those of the checkpoint; give the same text" in error
+    (work / "texts/b.txt").write_text(small_text.read_text()[20_000:40_000])
+    longer = fit(*again, *args)
+    assert longer.trainer.global_step == 4
+    assert len(longer.datamodule.windows) > windows
+    assert "data.path: the text has changed since the checkpoint; documents: 2 for train" in capfd.readouterr().out
+
+
 def differing_main(args: list[str], path: Path) -> None:
     """Train with scores that are not the same on each rank."""
     rank = int(os.environ["RANK"])

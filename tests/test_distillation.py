@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ import torch
 import yaml
 from scipy.special import rel_entr, softmax
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from common.checkpoint import read_checkpoint
 from common.errors import InputError
@@ -35,7 +36,18 @@ from recipes.distillation.compare import compare_models, gap_closed
 from recipes.distillation.losses import AttentionTransfer, LogitError, SimilarityPreserving, SoftTargets
 from recipes.distillation.teacher import Features
 from recipes.distillation.text import TextWindows
-from tests.support import PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, write_encoder
+from tests.support import (
+    PLAIN,
+    ROOT,
+    TINY,
+    logs,
+    main_of,
+    read_metrics,
+    run_ranks,
+    tokens_until_the_end,
+    write_decoder,
+    write_encoder,
+)
 from tests.test_resume import digest, killed_main, write_config
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -516,6 +528,36 @@ def test_loss_of_language_models_counts_tokens(work: Path, small_text: Path) -> 
     assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_windows_with_a_pretrained_tokenizer(work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An export keeps it as it was; a run goes on with more text, in windows of the same length."""
+    write_decoder(work / "net", small_text.read_text()[:20_000])
+    mine = AutoTokenizer.from_pretrained("net", model_max_length=77)
+    mine.chat_template = "{{ messages[0].content }}"
+    mine.save_pretrained("net")
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(small_text.read_text()[:10_000])
+    args = [*text_args(small_text), "--model.teacher", "null", "--data.source.path", "texts"]
+    args += ["--data.source.tokenizer", "common.sources.tokenizers.PretrainedTokenizer"]
+    main_of(RECIPE)(["fit", *args, "--data.source.tokenizer.name", "net"])
+    main_of(RECIPE)(["export"])
+    there = AutoTokenizer.from_pretrained("runs/distillation/default/export")
+    for name in ("bos_token", "eos_token", "pad_token", "chat_template", "model_max_length"):
+        assert getattr(there, name) == getattr(mine, name), name
+    assert tokens_until_the_end(Path("runs/distillation/default/export")) == 1
+    capfd.readouterr()
+    main_of(RECIPE)(["test"])
+    assert "has changed" not in capfd.readouterr().out
+    Path("texts/b.txt").write_text(small_text.read_text()[10_000:])
+    data = main_of(RECIPE)(["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"]).datamodule
+    train, val = (len(part) for part in data.samples.parts[:2])
+    told = re.search(r"the text has changed since the checkpoint; windows: (.*)\n", capfd.readouterr().out)
+    assert told is not None
+    assert re.fullmatch(rf"{train} for training \(\d+ before\), {val} for validation \(\d+ before\)", told[1])
+    other = ["--data.predict_source", "TextWindows", "--data.predict_source.path", "texts"]
+    line = refused(["predict", *other, "--data.predict_source.context", "16"], capfd)
+    assert line.endswith("data.predict_source.context: is 16, and that of the training 32; take that")
+
+
 # Nets
 
 
@@ -650,6 +692,7 @@ MISTAKES = [
     ("--model.alone_checkpoint some.ckpt", "--model.alone_checkpoint", "some.ckpt: no such checkpoint"),
     ("--model.alone_checkpoint classes.ckpt", "--model.alone_checkpoint", "does not fit model.net"),
     ("--model.teacher_training teachr.yaml", "--model.teacher_training", "did you mean 'teacher.yaml'?"),
+    ("--model.teacher null --model.body_lr_scale 0.1", "--model.body_lr_scale", "the net has no part 'body.' to scale"),
     (f"{PRETRAINED} nowhere/at-all", TEACHER, "neither"),
     (f"{PRETRAINED} vit", TEACHER, "has 7 classes"),
     (f"{TEACHER}.widths []", f"{TEACHER}.widths", "is empty"),

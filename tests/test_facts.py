@@ -1,6 +1,7 @@
 """A run carries what it learnt from its data: commands take the checkpoint's tokenizer and class numbers, or refuse."""
 
 import csv
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -60,12 +61,9 @@ def test_the_tokenizer_of_a_run_stays(
     tested = main_of(recipe)(["test", "--trainer.limit_test_batches", "1"]).datamodule
     assert tested.corpus.tokenizer.to_str() == tested.tokenizer.to_str() == tokenizer
     goes_on = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"]
-    said = "documents: 2 for train (1 before), 1 for val (1 before), 0 for test (0 before); all that it knew stay in"
-    assert said in capfd.readouterr().out
-    if recipe == "lm":
-        assert main_of(recipe)(goes_on).datamodule.corpus.tokenizer.to_str() == tokenizer
-    else:  # its order is that of the text
-        assert "training windows are in another order than those of the checkpoint" in refused(recipe, goes_on, capfd)
+    said = "documents: 2 for train (1 before), 1 for val (1 before); those that it knew stay in"
+    assert f"{said} their parts\n" in capfd.readouterr().out
+    assert main_of(recipe)(goes_on).datamodule.corpus.tokenizer.to_str() == tokenizer
     assert "the checkpoint was trained with BPE {'vocab_size': 300}, and this is another; remove it" in refused(
         recipe, ["test", "--data.tokenizer.vocab_size", "400"], capfd
     )
@@ -78,6 +76,20 @@ def test_the_tokenizer_of_a_run_stays(
     shutil.rmtree(texts)
     for command in ("predict", "export") if recipe == "lm" else ("export",):
         assert main_of(recipe)([command]).datamodule.tokenizer.to_str() == tokenizer
+
+
+def test_another_text_to_test_on_is_said(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its documents are fewer, and none of them is one that the checkpoint knows."""
+    rows = [json.dumps({"text": f"row {number} of a text, " * 5}) for number in range(60)]
+    Path("my.jsonl").write_text("\n".join(rows))
+    Path("held.txt").write_text("Another text. " * 300)
+    main_of("lm")(["fit", *FIT, *SMALL, "--model.sample_tokens", "0", "--data.path", "my.jsonl"])
+    capfd.readouterr()
+    main_of("lm")(["test", "--data.path", "held.txt"])
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("data.path"))
+    assert line.endswith("those that it knew stay in their parts; data.test_path tests on the whole of another text")
+    assert "documents: 1 for train (5" in line
+    assert len(line) <= 240 - 23  # there is room for counts of seven digits
 
 
 def test_texts_need_the_folder_of_their_tokenizer_once(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -435,7 +435,7 @@ def test_prefixes_scale_the_rate() -> None:
 
 
 def test_a_factor_for_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"no part 'boddy.' whose learning rate could be scaled by 0.1"):
+    with pytest.raises(InputError, match=r"model.body_lr_scale 0.1: the net has no part 'boddy.' to scale; give 1"):
         param_groups(Parts(), {"boddy.": 0.1})
     param_groups(Parts(), {"boddy.": 1.0})
 

@@ -32,6 +32,7 @@ from tests.support import (
     main_of,
     run_ranks,
     small_args,
+    tokens_until_the_end,
     write_encoder,
 )
 
@@ -283,6 +284,7 @@ def test_every_export_says_what_it_takes_and_gives(recipe: str, work: Path, smal
     _, folder, facts = exported(recipe, [*small_args(recipe, small_text), *more])
     if recipe in TEXT:
         assert facts["context"] == json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
+        assert tokens_until_the_end(folder) == 1
     elif recipe == "regression":
         assert facts["columns"]["target"] == "progression"
     else:

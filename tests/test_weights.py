@@ -581,6 +581,23 @@ def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Pa
     assert there.config.vocab_size == 312
 
 
+def test_the_student_alone_needs_no_folder(work: Path, text: str) -> None:
+    """And while the folder is there, a text is tokenized once."""
+    write_decoder(work / "net", text)
+    write_teacher(work / "large", text)
+    main, args = main_of("distillation"), [*preset("distillation"), *WINDOWS, *STUDENT, "--trainer.max_steps", "1"]
+    args += ["--data.source.cache_dir", "texts"]
+    main([*args, "--model.teacher", "null", "--name", "alone"])
+    last = Path("runs/distillation/alone/checkpoints/last.ckpt").resolve()
+    main([*args, "--model.alone_checkpoint", str(last)])
+    main(["test", "--ckpt_path", "last"])
+    assert len([path for path in (work / "texts").iterdir() if path.is_dir()]) == 1
+    shutil.rmtree(work / "net")
+    alone = main(["test", "--ckpt_path", "last"]).model.alone.net
+    state = state_of("distillation", "alone")["state_dict"]
+    assert all(torch.equal(value, state[f"net.{name}"]) for name, value in alone.state_dict().items())
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_student_begins_with_an_image_net(freeze: bool, work: Path, photos: Path) -> None:

@@ -427,6 +427,15 @@ def classes_without(data: Labelled) -> list[str]:
     return [name for name, has in zip(data.class_names, there.tolist(), strict=True) if not has]
 
 
+def tell_changed(now: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+    """Say that a text has other windows than a checkpoint knows; both are of :func:`parts_facts`."""
+    if now["keys"].equal(known["keys"]) or rank_zero_only.rank:
+        return
+    sizes = zip(("training", "validation"), now["sizes"].tolist(), known["sizes"].tolist(), strict=False)
+    counts = ", ".join(f"{size} for {part} ({before} before)" for part, size, before in sizes)
+    print(f"data.source: the text has changed since the checkpoint; windows: {counts}", flush=True)
+
+
 class Samples:
     """Samples of a source in three parts, for training, validation and testing.
 
@@ -514,6 +523,8 @@ class Samples:
             parts = split_by_class(data, *self._split, alike)
             if known is None:
                 _check_own_parts(data, numbers["keys"], parts)
+            else:  # windows of a text are others when it grows
+                tell_changed(parts_facts(numbers, parts), known)
         else:
             keys = known_keys(numbers, known, data)
             drawn = drawn_parts(data, self._split, alike, keys, known)
@@ -582,8 +593,10 @@ class Samples:
         if now.get("json") != then.get("json"):
             problem = "is not that of the training; one that is made from a text changes with it"
             raise InputError(f"data.source.tokenizer: {problem}; give the same")
-        if (length := now.get("model_max_length")) != (before := then.get("model_max_length")):
-            key = "context" if given.labels == "next token" else "max_length"
+        key, length, before = "max_length", now.get("model_max_length"), then.get("model_max_length")
+        if given.labels == "next token":  # its tokenizer may have a length of its own
+            key, (length,), (before,) = "context", shapes["input_ids"], trained["input_ids"]
+        if length != before:
             raise InputError(f"data.source.{key}: is {length}, and that of the training {before}; take that")
 
 

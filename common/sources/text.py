@@ -149,7 +149,8 @@ def prepare(
 
 def _is_of(folder: Path, tokenizer: KnownTokenizer, held: Held) -> bool:
     found = json.loads((folder / "meta.json").read_text())["held"]
-    return _tokenizer_of(folder).to_str() == tokenizer.text and found == {key: list(held[key]) for key in held}
+    same = not held or found == {key: list(held[key]) for key in held}  # it was made with none
+    return _tokenizer_of(folder).to_str() == tokenizer.text and same
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
@@ -174,6 +175,7 @@ class Text:
         facts: the tokenizer, which token ends a text, further ``special`` settings, and by what it was made; of the
             corpus ``documents``, ``fingerprint`` and ``held``, and the ``val_fraction`` it is split by. All are plain
             values.
+        has_changed: whether the corpus, once prepared, is another than that of the checkpoint.
 
     Raises:
         InputError: those of :func:`prepare` and :func:`common.sources.tokenizers.chosen`, or another tokenizer or share
@@ -205,6 +207,7 @@ class Text:
         known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
         kwargs |= {"val_fraction": val_fraction, "known": known, "held": facts.get("held")}
         self._prepare = partial(prepare, path, source, **kwargs)
+        self.has_changed = False
         special = facts.get("special", {}) if facts else source.special()
         self.facts: dict[str, Any] = {**facts, "made_by": by, "special": special, "val_fraction": val_fraction}
         self.tokenizer = known.build([]) if known else self.corpus.tokenizer
@@ -218,12 +221,16 @@ class Text:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         corpus = self._prepare()
-        if self.facts.get("fingerprint", corpus.fingerprint) != corpus.fingerprint and not rank_zero_only.rank:
+        self.has_changed = self.facts.get("fingerprint", corpus.fingerprint) != corpus.fingerprint
+        if self.has_changed and not rank_zero_only.rank:
             then, now = self.facts["documents"], corpus.documents
-            counts = ", ".join(f"{now[side]} for {side} ({then[side]} before)" for side in ("train", "val", "test"))
-            stays = "all that it knew stay in their parts"
+            sides = ("train", "val", *["test"] * (now["test"] > 0))
+            counts = ", ".join(f"{now[side]} for {side} ({then[side]} before)" for side in sides)
+            stays = "those that it knew stay in their parts"
             if self.facts["held"] and not any(key in corpus.held for key in self.facts["held"]):
                 stays = "the one that it knew is gone or has changed, and parts are drawn anew"
+            if not now["test"] and now["train"] + now["val"] < then["train"] + then["val"]:
+                stays += "; data.test_path tests on the whole of another text"
             print(f"data.path: the text has changed since the checkpoint; documents: {counts}; {stays}", flush=True)
         kept = {name: getattr(corpus, name) for name in ("documents", "fingerprint")}
         self.facts |= kept | {"held": {key: list(value) for key, value in corpus.held.items()}}

@@ -123,7 +123,10 @@ class CurriculumData(BaseDataModule):
                 self.difficulty.check(self.tokenizer.get_vocab())
             scores = self.difficulty and self.difficulty.scores(self.windows, self.eos_id)
             self.order = np.arange(len(self.windows)) if scores is None else np.argsort(scores, kind="stable")
-            check_order(self.order, self._trainer.strategy.broadcast(order_digest(self.order)), "those of rank 0")
+            self._check_order(self._trainer.strategy.broadcast(order_digest(self.order)), "those of rank 0")
+
+    def _check_order(self, digest: str, whose: str) -> None:
+        check_order(self.order, digest, whose, by_scores=self.difficulty is not None)
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -143,5 +146,5 @@ class CurriculumData(BaseDataModule):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen = state_dict["tokens_seen"]
-        if self._trainer.state.fn == "fit":
-            check_order(self.order, state_dict["order"], "those of the checkpoint")
+        if self._trainer.state.fn == "fit" and not self.text.has_changed:  # windows of another text have another order
+            self._check_order(state_dict["order"], "those of the checkpoint")

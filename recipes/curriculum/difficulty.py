@@ -20,15 +20,24 @@ from common.nets.pretrained import check_context, check_tokens
 from common.sources.text import Windows
 
 
-def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str) -> None:
-    """Check that an order of samples has the :func:`order_digest` of another; ``whose`` names the other for messages.
+def check_order(order: Int64[np.ndarray, " samples"], digest: str, whose: str, by_scores: bool) -> None:
+    """Check that an order of samples has the :func:`order_digest` of another.
+
+    Args:
+        order: the order.
+        digest: of the other.
+        whose: the other, for messages.
+        by_scores: whether it is an order by scores, and not that of the text.
 
     Raises:
         InputError: it has not.
     """
-    if order_digest(order) != digest:
-        problem, fix = f"training windows are in another order than {whose}", "give the same text and scores"
-        raise InputError(f"data.difficulty: {problem}; {fix}, by a ScoreFile if need be")
+    if order_digest(order) == digest:
+        return
+    if not by_scores:
+        raise InputError(f"data.path: training windows are others than {whose}; give the same text and data.context")
+    problem, fix = f"training windows are in another order than {whose}", "give the same text, context and scores"
+    raise InputError(f"data.difficulty: {problem}; {fix}, by a ScoreFile if need be")
 
 
 def order_digest(order: Int64[np.ndarray, " samples"]) -> str:

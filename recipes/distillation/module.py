@@ -13,6 +13,7 @@ from common.module import BaseModule, Stage
 from common.nets import Pretrained, body_of, freeze_blocks
 from common.sources.labelled import LabelledDataset, augmented
 from common.sources.memory import unlabelled
+from common.weights import building, read_nets
 
 from .compare import Scores, compare_models, flat_target, predictions
 from .data import Batch
@@ -97,7 +98,10 @@ class DistillationModule(BaseModule):
             net, layers = self.make_teacher(self.num_classes), [theirs for _, theirs in self.pairs]
             self.teacher = Teacher(net, self.teacher_checkpoint, self.trainer, layers)
             if self.alone_checkpoint:
-                self.alone = StudentAlone(self.make_student(), self.alone_checkpoint, self.trainer)
+                # Its weights follow; the run's own checkpoint describes the net when its folder is gone.
+                with building(read_nets(self.init_from or self.of_checkpoint), loads=False):
+                    student = self.make_student()
+                self.alone = StudentAlone(student, self.alone_checkpoint, self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

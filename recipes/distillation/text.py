@@ -13,7 +13,7 @@ from common.errors import InputError, speaking_of
 from common.nets.pretrained import check_tokens
 from common.sources import Labelled, Source
 from common.sources.text import Windows, prepare
-from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
+from common.sources.tokenizers import KnownTokenizer, PretrainedTokenizer, TokenizerSource, chosen
 
 
 class TextWindows(Source):
@@ -33,6 +33,7 @@ class TextWindows(Source):
     """
 
     weights: str | None = None  # of the student, whose tokenizer holds
+    known: KnownTokenizer | None = None  # of a checkpoint
 
     def __init__(
         self,
@@ -50,17 +51,20 @@ class TextWindows(Source):
 
     @override
     def take_over(self, facts: Mapping[str, Any]) -> None:
-        self.weights = None  # the checkpoint's tokenizer holds
         if self.tokenizer is None:
-            self.tokenizer = KnownTokenizer(facts["tokenizer"]["json"], facts["tokenizer"]["eos_token"])
+            self.known = KnownTokenizer(facts["tokenizer"]["json"], facts["tokenizer"]["eos_token"])
+            # What it has prepared is found by the tokenizer's place, which may be gone.
+            self.tokenizer = PretrainedTokenizer(self.weights) if self.weights else self.known
+        self.weights = None  # the checkpoint's tokenizer holds
 
     @override
     def read(self) -> Labelled:
         with speaking_of("data.source.tokenizer", instead_of="data.tokenizer"):
             tokenizer = chosen(self.tokenizer, self.weights, {})
         corpus = prepare(
-            self.path, tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir
-        )
+            self.path, tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir,
+            known=self.known,
+        )  # fmt: skip
         if self.weights and self.tokenizer and not is_shape(self.weights):
             check_tokens(self.weights, corpus.tokenizer.get_vocab(), "model.weights")
         train = Windows(corpus.train, self.context, keep_partial=False)
@@ -69,8 +73,8 @@ class TextWindows(Source):
         input_ids, target = (torch.cat(both) for both in zip(*parts, strict=True))
         names = [corpus.tokenizer.decode([number], skip_special_tokens=False) for number in range(corpus.vocab_size)]
         ends = corpus.tokenizer.id_to_token(corpus.eos_id)
-        made_from = {"eos_token": ends, "pad_token": ends, **tokenizer.special()}
-        made_from |= {"json": corpus.tokenizer.to_str(), "model_max_length": self.context}
+        special = (self.known or tokenizer).special() or {"pad_token": ends, "model_max_length": self.context}
+        made_from = {**special, "eos_token": ends, "json": corpus.tokenizer.to_str()}
         return Labelled(
             {"input_ids": input_ids}, target, names, num_val=len(val), tokenizer=made_from, labels="next token"
         )
