@@ -488,7 +488,9 @@ def test_rows_are_split_as_the_user_says(work: Path, capfd: pytest.CaptureFixtur
     assert line.startswith("--data.source.time: 'part': 'test' is neither a number nor a date")
 
 
-@pytest.mark.parametrize("by", [{}, {"time": "day"}, {"group": "day"}])
+@pytest.mark.parametrize(
+    "by", [{}, *(pytest.param({key: "day"}, marks=pytest.mark.matrix) for key in ("time", "group"))]
+)
 def test_changed_targets_are_said(by: dict[str, Any], work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Rows stay in their parts: a row that has trained is not tested with its new target."""
     rows = pd.DataFrame({"size": np.arange(100) % 31, "day": range(100), "rent": np.arange(100) * 1.5})

@@ -311,6 +311,7 @@ def test_more_classes_get_a_new_head(work: Path, photos: Path, capfd: pytest.Cap
     assert "not trained on a class 'ant'" in refused("classification", [*args, "--init_from", "base"], capfd)
 
 
+@pytest.mark.matrix
 def test_a_table_of_more_classes_gets_a_new_head(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name, kinds in (("two", "ab"), ("three", "cab")):
         rows = [f"{number % 17 + number / 100},{number % 7},{kind}" for number in range(60) for kind in kinds]
@@ -581,6 +582,7 @@ def test_a_student_begins_with_a_language_model(kind: str, frozen: int, work: Pa
     assert there.config.vocab_size == 312
 
 
+@pytest.mark.matrix
 def test_the_student_alone_needs_no_folder(work: Path, text: str) -> None:
     """And while the folder is there, a text is tokenized once."""
     write_decoder(work / "net", text)
