@@ -84,6 +84,7 @@ def interrupted(args: list[str]) -> None:
         return step(self, batch, batch_idx)
 
     module.ClassificationModule.training_step = stop  # type: ignore[method-assign]  # in a forked process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     with pytest.raises(KeyboardInterrupt):
         train.main(args)
 
