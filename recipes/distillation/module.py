@@ -25,10 +25,9 @@ class DistillationModule(BaseModule):
     """A student with the loss (1 - alpha) cross-entropy + alpha loss + feature_weight feature_loss.
 
     Args:
-        net: the student by class path; its first argument, the number of classes, comes from the data. None for that of
-            the weights.
+        net: the student by class path, which gets the number of classes; None for that of the weights.
         num_classes: number of classes; comes from the data.
-        weights: folder or hub name of a causal language model of transformers that is the student, for ``TextWindows``.
+        weights: folder or hub name of a causal net of transformers, the student for ``TextWindows``.
         frozen_blocks: how many of its first blocks stay as they are, and with them the embeddings.
         body_lr_scale: factor on the learning rate of the student's ``body``, for fine-tuning.
         teacher: the teacher, given like ``net``; None trains the student alone.
@@ -36,10 +35,10 @@ class DistillationModule(BaseModule):
         teacher_training: a config in the recipe's folder that trains the teacher first if there is no checkpoint; None
             for a pretrained teacher.
         alone_checkpoint: a checkpoint of the same student trained without a teacher, for comparison.
-        loss: distance between the logits, by name: ``SoftTargets`` or ``LogitError``.
+        loss: distance between the logits, a class of ``losses.py``.
         alpha: weight of ``loss``; the cross-entropy with the labels has the rest.
         features: pairs of layers, the student's and the teacher's, by their modules' names.
-        feature_loss: distance between the layers of a pair, by name: ``AttentionTransfer`` or ``SimilarityPreserving``.
+        feature_loss: distance between the layers of a pair, a class of ``losses.py``.
         feature_weight: weight of the sum over pairs.
         augmentation: kornia augmentations of the images; student and teacher see the same.
         kwargs: of :class:`common.module.BaseModule`.
