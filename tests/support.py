@@ -188,7 +188,7 @@ def under(recipe: str) -> str:
     """The strategy under which the suite has a recipe; together they are the ways to share a net and its optimizer."""
     own = {
         "classification": "fsdp2", "curriculum": "deepspeed_zero3", "lm": "tensor_parallel",
-        "multitask": "deepspeed_zero2", "regression": "parameter_server",
+        "multitask": "fsdp", "regression": "parameter_server",
     }  # fmt: skip
     return own.get(recipe, "ddp")
 

@@ -442,7 +442,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("robust")
         patch.chdir(folder)
         args = [
-            "--model.net.widths", "[16, 32]", f"{ATTACK}.steps", "1", "--trainer.max_epochs", "5",
+            "--model.net.widths", "[16, 32]", f"{ATTACK}.steps", "1", "--trainer.max_epochs", "5", f"{EVAL}.steps", "3",
             "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
         ]  # fmt: skip
         main_of("adversarial")(["fit", *args])

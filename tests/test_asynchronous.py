@@ -112,6 +112,7 @@ def test_local_sgd_and_diloco_end_near_ddp(work: Path, lm_args: list[str], recor
         assert lost < BOUND
 
 
+@pytest.mark.matrix
 def test_diloco_goes_on_from_a_checkpoint(work: Path, lm_args: list[str]) -> None:
     """Ranks start from the optimizer of rank 0, and the outer one has its momentum."""
     short = ["--model.lr_scheduler", "common.optim.Constant", "--trainer.strategy.sync_every", "10"]

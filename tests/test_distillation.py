@@ -393,6 +393,7 @@ def test_gap_closed() -> None:
     assert gap_closed(0.5, 0.5, 0.7).startswith("no gap")
 
 
+@pytest.mark.matrix
 def test_own_teacher(work: Path) -> None:
     """A student whose teacher is its own checkpoint agrees with it from the first evaluation on."""
     fit("--model.teacher", "null")
@@ -528,6 +529,7 @@ def test_loss_of_language_models_counts_tokens(work: Path, small_text: Path) -> 
     assert cli.trainer.callback_metrics["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_windows_with_a_pretrained_tokenizer(work: Path, small_text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """An export keeps it as it was; a run goes on with more text, in windows of the same length."""
     write_decoder(work / "net", small_text.read_text()[:20_000])

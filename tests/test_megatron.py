@@ -78,12 +78,13 @@ def same_checkpoints(path: Path, expected: Path, tolerance: float) -> None:
             assert torch.allclose(others["state"][number][key], value, atol=tolerance), (number, key)
 
 
+@pytest.mark.matrix
 @needs_megatron
 @pytest.mark.parametrize(
     ("kind", "world", "precision", "tolerance"),
     [
-        pytest.param("gpt2", 2, "32-true", 1e-5, marks=pytest.mark.matrix),
-        pytest.param("gpt2", 2, "64-true", 1e-12, marks=pytest.mark.matrix),
+        ("gpt2", 2, "32-true", 1e-5),
+        ("gpt2", 2, "64-true", 1e-12),
         ("swiglu", 4, "64-true", 1e-12),
     ],
 )

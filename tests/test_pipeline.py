@@ -150,6 +150,7 @@ def test_other_recipes_equal_one_process(
     assert max(value for name, value in off.items() if name.rpartition("/")[2] not in BINNED) < 1e-5, off
 
 
+@pytest.mark.matrix
 def test_checkpoints_travel(fit: Fit, record_property: Any) -> None:
     """From a pipeline to one process, to DDP, to two pipelines and back, as if it had been one process all along."""
     schedule = ["--model.lr_scheduler", "torch.optim.lr_scheduler.LinearLR"]  # the same however long the run is

@@ -145,19 +145,17 @@ def run_scripts(work: Path, commands: list[tuple[list[str], Path]]) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    "recipes", [["regression"], pytest.param(MEASURED, marks=pytest.mark.matrix)], ids=["one", "all"]
-)
-def test_copied_recipes_run_unedited(recipes: list[str], work: Path, clone: Path, small_text: Path) -> None:
+@pytest.mark.matrix
+def test_copied_recipes_run_unedited(work: Path, clone: Path, small_text: Path) -> None:
     """By path from another folder, and their checkpoints load in a process that knows only the classes."""
     commands = []
-    for recipe in recipes:
+    for recipe in MEASURED:
         shutil.copytree(clone / "recipes" / recipe, clone / f"recipes/copy_of_{recipe}")
         script = str(clone / f"recipes/copy_of_{recipe}/train.py")
         commands.append(([script, "fit", *tiny(recipe, small_text), *PLAIN], clone))
     run_scripts(work, commands)
     loaded = subprocess.run(
-        [*PYTHON, "-c", LOAD, *recipes],
+        [*PYTHON, "-c", LOAD, *MEASURED],
         cwd=work,
         env={**os.environ, "PYTHONPATH": str(clone)},
         capture_output=True,
@@ -166,7 +164,7 @@ def test_copied_recipes_run_unedited(recipes: list[str], work: Path, clone: Path
     )
     assert loaded.returncode == 0, loaded.stderr
     sizes = [int(line) for line in loaded.stdout.splitlines() if line.isdigit()]
-    assert len(sizes) == len(recipes)
+    assert len(sizes) == len(MEASURED)
     assert min(sizes) > 1000
 
 

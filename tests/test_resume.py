@@ -45,10 +45,13 @@ STOPS: dict[str, tuple[list[str], dict[str, Any], int]] = {
         7,
     ),
 }
-# The suite has every recipe once, and one on a single process with workers.
+# The suite has every recipe once, some on one process, and DDP with workers.
 FAST = [
-    ("classification", 1, "odd_accumulation", 2, "ddp"),
-    *((recipe, 2, list(STOPS)[i % len(STOPS)], 0, under(recipe)) for i, recipe in enumerate(RECIPES)),
+    ("classification", 2, "odd_accumulation", 2, "ddp"),
+    *(
+        (recipe, 1 + (under(recipe) != "ddp"), list(STOPS)[i % len(STOPS)], 0, under(recipe))
+        for i, recipe in enumerate(RECIPES)
+    ),
 ]
 
 

@@ -249,14 +249,8 @@ def test_shares_of_two_ranks(strategy: FSDP | FSDP2, expected: tuple[int, int, i
     assert strategy.memory_per_rank(Memory(400, 400, 800), 100, 2) == expected
 
 
-@pytest.mark.parametrize(
-    "strategies",
-    [
-        ["fsdp2", "pipeline"],
-        pytest.param(STRATEGIES, marks=pytest.mark.matrix),
-    ],
-    ids=len,
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategies", [["fsdp2", "pipeline"], STRATEGIES], ids=len)
 def test_texts_and_metrics_do_not_depend_on_the_strategy(
     strategies: list[str], work: Path, plain_args: dict[str, list[str]], fit: Fit
 ) -> None:

@@ -228,6 +228,7 @@ def test_a_run_starts_with_the_weights_of_another(
         assert refused("classification", [*args, *given], capfd).startswith(line)
 
 
+@pytest.mark.matrix
 def test_a_layer_may_name_the_weights_of_another(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It decides about the facts too, and is for each start of a job; the run's config starts the same again."""
     main, small = main_of("classification"), ["--config", str(ROOT / "recipes/classification/small.yaml")]
@@ -458,7 +459,7 @@ def test_a_run_on_another_table_starts_with_the_weights_of_one(
     assert "its columns have 'kind' (category 'b') where those of the data" in line
 
 
-@pytest.mark.parametrize("recipe", ["regression", "classification"])
+@pytest.mark.parametrize("recipe", ["regression", pytest.param("classification", marks=pytest.mark.matrix)])
 def test_the_page_of_an_exported_table_net_predicts(
     recipe: str, work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
