@@ -177,6 +177,9 @@ def test_without_the_data_of_training(recipe: str, work: Path, capfd: pytest.Cap
     assert {row["image"] for row in rows} == {str(path) for path in (work / "new").glob("*/*.png")}
     line = refused(recipe, ["predict", *args, "--data.keep", "[imge]"], capfd)
     assert "'imge': no such column among ['image', 'label']; did you mean 'image'?" in line
+    args[3] = "nw"
+    line = refused(recipe, ["predict", *args, "--data.keep", "[image]"], capfd)
+    assert line.startswith("--data.predict_source.path: nw: no such file")
 
 
 def places_of(data: Any) -> Counter[tuple[int, int]]:

@@ -743,8 +743,9 @@ def test_rows_that_cannot_be_predicted(houses: Path, work: Path, capfd: pytest.C
         line = refused(["predict", *rows], capfd)
         assert problem in line
         assert "data.source" not in line
-    missing = refused(["predict", *rows[:-1], "nw.csv"], capfd)
-    assert missing.startswith("--data.predict_source.path: nw.csv: no such file; did you mean 'new.csv'?")
+    for keep in ([], ["--data.keep", "rent"]):
+        missing = refused(["predict", *rows[:-1], "nw.csv", *keep], capfd)
+        assert missing.startswith("--data.predict_source.path: nw.csv: no such file; did you mean 'new.csv'?")
 
 
 def test_diabetes_is_in_its_own_units() -> None:

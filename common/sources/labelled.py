@@ -564,8 +564,11 @@ class Samples:
         Raises:
             InputError: those of :meth:`to_predict` and of :meth:`common.sources.Source.columns`.
         """
-        kept = (source or self._source).columns(keep) if keep else {}
-        return LabelledDataset(self.labelled, self.parts.test) if source is None else self.to_predict(source), kept
+        if source is None:
+            return LabelledDataset(self.labelled, self.parts.test), self._source.columns(keep) if keep else {}
+        with speaking_of("data.predict_source", instead_of="data.source"):
+            kept = source.columns(keep) if keep else {}
+        return self.to_predict(source), kept
 
     def to_predict(self, source: Any) -> LabelledDataset:
         """A data set of other samples, whose labels are not looked at.

@@ -166,11 +166,10 @@ class RegressionData(BaseDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "predict" and self.keep:
-            self.kept = (self.predict_source or self.source).columns(self.keep)
         if stage == "predict" and self.predict_source is not None:
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
+                self.kept = self.predict_source.columns(self.keep) if self.keep else {}
             self.predict_data = rows_to_predict(new, self.columns)
             tell_unknown(new, self.columns, self.predict_data.rows[1])
             return
@@ -178,6 +177,8 @@ class RegressionData(BaseDataModule):
             RowDataset(self.table.encoded, part) for part in self.table.parts
         )
         self.predict_data = self.test_data
+        if stage == "predict" and self.keep:
+            self.kept = self.source.columns(self.keep)
 
     @override
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
