@@ -232,15 +232,17 @@ class Pretrained(nn.Module):
         else:
             key = "data.source.context" if self.language else "data.source.max_length"
             check_context(self.model.config, inputs["input_ids"].shape[1], repr(self.model.name_or_path), key)
-        more = {"use_cache": False} if self.language else {}  # for training and for one pass, both of whole texts
+        no_cache = {"use_cache": False} if self.language else {}  # whole texts in one pass need none
         try:
-            logits = self.model(**inputs, **more).logits
+            logits = self.model(**inputs, **no_cache).logits
         except ValueError as error:
-            reason = str(error).splitlines()[0][:90]
-            is_padding = "pixel_values" not in inputs and self.model.config.pad_token_id is None
-            if "pixel_values" not in inputs and not is_padding:
+            if "pixel_values" in inputs:
+                fix = "set data.source.size"
+            elif self.model.config.pad_token_id is None:
+                fix = "set pad_token_id in its config.json"
+            else:
                 raise
-            fix = "set pad_token_id in its config.json" if is_padding else "set data.source.size"
+            reason = str(error).splitlines()[0][:90]
             raise InputError(f"model.net name {self.model.name_or_path!r}: {reason}; {fix}") from error
         # Without the rows that round a vocabulary up; a copy, as FSDP2 gives no view on.
         return logits if logits.shape[-1] == self.num_classes else logits[..., : self.num_classes].contiguous()

@@ -213,8 +213,10 @@ class RunRecord(Callback):
         self._tell_measured(trainer)
 
     def _measured(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What an evaluation is about: which checkpoint, of which step, on which data."""
-        data = f"{_evaluated(trainer)} of {_source(self.config['data'])}"
+        """The checkpoint of an evaluation, its step, and the data."""
+        data = _source(self.config["data"])
+        with spared("how many samples are evaluated"):  # a data set of one's own may have no length
+            data = f"{_evaluated(trainer)} of {data}"
         return {"checkpoint": self.checkpoint, "step": self.run.first_step, "data": data}
 
     def _tell_measured(self, trainer: L.Trainer) -> None:

@@ -107,6 +107,7 @@ class Images:
     def _look(self) -> Seen:
         """Look at each image without decoding it."""
         starts, began = range(0, len(self), CHUNK), time.time_ns()
+        # Lists of files in one folder share what is kept, so that one more image changes no name.
         ends = [os.path.abspath((self.table[place][self.column] or {}).get("path") or "") for place in (0, -1)]
         kept = Path(CACHE, f"images/{FORMAT}-{_hash(os.path.commonpath(ends).encode()).hex()}.npz")
         known = _known(kept)
@@ -122,7 +123,7 @@ class Images:
         return Seen(keys, sizes, colour.bool())
 
     def _look_at(self, start: int, known: np.ndarray) -> np.ndarray:
-        """Stamp, hash, height, width and colour of each image of a chunk, those that are known without reading them."""
+        """Stamp, hash, height, width and colour of each image of a chunk. Known files are not read."""
         rows = self.table[start : start + CHUNK][self.column]
         stamps = np.array([_stamp(row) for row in rows])
         places = np.searchsorted(known[:, 0], stamps[:, 0]).clip(max=len(known) - 1)

@@ -19,6 +19,8 @@ from .pictures import model_comparison, soft_targets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LETTERS = 36  # of the text before a position: with what it goes on with, as wide as the figure
+
 
 def flat_target(batch: LabelledBatch) -> Int64[Tensor, " items"]:
     """Targets of all samples, or of all their positions, with -100 for padding."""
@@ -129,8 +131,8 @@ def _title(batch: LabelledBatch, place: int, names: list[str]) -> str:
     if batch.target.ndim == 1:
         return f"true class: {right}"
     sample, position = divmod(place, batch.target.shape[1])
-    before = batch.inputs["input_ids"][sample, : position + 1][-16:].tolist()
-    return f"…{''.join(names[token] for token in before)!r} goes on with {right!r}"
+    before = batch.inputs["input_ids"][sample, : position + 1][-LETTERS:].tolist()
+    return f"…{''.join(names[token] for token in before)[-LETTERS:]!r} goes on with {right!r}"
 
 
 def _table(facts: Mapping[str, Mapping[str, float]]) -> str:
