@@ -262,6 +262,7 @@ class BaseDataModule(L.LightningDataModule):
     """Loaders over the data sets that a recipe's ``setup`` assigns.
 
     A subclass sets ``train_data``, ``val_data``, ``test_data`` and ``predict_data`` in :meth:`setup`, as it needs them.
+    Without samples for testing ``test_data`` is ``val_data``.
     When it is made it sets ``facts``: what gives a net's inputs and outputs their meaning, such as class names or a
     tokenizer, as plain values. Checkpoints keep them. A data module with an argument ``facts_of`` gets the checkpoint
     that a command is about. For ``predict`` it may set ``kept``: columns of the source that are written beside the

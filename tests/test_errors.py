@@ -479,7 +479,9 @@ WRONG_RUNS = [
     *(built(CLASSES, {}, f"--monitor step{more}", "", "best.mode: nothing says whether a small or a large step is the")
       for more in ("", " --trainer.num_sanity_val_steps 0")),
     built(CLASSES, {"bad.yaml": MONITOR.format("EarlyStopping").replace("los", "auroc")}, "--config bad.yaml",
-         "bad.yaml:2", "trainer.callbacks: mode of EarlyStopping: val/auroc is best where it is largest; set it to"),
+         "bad.yaml:2", "trainer.callbacks: EarlyStopping: val/auroc is best where it is largest; set its mode to"),
+    built(CLASSES, {}, "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor val/f1 "
+          "--trainer.callbacks.patience 2", "--trainer.callbacks", "EarlyStopping: val/f1 is best where it is largest"),
     built(CLASSES, {"bad.yaml": MONITOR.format("ModelCheckpoint")}, "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.monitor: ModelCheckpoint monitors 'val/los'", "val/loss"),
 ]
@@ -688,7 +690,7 @@ def test_run_folder_that_cannot_be_made(
     for place in ("runs", "out/runs"):
         Path(place).parent.mkdir(exist_ok=True)
         Path(place).write_text("a file")
-        flags = ["test", "--trainer.default_root_dir", "out"] if "out" in place else ["fit"]
+        flags = ["test", "--ckpt_path", "null", "--trainer.default_root_dir", "out"] if "out" in place else ["fit"]
         line = refused(CLASSES, [*flags, *small(CLASSES, request)], capfd)
         assert "trainer.default_root_dir: cannot make the run's folder (Not a directory: " in line
         assert Path(place).read_text() == "a file"
@@ -917,6 +919,8 @@ def test_every_recipe_is_given_mistakes(recipe: str) -> None:
 
 def test_a_mistyped_name_is_no_untrained_net(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main = main_of("classification")
+    problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
+    assert refused("classification", ["test"], capfd) == f"--name default: {problem}; run fit first"
     main(["fit", *TINY])
     capfd.readouterr()
     for command in ("test", "validate", "predict", "export"):
@@ -924,10 +928,7 @@ def test_a_mistyped_name_is_no_untrained_net(work: Path, capfd: pytest.CaptureFi
             main([command, "--name", "defualt"])
         assert stop.value.code == 2
         (line,) = capfd.readouterr().err.splitlines()
-        assert line == (
-            "--name defualt: no run of this name has a checkpoint (--ckpt_path null takes the net as it is made); "
-            "did you mean 'default'?"
-        )
+        assert line == f"--name defualt: {problem}; did you mean 'default'?"
     assert not (work / "runs/classification/defualt").exists()
     for name in ("fresh", "default"):  # also where there is a checkpoint
         main(["validate", "--name", name, "--ckpt_path", "null"])

@@ -92,6 +92,35 @@ def test_another_text_to_test_on_is_said(work: Path, capfd: pytest.CaptureFixtur
     assert len(line) <= 240 - 23  # there is room for counts of seven digits
 
 
+def test_a_text_to_test_on_that_was_trained_on_is_said(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By its documents; one that the training has left out for testing is none."""
+    texts, held = work / "texts", work / "held"
+    held.mkdir()
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"Text {number} has words. " * 100)
+    for name in ("2.txt", "5.txt"):
+        shutil.copy(texts / name, held)
+    (held / "new.txt").write_text("Another text. " * 300)
+    args = ["fit", *FIT, *SMALL, "--model.sample_tokens", "0", "--data.path", str(texts)]
+    main_of("lm")(args)
+    main_of("lm")([*args, "--name", "apart", "--data.test_path", str(held)])
+    test = ["test", "--data.test_path", str(held)]
+    for more, is_known in (([], "was trained with"), (["--name", "apart"], ""), ([], "may know")):
+        if is_known == "may know":
+            (texts / "9.txt").write_text("One text more. " * 300)
+        capfd.readouterr()
+        main_of("lm")([*test, *more])
+        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.")]
+        line = f"data.test_path: the text of data.path has 2 of its 3 documents too, and the net {is_known} these"
+        assert said[:1] == [line] * bool(is_known)
+        assert len(said) == (is_known == "may know") + bool(is_known)
+    assert said[1].endswith("; others that it knew stay in their parts")
+    capfd.readouterr()
+    main_of("lm")(["test", "--name", "apart", "--data.test_path", "null"])
+    assert f"samples of {texts} for validation, as none are for testing\n" in capfd.readouterr().out
+
+
 def test_texts_need_the_folder_of_their_tokenizer_once(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [f"a {'very ' * (n % 3)}{word} film,{word}" for n in range(20) for word in ("good", "bad")]
     (work / "reviews.csv").write_text("\n".join(["text,label", *rows]))

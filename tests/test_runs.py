@@ -7,11 +7,13 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from common.checkpoint import read_checkpoint
 from common.figures import read_metrics as all_metrics
 from common.module import BaseModule
 from common.run.report import Best, write_report
+from common.sources.tables import Diabetes
 from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
 
 QUICK = [
@@ -536,9 +539,11 @@ def test_a_run_that_is_to_stop_logs_as_any_other(
     ("flags", "planned", "why"),
     [
         (["EarlyStopping", "monitor=val/f1", "patience=2", "min_delta=9", "mode=max"], "12",
-         r"EarlyStopping: val/f1 has not improved by 9, patience 2; its best was (\S+) at step (\d+)"),
+         r"EarlyStopping: val/f1 has not improved by 9, patience 2; its best was (\S+) at step (\d+); "
+         "--ckpt_path last goes on if the callback is given with another patience"),
         pytest.param(["EarlyStopping", "monitor=val/loss", "stopping_threshold=100"], "12",
-         r"EarlyStopping: val/loss has reached stopping_threshold 100.0; its best was (\S+) at step (\d+)",
+         r"EarlyStopping: val/loss has reached stopping_threshold 100.0; its best was (\S+) at step (\d+); "
+         "--ckpt_path last goes on if the callback is given with another stopping_threshold",
          marks=pytest.mark.matrix),
         pytest.param(["EarlyStopping", "monitor=val/loss", "patience=9"], "4", None, marks=pytest.mark.matrix),
         (["Timer", "duration=00:00:00:01"], "9000", r"max_time, 0:00:01, is over; --ckpt_path last goes on"),
@@ -570,6 +575,45 @@ def test_an_early_end_says_why(
         assert f"\nfit: ended {said[0]}\n" in capfd.readouterr().out
 
 
+def said(folder: Path) -> str:
+    """The time and the command of what has written to a folder."""
+    start = json.loads((folder / "starts.jsonl").read_text())
+    return f"{start['time']}: {escape(shlex.join(start['command']))}"
+
+
+def test_results_on_other_data_are_kept(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of one data set give way to its next alone; what a command measures is always in its own folder."""
+    main, copy = main_of("regression"), "bundled.csv"
+    Diabetes().read().to_csv(copy, index=False)
+    main(["fit", *TINY, "--trainer.accelerator", "cpu"])
+    run, other = Path("runs/regression/default"), [
+        "--data.source", "common.sources.tables.Table", "--data.source.path", copy,
+        "--data.source.target", "progression", "--data.source.categorical", "sex",
+    ]  # fmt: skip
+    main(["test"])
+    assert "the earlier result" not in capfd.readouterr().out
+    for args, now, then, moved in (
+        (other, "Table bundled.csv", "Diabetes", "test.1"),
+        (other, "Table bundled.csv", "", ""),
+        ([], "Diabetes", "Table bundled.csv", "test.1"),
+    ):
+        main(["test", *args])
+        out = capfd.readouterr().out
+        assert json.loads((run / "test/summary.json").read_text())["source"] == now
+        if then:
+            assert f"\ntest: the earlier result, on {then}, is in {work / run / moved} now\n" in out
+            assert json.loads((run / moved / "summary.json").read_text())["source"] == then
+            assert (run / moved / "metrics.csv").exists()
+        else:
+            assert "the earlier result" not in out
+    assert sorted(each.name for each in run.glob("test*")) == ["test", "test.1"]
+    page = write_report(run, "a run").read_text()
+    newest = f"test, best, step {json.loads((run / 'test/summary.json').read_text())['step']}"
+    for name in (newest, f"{newest}, on Table bundled.csv (number 1)"):
+        assert f"<td>{name}</td>" in page
+        assert f"<tr><th>{name}</th>" in page
+
+
 def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In the output, the summaries, the report and the folders; those of one are never replaced in silence."""
     main = main_of("classification")
@@ -586,7 +630,7 @@ def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest
         assert f"\ntest: {name}, step {step}, on {data}\n" in out
         summary = json.loads((RUN / folder / "summary.json").read_text())
         assert (summary["step"], summary["data"]) == (step, data)
-        assert f"<tr><th>test, {name}, step {step}</th><td>on {data}</td></tr>" in page
+        assert f"<tr><th>test, {name}, step {step}</th><td>on {data}; {said(RUN / folder)}</td></tr>" in page
         assert f"<td>test, {name}, step {step}</td>" in page
     tables = [work / RUN / folder / "predictions.csv" for folder in ("predict", "predict-last", "predict-null")]
     assert re.findall("^predictions: (.*)$", out, re.MULTILINE) == [str(path) for path in tables]

@@ -168,7 +168,8 @@ def test_the_report_says_what_was_run(work: Path) -> None:
     start = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
     assert start["parts"] == {"train": 308, "val": 45, "test": 89}
     for text in (
-        "<th>command</th><td>", "train.py fit --ckpt_path last --trainer.max_steps 6</td>", "number 2 of the run",
+        "<th>command</th><td>", "train.py fit --ckpt_path last --trainer.max_steps 6</td>",
+        "number 2 of the run, from step 4", "<th>first start</th><td>",
         "complete at step 6", "train 308, val 45, test 89", "<th>commit</th>",
         "train: first batch", "val: worst samples",
     ):  # fmt: skip

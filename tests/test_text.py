@@ -240,10 +240,14 @@ def test_texts_of_their_own_for_validation_and_testing(tmp_path: Path) -> None:
         tokens = len(getattr(corpus, side))
         assert corpus.bytes_per_token[side] == sum(len(text.encode()) for text in part) / tokens
     tested = prepare(paths[0], Bytes(), test_path=paths[2], cache_dir=cache)
+    assert tested.has_test
+    assert tested.shared == 1
     assert sorted(read_documents(tested, tested.test)) == sorted(found[2])
     assert not set(read_documents(tested, tested.val)) & {documents[7], "one more"}
     plain = prepare(paths[0], Bytes(), cache_dir=cache)
+    assert not plain.has_test
     assert np.array_equal(plain.test, plain.val)
+    assert plain.fingerprint == plain.whole == tested.whole != tested.fingerprint
     with pytest.raises(InputError, match="all its documents are for validation or testing as well; add text"):
         prepare(paths[1], Bytes(), val_path=paths[1], cache_dir=cache)
 

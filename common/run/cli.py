@@ -45,7 +45,7 @@ from common.parts import facts_of
 from common.run import layers
 from common.run.callbacks import BestCheckpoint, LastCheckpoint
 from common.run.faults import Endings, lost_rank
-from common.run.folder import RunFolder, make
+from common.run.folder import RunFolder, make, move_aside
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
 from common.run.media import Media
@@ -53,7 +53,8 @@ from common.run.messages import LIBRARIES, explain
 from common.run.output import lasting_output, spare
 from common.run.parser import TRAINER_HELP, RecipeParser
 from common.run.predictions import PredictionWriter
-from common.run.record import RunRecord, RunReport
+from common.run.record import RunRecord, RunReport, source_of
+from common.run.report import read_summary
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
 
@@ -296,7 +297,7 @@ class RecipeCLI(LightningCLI):
     def _checkpoint(self, name: str | None, given: bool) -> Path | None:
         """The checkpoint of this command: the one that is named, or of a command about a run its best."""
         if self.subcommand in OF_RUN:
-            name = name or (None if given else self.run.best())
+            name = name or (None if given else self._best())
             if not rank_zero_only.rank:
                 print(f"{self.subcommand}: {name or 'no'} checkpoint of {self.run.path}", flush=True)
         if name == "auto" and self.subcommand == "fit":
@@ -306,6 +307,17 @@ class RecipeCLI(LightningCLI):
                 print(f"fit: {f'goes on from {found}' if found else f'{self.run.path} {start}'}", flush=True)
             return found
         return self.run.find(str(name)) if name else None
+
+    def _best(self) -> str:
+        try:
+            return self.run.best()
+        except InputError:
+            try:
+                self.parser.parse_args(self.argv)
+            except jsonargparse.ArgumentError as error:
+                if "unrecognized arguments" in str(error):  # it may be a mistyped --ckpt_path or --name
+                    raise
+            raise
 
     def _parse_after(self, checkpoint: Path, head: list[str], flags: list[str]) -> None:
         """Parse with the config of the checkpoint's run first, so that whatever is given now wins over it."""
@@ -477,9 +489,21 @@ class RecipeCLI(LightningCLI):
         """Make the command's folder, when its checkpoint has been found readable."""
         if checkpoint := self.config[self.subcommand].ckpt_path:
             self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
+        if not self.trainer.global_rank:
+            self._keep_results()
         make(self.folder)
 
     before_test = before_predict = before_validate
+
+    def _keep_results(self) -> None:
+        """Keep what was measured on other data than now, in a folder with a number."""
+        now = source_of(self.resolved["data"], "test" if self.subcommand == "test" else "val")
+        earlier = read_summary(self.folder).get("source", now)
+        if earlier != now:
+            others = sorted(self.folder.parent.glob(f"{self.folder.name}.*"))
+            of_now = next((each for each in others if read_summary(each).get("source") == now), None)
+            moved = move_aside(self.folder, of_now)
+            print(f"{self.subcommand}: the earlier result, on {earlier}, is in {moved} now", flush=True)
 
     @override
     def instantiate_classes(self) -> None:

@@ -11,6 +11,13 @@ from common.data import total_steps
 from common.figures import read_metrics, short_number
 from common.run.report import Best
 
+# By why it ends a run, what of it can be given anew.
+_LIMITS = {
+    EarlyStoppingReason.PATIENCE_EXHAUSTED: "patience",
+    EarlyStoppingReason.STOPPING_THRESHOLD: "stopping_threshold",
+    EarlyStoppingReason.DIVERGENCE_THRESHOLD: "divergence_threshold",
+}
+
 
 def has_stopped(callback: EarlyStopping) -> bool:
     """Whether it has ended the run."""
@@ -53,7 +60,9 @@ def _why_stopped(callback: EarlyStopping, run: Path) -> str:
     }
     best = Best(callback.monitor, callback.mode).find(read_metrics(run))
     when = f"; its best was {short_number(best[1])} at step {best[0] + 1:,}" if best else ""  # rows count from 0
-    return f"EarlyStopping: {callback.monitor} {reasons[callback.stopping_reason]}{when}"
+    limit = _LIMITS.get(callback.stopping_reason)
+    fix = f"; --ckpt_path last goes on if the callback is given with another {limit}" if limit else ""
+    return f"EarlyStopping: {callback.monitor} {reasons[callback.stopping_reason]}{when}{fix}"
 
 
 def _timers(trainer: L.Trainer) -> list[Timer]:

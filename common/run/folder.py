@@ -51,19 +51,18 @@ class RunFolder:
         found = {path.parent.parent.name for path in self.path.parent.glob(f"*/checkpoints/{pattern}")}
         return sorted(name for name in found if name[0] != ".")
 
-    def best(self) -> str | None:
-        """``best`` if the run has a checkpoint, None if the recipe has no run that has one.
+    def best(self) -> str:
+        """``best``, as the run has a checkpoint.
 
         Raises:
-            InputError: only other runs have one.
+            InputError: it has none.
         """
         if any(self.path.glob("checkpoints/*.ckpt")):
             return "best"
-        if trained := self._named_like("*.ckpt"):
-            hint = nearest(self.path.name, trained) or f"; there are {', '.join(trained)}"
-            problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
-            raise InputError(f"--name {self.path.name}: {problem}{hint}")
-        return None
+        trained = self._named_like("*.ckpt")
+        there = f"; there are {', '.join(trained)}" if trained else "; run fit first"
+        problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
+        raise InputError(f"--name {self.path.name}: {problem}{nearest(self.path.name, trained) or there}")
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from: ``last``, or if that is damaged the newest whole one; None for a first start.
@@ -177,11 +176,7 @@ class RunFolder:
             shutil.rmtree(starting)
         else:
             if self.path.exists() or self.path.is_symlink():
-                earlier = self.path.parent.glob(f"{glob.escape(self.path.name)}.*")
-                numbers = [int(p.suffix[1:]) for p in earlier if p.suffix[1:].isdigit()]
-                moved = self.path.with_name(f"{self.path.name}.{max(numbers, default=0) + 1}")
-                self.path.rename(moved)
-                print(f"fit: the earlier run of this name is {moved} now", flush=True)
+                print(f"fit: the earlier run of this name is {move_aside(self.path)} now", flush=True)
             starting.rename(self.path)
         with suppress(OSError):  # a disk without links: loggers that open files anew write there
             starting.symlink_to(self.path, target_is_directory=True)
@@ -199,6 +194,26 @@ class RunFolder:
             self.starting.unlink()
         elif self.starting.exists():
             shutil.rmtree(self.starting, ignore_errors=True)
+
+
+def move_aside(path: Path, back: Path | None = None) -> Path:
+    """Rename a folder to its name and the next free number.
+
+    Args:
+        path: the folder.
+        back: one that was moved before, with which it changes names.
+
+    Returns:
+        Where it is now.
+    """
+    if back is not None:
+        between = back.rename(path.with_name(f".{path.name}.moving"))
+        path.rename(back)
+        between.rename(path)
+        return back
+    earlier = path.parent.glob(f"{glob.escape(path.name)}.*")
+    numbers = [int(each.suffix[1:]) for each in earlier if each.suffix[1:].isdigit()]
+    return path.rename(path.with_name(f"{path.name}.{max(numbers, default=0) + 1}"))
 
 
 def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:

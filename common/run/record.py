@@ -153,10 +153,11 @@ class RunRecord(Callback):
             if not isinstance(callback, BestCheckpoint) and callback.mode == "min":  # which may be no choice
                 mode = mode or likely_mode(str(callback.monitor))
             if mode is not None and mode != callback.mode:
-                name = type(callback).__name__
-                key = "best.mode" if isinstance(callback, BestCheckpoint) else f"trainer.callbacks: mode of {name}"
+                best = isinstance(callback, BestCheckpoint)
+                key = "best.mode" if best else f"trainer.callbacks: {type(callback).__name__}"
                 problem = f"{callback.monitor} is best where it is {'smallest' if mode == 'min' else 'largest'}"
-                raise InputError(f"{key}: {problem}; set it to {mode}, not {callback.mode}")
+                fix = f"set {'it' if best else 'its mode'} to {mode}, not {callback.mode}"
+                raise InputError(f"{key}: {problem}; {fix}")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -214,10 +215,13 @@ class RunRecord(Callback):
 
     def _measured(self, trainer: L.Trainer) -> dict[str, Any]:
         """The checkpoint of an evaluation, its step, and the data."""
-        data = _source(self.config["data"])
+        data = source = source_of(self.config["data"], "test" if trainer.testing else "val")
         with spared("how many samples are evaluated"):  # a data set of one's own may have no length
-            data = f"{_evaluated(trainer)} of {data}"
-        return {"checkpoint": self.checkpoint, "step": self.run.first_step, "data": data}
+            data = f"{_evaluated(trainer)} of {source}"
+        module: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.testing and module.test_data is module.val_data:
+            data += " for validation, as none are for testing"
+        return {"checkpoint": self.checkpoint, "step": self.run.first_step, "source": source, "data": data}
 
     def _tell_measured(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
@@ -242,13 +246,13 @@ def _evaluated(trainer: L.Trainer) -> str:
     return f"{seen:,} samples" if seen == there else f"{seen:,} of {there:,} samples"
 
 
-def _source(data: Mapping[str, Any]) -> str:
-    """What a config calls its data: the class of their source and its files."""
+def source_of(data: Mapping[str, Any], part: str) -> str:
+    """What a config calls its data of a part, ``val`` or ``test``: the class of their source and its files."""
     source = data.get("source") or {}
     settings = {**data, **source.get("init_args", {})}
-    paths = [str(settings[key]) for key in ("path", "val_path", "test_path") if settings.get(key)]
+    path = settings.get(f"{part}_path") or settings.get("path") or ""
     name = source.get("class_path", "").rpartition(".")[2]
-    return " ".join(filter(None, [name, ", ".join(paths)])) or "the recipe's own data"
+    return f"{name} {path}".strip() or "the recipe's own data"
 
 
 def _best(trainer: L.Trainer) -> BestCheckpoint | None:

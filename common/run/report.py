@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from datetime import timedelta
@@ -162,30 +163,44 @@ def checkpoint_name(checkpoint: str | None, run_dir: Path) -> str:
     return path.stem if path.parent == run_dir.resolve() / "checkpoints" else checkpoint
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a command has left in its ``summary.json``; nothing if it has left none."""
     path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _evaluations(run_dir: Path) -> list[tuple[Path, str]]:
-    """Folders of what has been measured, and what they are called: the command, the checkpoint and its step."""
+    """Folders of what has been measured, and what they are called: the command, the checkpoint and its step.
+
+    One on other data than the last of its name says on which.
+    """
     found = []
     for folder in (each for command in ("validate", "test") for each in sorted(run_dir.glob(f"{command}*"))):
-        name, summary = folder.name.replace("-", ", "), _summary(folder)
+        name, summary = folder.name.replace("-", ", "), read_summary(folder)
         if "data" in summary:  # runs of before do not say it
             checkpoint = checkpoint_name(summary["checkpoint"], run_dir)
-            name = f"{folder.name.partition('-')[0]}, {checkpoint}, step {summary['step']:,}"
+            name = f"{re.split('[-.]', folder.name)[0]}, {checkpoint}, step {summary['step']:,}"
+            if name in (known for _, known in found):
+                name += f", on {summary['source']} (number {folder.suffix[1:]})"
         found.append((folder, name))
     return found
 
 
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    """What a command has said at each start of it."""
+    path = folder / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def _run(run_dir: Path) -> str:
     """What was run, when, for how long and on how many samples, as a table."""
-    if not (starts := run_dir / "starts.jsonl").exists():
+    if not (starts := _starts(run_dir)):
         return ""
-    lines = starts.read_text(encoding="utf-8").splitlines()
-    start, summary = json.loads(lines[-1]), _summary(run_dir)
-    rows = [("command", shlex.join(start["command"])), ("start", f"{start['time']}, number {len(lines)} of the run")]
+    start, summary = starts[-1], read_summary(run_dir)
+    rows = [("command", shlex.join(start["command"])), ("start", start["time"])]
+    if len(starts) > 1:
+        rows[1] = ("start", f"{start['time']}, number {len(starts)} of the run, from step {start['step']:,}")
+        rows.insert(0, ("first start", f"{starts[0]['time']}: {shlex.join(starts[0]['command'])}"))
     if summary:
         duration = timedelta(seconds=round(summary["seconds"]))
         rows.append(("duration of this start", f"{duration}, {summary['state']} at step {summary['step']:,}"))
@@ -193,7 +208,10 @@ def _run(run_dir: Path) -> str:
             rows.append(("ended early", early))
     if parts := start.get("parts"):
         rows.append(("samples", ", ".join(f"{name} {size:,}" for name, size in parts.items())))
-    rows += [(name, f"on {data}") for folder, name in _evaluations(run_dir) if (data := _summary(folder).get("data"))]
+    for folder, name in _evaluations(run_dir):
+        if data := read_summary(folder).get("data"):
+            made = [f"; {each['time']}: {shlex.join(each['command'])}" for each in _starts(folder)]
+            rows.append((name, f"on {data}{''.join(made)}"))
     rows.append(("commit", start.get("commit") or "none"))
     if changed := start.get("uncommitted"):
         rows.append(("uncommitted changes", changed))

@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from common.errors import InputError, nearest, short_path
+from common.sources.csv_files import read_csv
 from common.sources.images import CHANNELS, Images, list_images
 
 # What has a class: a sample has one, or any number; each of its words has one; each position has its next token.
@@ -168,7 +169,7 @@ class ImageTable(Source):
     def read(self) -> Labelled:  # noqa: D102
         import datasets
 
-        parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split)
+        parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split, codes=_names(self.label))
         for part in parts:
             column(part, self.image, "data.source.image")
         target, names, labels = _labels(parts, self.label, self.separator)
@@ -233,7 +234,7 @@ class TextTable(Source):
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
-        parts, num_val, num_test = load_splits(self.path, split=self.split)
+        parts, num_val, num_test = load_splits(self.path, split=self.split, codes=_names(self.label))
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
         target, names, labels = _labels(parts, self.label, self.separator)
@@ -366,6 +367,7 @@ def load_splits(
     split: str | None = None,
     conll: Sequence[str] | None = None,
     as_written: bool = False,
+    codes: Sequence[str] = (),
 ) -> Splits:
     """Load a data set with ``datasets``: its train split, and those for validation and testing if there are any.
 
@@ -375,12 +377,12 @@ def load_splits(
         split: a column of the train split that says the part of each row, in place of the data set's splits.
         conll: names of the columns of a file in CoNLL format; None for other files.
         as_written: leave the cells of CSV files as their text.
+        codes: columns of CSV files whose whole numbers are text if one has leading zeros.
 
     Raises:
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
     """
     import datasets
-    import pandas
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
@@ -393,9 +395,9 @@ def load_splits(
             splits = list_images(local, files) or datasets.load_dataset(
                 folder_reader, data_dir=str(local), data_files=files
             )
-        elif as_written and reader == "csv" and (tables := sorted(local.parent.glob(local.name))):
-            frames = [pandas.read_csv(table, dtype=str, keep_default_na=False) for table in tables]
-            splits = {"train": datasets.Dataset.from_pandas(pandas.concat(frames), preserve_index=False)}
+        elif reader == "csv" and list(local.parent.glob(local.name)):
+            rows = read_csv(path, codes, as_written)
+            splits = {"train": datasets.Dataset.from_pandas(rows, preserve_index=False)}
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local), **settings)
         elif local.exists():
@@ -485,7 +487,7 @@ def _labels(
 ) -> tuple[Int64[Tensor, "samples *classes"], list[str], Labels]:
     if label is None:
         return torch.full((sum(map(len, parts)),), -1), [], "one"
-    names = [label] if isinstance(label, str) else label
+    names = _names(label)
     found = [[value for part in parts for value in column(part, name, "data.source.label")[:]] for name in names]
     if not isinstance(label, str):
         return *encode_label_columns(names, found), "several"
@@ -495,6 +497,10 @@ def _labels(
     if any(isinstance(value, list) for value in values):
         return *encode_label_lists(values, getattr(feature, "feature", None)), "several"
     return *encode_labels(values, feature), "one"
+
+
+def _names(label: list[str] | str | None) -> list[str]:
+    return [label] if isinstance(label, str) else list(label or ())
 
 
 def separated(value: Any, separator: str) -> list[str]:

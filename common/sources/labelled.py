@@ -549,8 +549,9 @@ class Samples:
         return self._read[1]
 
     def datasets(self) -> Iterator[LabelledDataset]:
-        """Data sets of the three parts."""
-        return (LabelledDataset(self.labelled, part) for part in self.parts)
+        """Data sets of the three parts; that for testing is that for validation where there is no other."""
+        made = {id(part): LabelledDataset(self.labelled, part) for part in self.parts}
+        return (made[id(part)] for part in self.parts)
 
     def for_predict(
         self, source: Source | None, keep: Sequence[str] | None

@@ -4,12 +4,10 @@
 values, so a checkpoint holds all that :func:`encode` needs for new rows.
 """
 
-import csv
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -21,6 +19,7 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
+from common.sources.csv_files import padded
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 
@@ -42,6 +41,7 @@ class TableSource:
         split: name of a column that says the part of each row: train, val or test. The net gets none of these three.
         group: name of a column whose equal values stay together in a split, such as a patient.
         time: name of a column of numbers or dates; the latest rows test, those before them validate.
+        codes: the categorical columns of a checkpoint, whose leading zeros count too; None if there is none.
     """
 
     target: list[str] | str | None = None
@@ -50,6 +50,7 @@ class TableSource:
     split: str | None = None
     group: str | None = None
     time: str | None = None
+    codes: Iterable[str] | None = None
 
     @property
     def targets(self) -> list[str]:
@@ -133,8 +134,7 @@ class Table(TableSource):
             raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
 
     def read(self) -> DataFrame:  # noqa: D102
-        _refuse_repeated_names(self.path)
-        rows = _load(self.path)
+        rows = _load(self.path, [*self.targets, *self.categorical, *(self.codes or ())])
         for key in ("target", "categorical", "drop", *["split", "group", "time"] * bool(self.targets)):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
@@ -144,17 +144,24 @@ class Table(TableSource):
             if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
                 raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
-        return rows.remove_columns(list(self.drop)).to_pandas()
+        frame = rows.remove_columns(list(self.drop)).to_pandas()
+        if self.targets and self.codes is None and not rank_zero_only.rank:
+            known = {*self.targets, *self.categorical, *splitting(self)}
+            for name, code in padded(self.path, [name for name in _numeric(frame) if name not in known]).items():
+                told = f"is read as numbers, and {code!r} as {int(code)}"
+                fix = "list it in data.source.categorical if it holds codes"
+                print(f"data.source: column {name!r} {told}; {fix}", flush=True)
+        return frame
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns([_load(self.path, as_written=True)], names)
 
 
-def _load(path: str, as_written: bool = False) -> Any:
+def _load(path: str, codes: Sequence[str] = (), as_written: bool = False) -> Any:
     """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
     package, _, name = path.rpartition(".")
     if package != "sklearn.datasets":
-        return load_splits(path, as_written=as_written).parts[0]
+        return load_splits(path, as_written=as_written, codes=codes).parts[0]
     import datasets
     from sklearn import datasets as bundled
 
@@ -168,17 +175,10 @@ def _load(path: str, as_written: bool = False) -> Any:
     return datasets.Dataset.from_pandas(frame)
 
 
-def _refuse_repeated_names(path: str) -> None:
-    """Refuse a second column of the same name; readers of CSV files rename it silently."""
-    local = Path(path).expanduser()
-    for file in local.parent.glob(local.name) if local.suffix == ".csv" else ():
-        try:
-            with file.open(newline="", encoding="utf-8-sig") as lines:
-                names = next(csv.reader(lines), [])
-        except (OSError, UnicodeDecodeError, csv.Error):
-            return  # the reader reports it
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise InputError(f"data.source.path {path}: has two columns named {repeated[0]!r}; rename one")
+def _numeric(frame: DataFrame) -> list[str]:
+    from pandas.api.types import is_numeric_dtype
+
+    return [name for name in frame.columns if is_numeric_dtype(frame[name])]
 
 
 class Numeric(TypedDict):

@@ -38,7 +38,7 @@ from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
-FORMAT = 3  # bump when the same source and settings would give other tokens
+FORMAT = 4  # bump when the same source and settings would give other tokens
 PIECE = 1 << 16  # characters of a document to encode at a time
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
@@ -58,6 +58,8 @@ class Corpus:
     and ``test``: bits per byte are nats per token / ln 2 / ``bytes_per_token``. ``documents`` counts those of each side
     and dropped ``duplicates``; a single document is cut in two and counts on both sides. ``fingerprint`` is of
     those of ``train`` and ``val``, in any order. ``held`` are those whose side their hash alone does not say.
+    ``shared`` counts the documents of ``test`` that the text for training has as well, from which they are dropped;
+    with these it has the fingerprint ``whole``.
     """
 
     folder: Path
@@ -71,6 +73,13 @@ class Corpus:
     documents: dict[str, int]
     fingerprint: str
     held: Held
+    shared: int
+    whole: str
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a text for testing alone."""
+        return self.test is not self.val
 
 
 def prepare(
@@ -221,12 +230,19 @@ class Text:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         corpus = self._prepare()
-        self.has_changed = self.facts.get("fingerprint", corpus.fingerprint) != corpus.fingerprint
+        known = self.facts.get("fingerprint", corpus.fingerprint)
+        self.has_changed = known not in (corpus.fingerprint, corpus.whole)
+        if known != corpus.fingerprint and corpus.shared and not rank_zero_only.rank:
+            is_known = "may know" if self.has_changed else "was trained with"
+            count = f"{corpus.shared} of its {corpus.documents['test']} documents"
+            print(f"data.test_path: the text of data.path has {count} too, and the net {is_known} these", flush=True)
         if self.has_changed and not rank_zero_only.rank:
             then, now = self.facts["documents"], corpus.documents
             sides = ("train", "val", *["test"] * (now["test"] > 0))
             counts = ", ".join(f"{now[side]} for {side} ({then[side]} before)" for side in sides)
             stays = "those that it knew stay in their parts"
+            if corpus.shared:
+                stays = "others that it knew stay in their parts"
             if self.facts["held"] and not any(key in corpus.held for key in self.facts["held"]):
                 stays = "the one that it knew is gone or has changed, and parts are drawn anew"
             if not now["test"] and now["train"] + now["val"] < then["train"] + then["val"]:
@@ -430,6 +446,8 @@ class _Plan(NamedTuple):
     documents: dict[str, int]
     fingerprint: str
     held: dict[str, list[int]]
+    shared: int
+    whole: str
 
 
 def _read(sources: Mapping[str, _Source]) -> Iterator[SplitPiece]:
@@ -455,7 +473,7 @@ def _build(
         pieces = _track(_split(_read(sources), plan), progress, "encoding", plan.total)
         meta = _encode(pieces, sources, tokenizer, wanted.eos_token, part)
     tokenizer.save(str(part / "tokenizer.json"))
-    meta |= {"documents": plan.documents, "fingerprint": plan.fingerprint, "held": plan.held}
+    meta |= {key: getattr(plan, key) for key in ("documents", "fingerprint", "held", "shared", "whole")}
     (part / "meta.json").write_text(json.dumps(meta))
     sums = checksums(part, [path.name for path in part.iterdir()])
     (part / CHECKSUMS).write_text(json.dumps(sums))
@@ -528,16 +546,20 @@ def _plan(
     trains, evaluates = (cuts > 0) | ((cuts == 0) & (ends < length)), (cuts >= 0) & (cuts < ends)
     test = numbers.get("test", 0)
     counts = {"train": trains, "val": evaluates[test:], "test": evaluates[:test], "duplicates": cuts < 0}
+    shared = evaluates[:test] & np.isin(keys[:test, 0], keys[test:, 0])
+    ours = keys[test:][cuts[test:] >= 0, 0]
     return _Plan(
         cuts,
         ends,
         int(length[cuts >= 0].sum()),
         {key: int(count.sum()) for key, count in counts.items()},
-        f"{keys[test:][cuts[test:] >= 0, 0].sum(dtype=np.uint64):016x}",
+        f"{ours.sum(dtype=np.uint64):016x}",
         {
             known.get(number, digests[16 * number : 16 * number + 16].hex()): [int(ends[number]), int(cuts[number])]
             for number in sorted(fixed)
         },
+        int(shared.sum()),
+        f"{np.append(ours, keys[:test][shared, 0]).sum(dtype=np.uint64):016x}",
     )
 
 

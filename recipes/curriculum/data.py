@@ -116,7 +116,9 @@ class CurriculumData(BaseDataModule):
     def setup(self, stage: str) -> None:
         self.train_data = TokenDataset(self.windows)
         self.val_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
-        self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))
+        self.test_data = self.val_data
+        if self.corpus.has_test:
+            self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))
         self.predict_data = self.test_data
         if stage == "fit":
             if self.difficulty:

@@ -174,4 +174,6 @@ class LMData(BaseDataModule):
         self._check_context()
         self.train_data = TokenDataset(Windows(self.corpus.train, self.context, keep_partial=False))
         self.val_data = TokenDataset(Windows(self.corpus.val, self.context, keep_partial=True))
-        self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))
+        self.test_data = self.val_data
+        if self.corpus.has_test:
+            self.test_data = TokenDataset(Windows(self.corpus.test, self.context, keep_partial=True))

@@ -142,6 +142,8 @@ class RegressionData(BaseDataModule):
     def table(self) -> Rows:
         """The rows of the source, in parts."""
         source, known = self.source, self.facts
+        if "columns" in known:
+            source.codes = known["columns"]["categorical"]
         frame = source.read()
         target = read_targets(frame, source)
         if "columns" in known:
@@ -167,6 +169,7 @@ class RegressionData(BaseDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
+            self.predict_source.codes = self.columns["categorical"]
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
                 self.kept = self.predict_source.columns(self.keep) if self.keep else {}
