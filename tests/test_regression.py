@@ -652,7 +652,7 @@ MISTAKES = [
     case(lines(), f"{SOURCE} {TABLES}.Diabetse", SOURCE, f"no 'Diabetse' in {TABLES}", "Diabetes"),
     case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
     case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
-    case("size,kind,rent\n", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
+    case("size,kind,rent\n", "", f"{SOURCE}.path", "houses.csv: has no rows"),
     case(lines(head="size,size,rent"), "", f"{SOURCE}.path", "has two columns named 'size'; rename one"),
     case(lines("x,a,3"), "", f"{SOURCE}.path", "column 'size': 'x' in row 60 is no number; mend it"),
     case(lines("inf,a,3"), "--data.split_seed 1", f"{SOURCE}.path", "column 'size': the number in row 60 is infinite"),
@@ -737,7 +737,7 @@ def test_rows_that_cannot_be_predicted(houses: Path, work: Path, capfd: pytest.C
         (table.rename(columns={"district": "distrct"}), "did you mean 'distrct'?"),
         (table.assign(size="large"), "column 'size': 'large' in row 0 is no number; mend it"),
         (table.assign(rent="much"), "column 'rent': 'much' in row 0 is no number; mend it"),
-        (table.iloc[:0], "cannot be read"),
+        (table.iloc[:0], "has no rows"),
     ):
         changed.to_csv("new.csv", index=False)
         line = refused(["predict", *rows], capfd)

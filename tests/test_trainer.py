@@ -286,7 +286,7 @@ def test_every_export_says_what_it_takes_and_gives(recipe: str, work: Path, smal
         assert facts["context"] == json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
         assert tokens_until_the_end(folder) == 1
     elif recipe == "regression":
-        assert facts["columns"]["target"] == "progression"
+        assert facts["columns"]["targets"] == ["progression"]
     else:
         assert facts["class_names"] == [str(number) for number in range(10)]
         assert facts["shapes"] == {"pixel_values": [1, 8, 8]}

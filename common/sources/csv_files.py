@@ -22,7 +22,7 @@ def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) ->
         as_written: leave all cells as their text.
 
     Raises:
-        InputError: a file repeats a column, or has others than the first file.
+        InputError: a file repeats a column, or has others than the first file, or none has rows.
         ValueError: pandas cannot read it.
     """
     import pandas
@@ -34,6 +34,8 @@ def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) ->
     for file in files:
         _refuse_repeated_names(file, path)
     frames = [pd.read_csv(file, low_memory=False) for file in files]
+    if not sum(map(len, frames)):
+        raise InputError(f"data.source.path {path}: has no rows")
     names = frames[0].columns
     for file, frame in zip(files, frames, strict=True):
         if other := {*frame.columns} ^ {*names}:

@@ -25,7 +25,7 @@ from common.sources.labelled import fingerprint
 FORMAT = 4  # bump when equal settings would train a different teacher, or keep it elsewhere
 COMPARING = ("fit", "validate", "test")  # the commands that need the teacher
 # Settings of the data that are the student's alone; the teacher has its own.
-OWN = ("batch_size", "eval_batch_size", "num_workers", "predict_source", "keep", "weights")
+OWN = ("batch_size", "eval_batch_size", "num_workers", "predict_source", "keep", "weights", "init_from")
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "TORCHELASTIC_", "PL_", "SLURM_")
 
 
