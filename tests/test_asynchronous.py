@@ -230,7 +230,7 @@ def save_after_validation(args: list[str], path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["local_sgd", "parameter_server"])
 def test_what_has_only_been_evaluated_can_be_saved(strategy: str, work: Path, lm_args: list[str]) -> None:
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]
-    args = ["validate", *TINY, *layer, *lm_args, "--trainer.devices", "2"]
+    args = ["validate", "--ckpt_path", "null", *TINY, *layer, *lm_args, "--trainer.devices", "2"]
     assert run_ranks(save_after_validation, args, work / "net.ckpt", folder=work) == [0, 0], logs(work)
     assert "net.lm_head.weight" in read_checkpoint(work / "net.ckpt")["state_dict"]
 

@@ -134,7 +134,7 @@ def validate_until_sigterm(args: list[str]) -> None:
 
 
 def test_sigterm_ends_a_validation_at_once(work: Path, plain_args: dict[str, list[str]]) -> None:
-    args = ["validate", *plain_args["lm"], "--trainer.enable_progress_bar", "false"]
+    args = ["validate", "--ckpt_path", "null", *plain_args["lm"], "--trainer.enable_progress_bar", "false"]
     assert run_ranks(validate_until_sigterm, args, world=1, folder=work) == [143]
 
 

@@ -28,8 +28,8 @@ def test_evaluation_counts_every_sample_once(recipe: str, work: Path, plain_args
     metrics, counts = {}, {}
     for world in (1, 2):
         args = [
-            "test", *PLAIN, "--config", str(ROOT / "configs/strategy/ddp.yaml"), *plain_args[recipe],
-            "--name", f"ranks{world}",
+            "test", "--ckpt_path", "null", *PLAIN, "--config", str(ROOT / "configs/strategy/ddp.yaml"),
+            *plain_args[recipe], "--name", f"ranks{world}",
             "--data.eval_batch_size", "7", "--trainer.accelerator", "cpu", "--trainer.devices", str(world),
             "--trainer.enable_progress_bar", "false",
         ]  # fmt: skip
