@@ -206,6 +206,15 @@ def covering(*settings: Iterable[Any], allowed: Callable[[tuple[Any, ...]], bool
     return chosen
 
 
+def halved(cases: Iterable[Any]) -> list[Any]:
+    """Cases of which the suite runs every second; the long sweep runs all."""
+    params = [case if hasattr(case, "marks") else pytest.param(*case) for case in cases]
+    return [
+        pytest.param(*each.values, marks=[*each.marks, pytest.mark.matrix], id=each.id) if number % 2 else each
+        for number, each in enumerate(params)
+    ]
+
+
 def read_metrics(path: Path, name: str) -> list[float]:
     """The values of one column of a ``metrics.csv``, empty cells left out."""
     with path.open(newline="") as file:

@@ -32,7 +32,7 @@ from recipes.adversarial.attacks import (
 )
 from recipes.adversarial.objectives import TRADES, Adversarial, Free, Natural
 from recipes.adversarial.pictures import adversarial_examples, robustness_curve
-from tests.support import PLAIN, ROOT, TINY, logs, main_of, run_ranks, write_encoder
+from tests.support import PLAIN, ROOT, TINY, halved, logs, main_of, run_ranks, write_encoder
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -647,7 +647,7 @@ def refuse(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     return run
 
 
-@pytest.mark.parametrize(("flags", "where", "problem"), MISTAKES)
+@pytest.mark.parametrize(("flags", "where", "problem"), halved(MISTAKES))
 def test_mistakes_cost_a_line(flags: str, where: str, problem: str, refuse: Callable[..., None]) -> None:
     refuse([*TINY, "--trainer.accelerator", "cpu", *shlex.split(flags)], where, problem)
 

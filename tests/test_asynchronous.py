@@ -21,7 +21,7 @@ from common.parts import Memory
 from common.strategies.local_sgd import LocalSGD
 from common.strategies.parameter_server import ParameterServer, Server
 from common.strategies.sharding import share_weights
-from tests.support import MISSING, ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import MISSING, ROOT, TINY, difference, halved, logs, main_of, read_metrics, run_ranks
 from tests.test_parallel import fit
 from tests.test_resume import digest
 
@@ -354,14 +354,16 @@ def test_memory_of_two_ranks(strategy: LocalSGD | ParameterServer, expected: tup
 
 @pytest.mark.parametrize(
     ("strategy", "flags", "line"),
-    [
-        ("local_sgd", ["sync_every", "0"], ".sync_every: must be at least 1, got 0"),
-        ("local_sgd", ["warmup_steps", "-1"], ".warmup_steps: must be at least 0, got -1"),
-        ("diloco", ["outer_lr", "0"], ".outer_lr: must be above 0, got 0.0"),
-        ("diloco", ["outer_momentum", "1"], ".outer_momentum: must be below 1, got 1.0"),
-        ("diloco", ["outer_momentum", "0"], ".outer_nesterov: needs outer_momentum"),
-        ("parameter_server", ["max_staleness", "-1"], "max_staleness: must be at least 0, or null, got -1"),
-    ],
+    halved(
+        [
+            ("local_sgd", ["sync_every", "0"], ".sync_every: must be at least 1, got 0"),
+            ("local_sgd", ["warmup_steps", "-1"], ".warmup_steps: must be at least 0, got -1"),
+            ("diloco", ["outer_lr", "0"], ".outer_lr: must be above 0, got 0.0"),
+            ("diloco", ["outer_momentum", "1"], ".outer_momentum: must be below 1, got 1.0"),
+            ("diloco", ["outer_momentum", "0"], ".outer_nesterov: needs outer_momentum"),
+            ("parameter_server", ["max_staleness", "-1"], "max_staleness: must be at least 0, or null, got -1"),
+        ]
+    ),
 )
 def test_mistakes(strategy: str, flags: list[str], line: str, work: Path, lm_args: list[str]) -> None:
     layer = ["--config", str(ROOT / f"configs/strategy/{strategy}.yaml"), "--trainer.accelerator", "cpu"]

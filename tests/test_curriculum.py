@@ -19,7 +19,7 @@ from common.sources.tokenizers import Characters
 from recipes.curriculum.data import CurriculumData
 from recipes.curriculum.difficulty import DocumentLength, Rarity, ReferenceLoss, ScoreFile
 from recipes.curriculum.lessons import CurriculumSampler, Lesson, Pacing, halvings
-from tests.support import Rank, logs, main_of, read_metrics, run_ranks, text_args
+from tests.support import Rank, halved, logs, main_of, read_metrics, run_ranks, text_args
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -161,6 +161,7 @@ def test_stages_grow_and_are_logged(fit: Fit, work: Path) -> None:
 WHOLE = ["--data.length", "null", "--data.batch", "null", "--data.competence", "null"]
 
 
+@pytest.mark.matrix
 def test_self_paced_steps_learn_from_the_windows_that_are_easiest_at_the_time(fit: Fit, work: Path) -> None:
     pace = ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "1000000000"]
     cli = fit(*WHOLE, *pace, "--trainer.max_steps", "30")
@@ -178,7 +179,13 @@ def test_self_paced_steps_learn_from_the_windows_that_are_easiest_at_the_time(fi
     assert cli.model.double().window_losses(batch).dtype == torch.float64
 
 
-@pytest.mark.parametrize("pace", [[], ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "10000"]])
+@pytest.mark.parametrize(
+    "pace",
+    [
+        pytest.param([], marks=pytest.mark.matrix),
+        ["--model.self_paced.start", "0.5", "--model.self_paced.tokens", "10000"],
+    ],
+)
 def test_preflight_measures_the_largest_step(pace: list[str], fit: Fit, small_text: Path, work: Path) -> None:
     small = [*text_args("curriculum", small_text), "--data.batch_size", "8", *pace]
     staged, whole = (main_of("curriculum")(["preflight", *small, *more]).trainer.found for more in ([], WHOLE))
@@ -285,7 +292,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "line"), MISTAKES)
+@pytest.mark.parametrize(("flags", "line"), halved(MISTAKES))
 def test_mistakes_cost_a_line(
     flags: str, line: str, fit: Fit, work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

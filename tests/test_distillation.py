@@ -40,6 +40,7 @@ from tests.support import (
     PLAIN,
     ROOT,
     TINY,
+    halved,
     logs,
     main_of,
     read_metrics,
@@ -371,6 +372,7 @@ def test_teacher_is_in_no_checkpoint_optimizer_or_parameters(work: Path) -> None
     assert not any(p.requires_grad or p.grad is not None for p in cli.model.teacher.net.parameters())
 
 
+@pytest.mark.matrix
 def test_student_alone_stands_beside(work: Path) -> None:
     """It is only asked, and changes no loss. Its accuracy is that of its own run, and gives the share closed."""
     alone = fit("--model.teacher", "null", "--trainer.max_steps", "4", name="alone")
@@ -408,6 +410,7 @@ def test_own_teacher(work: Path) -> None:
     assert read_metrics(Path("runs/distillation/own/metrics.csv"), "val/loss")[-1] > 1
 
 
+@pytest.mark.matrix
 def test_checkpoints_of_other_recipes_teach(work: Path, lm_args: list[str], small_text: Path) -> None:
     same = ["--data.test_fraction", "0.4"]
     main_of("classification")(["fit", *TINY, "--model.net.widths", "[8]", "--trainer.accelerator", "cpu", *same])
@@ -718,7 +721,7 @@ MISTAKES = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("flags", "where", "problem"), MISTAKES, ids=[case[0][-60:] for case in MISTAKES])
+@pytest.mark.parametrize(("flags", "where", "problem"), halved(MISTAKES), ids=[case[0][-60:] for case in MISTAKES])
 def test_mistakes_cost_a_line(
     flags: str, where: str, problem: str, work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ import yaml
 from common.checkpoint import read_checkpoint
 from common.run.cli import RecipeCLI, _is_unknown_token
 from common.run.layers import locate
-from tests.support import MEASURED, ROOT, TINY, main_of, refused
+from tests.support import MEASURED, ROOT, TINY, halved, main_of, refused
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -211,7 +211,7 @@ def earlier(work: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     assert not (work / "executed").exists()
 
 
-@pytest.mark.parametrize(("recipe", "text", "flags", "where", "key", "hint"), CASES)
+@pytest.mark.parametrize(("recipe", "text", "flags", "where", "key", "hint"), halved(CASES))
 def test_refused_before_anything_is_built(
     recipe: str, text: str, flags: list[str], where: str, key: str, hint: str | None,
     earlier: Path, fit_only: None, capfd: pytest.CaptureFixture[str],
@@ -488,7 +488,7 @@ WRONG_RUNS = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("recipe", "files", "flags", "where", "key", "hint"), WRONG_RUNS)
+@pytest.mark.parametrize(("recipe", "files", "flags", "where", "key", "hint"), halved(WRONG_RUNS))
 def test_refused_when_the_run_starts(
     recipe: str, files: dict[str, str | bytes], flags: list[str], where: str, key: str, hint: str | None,
     earlier: Path, fit_only: None, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str],
@@ -628,6 +628,7 @@ def test_a_refused_start_from_another_run_puts_the_earlier_one_back(
     assert contents(resumable) == before
 
 
+@pytest.mark.matrix
 def test_a_copy_needs_a_name_that_python_can_import(work: Path) -> None:
     folder = Path(shutil.copytree(ROOT / "recipes/regression", work / "my-table"))
     command = [sys.executable, "-W", "ignore", str(folder / "train.py"), "fit"]

@@ -217,6 +217,7 @@ def _ranks(folder: Path) -> None:
     main_of("classification")(fit(*two, name="ranks", batch=2))
 
 
+@pytest.mark.matrix
 def test_two_ranks_train_as_one(work: Path) -> None:
     write_classes(work / "images")
     main_of("classification")(fit("--data.num_workers", "0", name="one"))
@@ -237,7 +238,7 @@ def refusal(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.matrix), "1"])
 def test_a_damaged_image_is_one_line(workers: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One whose header is whole shows when its batch is read; what was saved before goes on once it is mended."""
     write_classes(work / "images")

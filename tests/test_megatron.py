@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.nets import causal_lm
 from common.nets.megatron import MegatronConfig, MegatronLM, is_sliced, slice_of, whole_of
 from common.strategies.megatron import Megatron
-from tests.support import ROOT, TINY, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, difference, halved, logs, main_of, read_metrics, run_ranks
 from tests.test_faults import FAULTS, faulty_main
 from tests.test_resume import digest, killed_main, write_config
 
@@ -327,7 +327,7 @@ def keep_found(args: list[str], path: Path) -> None:
 @needs_megatron
 @pytest.mark.parametrize(
     ("flags", "line"),
-    [
+    halved([
         (["--trainer.devices", "1"], "tensor_parallel: 2 is no divisor of 1 ranks"),
         ([f"{NET}.num_attention_heads", "1"], "model.config.num_attention_heads is 1, no multiple of 2"),
         ([f"{NET}.num_key_value_heads", "1"], "model.config.num_key_value_heads is 1, no multiple of 2"),
@@ -340,7 +340,7 @@ def keep_found(args: list[str], path: Path) -> None:
         (["--model.compile", "true"], "model.compile: is nothing for Megatron's layers"),
         (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed"),
         (["--trainer.precision", "bf16-mixed"], "trainer.precision: Megatron's layers have no autocast on a CPU"),
-    ],
+    ]),
 )  # fmt: skip
 def test_mistakes(flags: list[str], line: str, work: Path, lm_args: list[str]) -> None:
     devices = int(flags[1]) if flags[0] == "--trainer.devices" else 2

@@ -24,7 +24,7 @@ from recipes.multitask.net import MultiTaskNet
 from recipes.multitask.pairs import draw_pairs
 from recipes.multitask.tasks import Task, TaskDataset, TaskMetrics, task_loss, task_losses
 from recipes.multitask.weighting import FAMO, DynamicWeightAverage, Fixed, Uncertainty, Weighting
-from tests.support import EXACT, PLAIN, ROOT, TINY, logs, main_of, read_metrics, run_ranks, strategies_of
+from tests.support import EXACT, PLAIN, ROOT, TINY, halved, logs, main_of, read_metrics, run_ranks, strategies_of
 from tests.test_resume import digest, killed_main, write_config
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -404,7 +404,7 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "line"), MISTAKES, ids=[flags for flags, _ in MISTAKES])
+@pytest.mark.parametrize(("flags", "line"), halved(MISTAKES), ids=[flags for flags, _ in MISTAKES])
 def test_mistakes_cost_a_line(
     flags: str,
     line: str,

@@ -32,7 +32,7 @@ from common.optim import (
     scale_lr,
 )
 from common.run.cli import RecipeCLI
-from tests.support import main_of, read_metrics
+from tests.support import halved, main_of, read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -190,14 +190,16 @@ def test_a_schedule_goes_on_where_it_stood() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
-    [
-        ({"max_steps": 5}, 5),
-        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
-        ({"max_epochs": 2, "limit_train_batches": 0.05}, 2 * 7),  # of 157 batches
-        ({"max_epochs": 2, "limit_train_batches": 6, "accumulate_grad_batches": 2}, 6),
-        ({"max_epochs": 3, "limit_train_batches": 4, "accumulate_grad_batches": 2, "max_steps": 5}, 5),
-        ({"max_epochs": 1, "max_steps": 1000, "limit_train_batches": 2}, 2),
-    ],
+    halved(
+        [
+            ({"max_steps": 5}, 5),
+            ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+            ({"max_epochs": 2, "limit_train_batches": 0.05}, 2 * 7),  # of 157 batches
+            ({"max_epochs": 2, "limit_train_batches": 6, "accumulate_grad_batches": 2}, 6),
+            ({"max_epochs": 3, "limit_train_batches": 4, "accumulate_grad_batches": 2, "max_steps": 5}, 5),
+            ({"max_epochs": 1, "max_steps": 1000, "limit_train_batches": 2}, 2),
+        ]
+    ),
 )
 def test_a_schedule_ends_with_the_run(settings: dict[str, Any], steps: int, work: Path) -> None:
     flags = [part for key, value in settings.items() for part in (f"--trainer.{key}", str(value))]

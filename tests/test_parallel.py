@@ -24,7 +24,7 @@ from common.nets import causal_lm
 from common.parts import Memory
 from common.strategies.ddp import PowerSGD, ring_all_reduce
 from common.strategies.tensor_parallel import plan_slices, share_like, slice_layers
-from tests.support import ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, difference, halved, logs, main_of, read_metrics, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -323,13 +323,19 @@ def test_two_dimensions(work: Path, lm_args: list[str], record_property: Any) ->
 
 @pytest.mark.parametrize(
     ("recipe", "flags", "line"),
-    [
-        ("lm", ["--trainer.strategy.tensor_parallel", "3"], "tensor_parallel: 3 is no divisor of 2 ranks"),
-        ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: must be at least 1, got 0"),
-        ("lm", ["--model.config.init_args.num_attention_heads", "1"], "num_attention_heads of LlamaConfig is 1, no"),
-        ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (tp_plan)"),
-        ("classification", [], "ConvNet has no plan (tp_plan)"),
-    ],
+    halved(
+        [
+            ("lm", ["--trainer.strategy.tensor_parallel", "3"], "tensor_parallel: 3 is no divisor of 2 ranks"),
+            ("lm", ["--trainer.strategy.tensor_parallel", "0"], "tensor_parallel: must be at least 1, got 0"),
+            (
+                "lm",
+                ["--model.config.init_args.num_attention_heads", "1"],
+                "num_attention_heads of LlamaConfig is 1, no",
+            ),
+            ("lm", ["--model.config", "transformers.GPT2Config"], "GPT2LMHeadModel has no plan (tp_plan)"),
+            ("classification", [], "ConvNet has no plan (tp_plan)"),
+        ]
+    ),
 )
 def test_mistakes_of_tensor_parallel(
     recipe: str, flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]

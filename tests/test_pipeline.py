@@ -14,7 +14,7 @@ from common.checkpoint import read_checkpoint
 from common.errors import InputError
 from common.nets import causal_lm
 from common.strategies.stages import plan_stages
-from tests.support import PLAIN, ROOT, difference, logs, main_of, read_metrics, run_ranks
+from tests.support import PLAIN, ROOT, difference, halved, logs, main_of, read_metrics, run_ranks
 from tests.test_distillation import text_args
 from tests.test_resume import digest, killed_main, write_config
 from tests.test_strategies import BINNED
@@ -107,6 +107,7 @@ def test_pipelines_equal_one_process(shape: str, fit: Fit, record_property: Any)
     check_state(run, expected, room * 1e-4)
 
 
+@pytest.mark.matrix
 def test_both_schedules_drop_the_same_places(fit: Fit) -> None:
     """Of each micro-batch, in whichever order it is computed; and other ones than without stages."""
     dropout = [f"{NET}.attention_dropout", "0.5", "--trainer.max_steps", "5"]
@@ -234,16 +235,22 @@ def test_nets_that_cannot_be_divided(make: Callable[[], nn.Module], stages: int,
 
 @pytest.mark.parametrize(
     ("recipe", "flags", "line"),
-    [
-        ("lm", ["--trainer.strategy.stages", "3"], "stages: 3 is no divisor of 2 ranks"),
-        ("lm", ["--trainer.strategy.stages", "1"], "stages: must be at least 2, got 1"),
-        ("lm", ["--trainer.strategy.micro_batches", "1"], "micro_batches: must be at least 2 with 1f1b, got 1"),
-        ("lm", ["--trainer.strategy.micro_batches", "0", "--trainer.strategy.schedule", "gpipe"], "at least 1 with"),
-        ("lm", ["--data.batch_size", "6"], "micro_batches: 4 is no divisor of the 6 samples of a batch"),
-        ("lm", [f"{NET}.num_hidden_layers", "1"], "LlamaForCausalLM has 1 blocks, fewer than 2 stages"),
-        ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: Pipeline does not support it"),
-        ("classification", [], "ConvNet names no list of blocks (_no_split_modules)"),
-    ],
+    halved(
+        [
+            ("lm", ["--trainer.strategy.stages", "3"], "stages: 3 is no divisor of 2 ranks"),
+            ("lm", ["--trainer.strategy.stages", "1"], "stages: must be at least 2, got 1"),
+            ("lm", ["--trainer.strategy.micro_batches", "1"], "micro_batches: must be at least 2 with 1f1b, got 1"),
+            (
+                "lm",
+                ["--trainer.strategy.micro_batches", "0", "--trainer.strategy.schedule", "gpipe"],
+                "at least 1 with",
+            ),
+            ("lm", ["--data.batch_size", "6"], "micro_batches: 4 is no divisor of the 6 samples of a batch"),
+            ("lm", [f"{NET}.num_hidden_layers", "1"], "LlamaForCausalLM has 1 blocks, fewer than 2 stages"),
+            ("lm", ["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: Pipeline does not support it"),
+            ("classification", [], "ConvNet names no list of blocks (_no_split_modules)"),
+        ]
+    ),
 )
 def test_mistakes(recipe: str, flags: list[str], line: str, work: Path, lm_args: list[str]) -> None:
     own = lm_args if recipe == "lm" else []
@@ -284,12 +291,14 @@ def test_a_state_that_steps_change_is_refused(work: Path, lm_args: list[str]) ->
 
 @pytest.mark.parametrize(
     ("recipe", "flags", "line"),
-    [
-        ("adversarial", [], "stages: the recipe wants other gradients than those of its loss"),
-        ("multitask", [], "stages: the recipe wants other gradients than those of its loss"),
-        ("curriculum", ["--data.batch_size", "8"], "micro_batches: 4 is no divisor of the 2 samples of a batch"),
-        ("lm", ["--model.optimizer", "pytorch_optimizer.Prodigy"], "Prodigy goes by all parameters at once"),
-    ],
+    halved(
+        [
+            ("adversarial", [], "stages: the recipe wants other gradients than those of its loss"),
+            ("multitask", [], "stages: the recipe wants other gradients than those of its loss"),
+            ("curriculum", ["--data.batch_size", "8"], "micro_batches: 4 is no divisor of the 2 samples of a batch"),
+            ("lm", ["--model.optimizer", "pytorch_optimizer.Prodigy"], "Prodigy goes by all parameters at once"),
+        ]
+    ),
 )
 def test_what_shows_in_training(
     recipe: str, flags: list[str], line: str, work: Path, plain_args: dict[str, list[str]]
@@ -351,16 +360,18 @@ def doubling_main(args: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("main", "flags", "codes", "line"),
-    [
-        (
-            biased_main,
-            ["--model.config", "transformers.FalconConfig", *FALCON],
-            [2, 2],
-            "FalconDecoderLayer does not return what it gets, in shape and type, and nothing else",
-        ),
-        (doubling_main, [], [2, 2], "stages: the recipe trains with another loss than that of its shared_step"),
-        (logging_main, [], [3, 2], "shared_step logs train/own in training"),
-    ],
+    halved(
+        [
+            (
+                biased_main,
+                ["--model.config", "transformers.FalconConfig", *FALCON],
+                [2, 2],
+                "FalconDecoderLayer does not return what it gets, in shape and type, and nothing else",
+            ),
+            (doubling_main, [], [2, 2], "stages: the recipe trains with another loss than that of its shared_step"),
+            (logging_main, [], [3, 2], "shared_step logs train/own in training"),
+        ]
+    ),
 )
 def test_what_would_be_lost(
     main: Callable[..., None], flags: list[str], codes: list[int], line: str, work: Path, lm_args: list[str]
@@ -370,6 +381,7 @@ def test_what_would_be_lost(
     assert line in (work / "rank1.log").read_text().splitlines()[-1]
 
 
+@pytest.mark.matrix
 def test_features_of_another_stage(work: Path, small_text: Path) -> None:
     """A block that the last stage skips, and a layer within, after a validation that asks for neither."""
     net = ["--model.net.config.init_args.num_hidden_layers", "4", "--model.teacher_training", "null"]
@@ -384,6 +396,7 @@ def test_features_of_another_stage(work: Path, small_text: Path) -> None:
         assert line in (work / "rank1.log").read_text().splitlines()[-1]
 
 
+@pytest.mark.matrix
 def test_a_checkpoint_of_other_parameters(fit: Fit, work: Path, lm_args: list[str]) -> None:
     """The rest of whose optimizer's state would be that of other parameters."""
     fit("tied", 2, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2")

@@ -318,6 +318,7 @@ def test_a_moved_run_keeps_its_best(recipe: str, work: Path, small_text: Path, m
     assert best.best_model_path == str(work / f"elsewhere/runs/{recipe}/default/checkpoints/best.ckpt")
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("no_report")
 def test_a_layer_given_again_may_differ(work: Path, small_text: Path) -> None:
     def layer(patience: int, monitor: str = "val/loss") -> list[str]:

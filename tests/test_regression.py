@@ -42,7 +42,7 @@ from common.sources.tables import (
 from recipes.regression.data import Batch, RegressionData
 from recipes.regression.heads import Gaussian, Head, Mean, Quantiles, scores
 from recipes.regression.module import RegressionModule
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, halved, logs, main_of, read_metrics, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -335,6 +335,7 @@ def test_metrics_are_in_the_targets_units_and_beside_baselines(houses: Path, wor
     assert found["linear regression"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.matrix
 def test_ranks_compare_with_baselines_what_they_log(houses: Path, work: Path) -> None:
     main(["fit", *SMALL, *TABLE])
     layer = ["--config", str(ROOT / "configs/strategy/ddp.yaml"), "--trainer.accelerator", "cpu"]
@@ -709,7 +710,7 @@ MISTAKES = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("text", "flags", "where", "key", "hint"), MISTAKES)
+@pytest.mark.parametrize(("text", "flags", "where", "key", "hint"), halved(MISTAKES))
 def test_refused_before_the_run_starts(
     text: str | bytes, flags: list[str], where: str, key: str, hint: str | None, work: Path,
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -28,7 +28,7 @@ from common.figures import read_metrics as all_metrics
 from common.module import BaseModule
 from common.run.report import Best, write_report
 from common.sources.tables import Diabetes
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, run_ranks
+from tests.support import ROOT, TINY, halved, logs, main_of, read_metrics, run_ranks
 
 QUICK = [
     *TINY, "--media.every_n_validations", "0", "--trainer.callbacks", "[]", "--trainer.logger", "[]",
@@ -192,15 +192,17 @@ def test_links_change_nothing(link: str, work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [
-        ("a/b", "must be a plain folder name"),
-        (".hidden", "without a dot in front"),
-        ("x" * 300, "has 300 bytes; take at most 200"),
-        ("[b] ~ $HOME *", None),
-        ("1e3", None),  # jsonargparse reads it as a number, YAML as a text
-        ("運 ünï", None),
-        ("\udcff", "is not UTF-8; set PYTHONUTF8=1, or take another name"),
-    ],
+    halved(
+        [
+            ("a/b", "must be a plain folder name"),
+            (".hidden", "without a dot in front"),
+            ("x" * 300, "has 300 bytes; take at most 200"),
+            ("[b] ~ $HOME *", None),
+            ("1e3", None),  # jsonargparse reads it as a number, YAML as a text
+            ("運 ünï", None),
+            ("\udcff", "is not UTF-8; set PYTHONUTF8=1, or take another name"),
+        ]
+    ),
 )
 def test_names_work_or_are_one_line(name: str, line: str | None, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if line:
@@ -272,31 +274,36 @@ def test_a_complete_run_that_is_resumed_stays_as_it_was(work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "line"),
-    [
-        (
-            ["--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
-            "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, or "
-            "fit without --ckpt_path",
-        ),
-        (
-            ["--ckpt_path", "last", "--model.lr_scheduler", "null"],
-            "model.lr_scheduler: Cosine has a state in the checkpoint, which none cannot go on from; take Cosine, or "
-            "fit without --ckpt_path",
-        ),
-        (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
-        (["--ckpt_path", "last", "--data.val_fraction", "0.3"], "--data.val_fraction: 0.3: the checkpoint's data were"),
-        (["--trainer.val_check_interval", "00:00:00:10"], "by time, a resumed run would validate at other steps"),
-        *(
-            (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
-            for name, more in {
-                "StochasticWeightAveraging": ["--trainer.callbacks.swa_lrs", "0.01"],
-                "WeightAveraging": [],
-                "GradientAccumulationScheduler": ["--trainer.callbacks.scheduling", "{0: 2}"],
-                "LearningRateFinder": [],
-                "BatchSizeFinder": [],
-            }.items()
-        ),
-    ],
+    halved(
+        [
+            (
+                ["--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"],
+                "--model.optimizer.lr: AdamW has a state in the checkpoint, which SGD cannot go on from; take AdamW, "
+                "or fit without --ckpt_path",
+            ),
+            (
+                ["--ckpt_path", "last", "--model.lr_scheduler", "null"],
+                "model.lr_scheduler: Cosine has a state in the checkpoint, which none cannot go on from; take Cosine, "
+                "or fit without --ckpt_path",
+            ),
+            (["--trainer.val_check_interval", "1000", "--trainer.check_val_every_n_epoch", "1"], "val_check_interval"),
+            (
+                ["--ckpt_path", "last", "--data.val_fraction", "0.3"],
+                "--data.val_fraction: 0.3: the checkpoint's data were",
+            ),
+            (["--trainer.val_check_interval", "00:00:00:10"], "by time, a resumed run would validate at other steps"),
+            *(
+                (["--trainer.callbacks", f"lightning.pytorch.callbacks.{name}", *more], f"{name} ")
+                for name, more in {
+                    "StochasticWeightAveraging": ["--trainer.callbacks.swa_lrs", "0.01"],
+                    "WeightAveraging": [],
+                    "GradientAccumulationScheduler": ["--trainer.callbacks.scheduling", "{0: 2}"],
+                    "LearningRateFinder": [],
+                    "BatchSizeFinder": [],
+                }.items()
+            ),
+        ]
+    ),
 )
 def test_what_does_not_fit_is_one_line(
     flags: list[str], line: str, work: Path, capfd: pytest.CaptureFixture[str]
@@ -447,6 +454,7 @@ def many_mains(folder: Path) -> None:
     (folder / "peaks.json").write_text(json.dumps(peaks))
 
 
+@pytest.mark.matrix
 def test_many_commands_in_one_process(work: Path, record_property: Any) -> None:
     assert run_ranks(many_mains, work, world=1, folder=work / "log") == [0], logs(work / "log")
     peaks = json.loads((work / "peaks.json").read_text())
@@ -502,12 +510,12 @@ STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 
 @pytest.mark.parametrize(
     ("flags", "state"),
-    [
+    halved([
         (["--trainer.callbacks", STOPPING, "--trainer.callbacks.monitor", "val/loss",
           "--trainer.callbacks.stopping_threshold", "100", "--trainer.min_steps", "20"], "complete"),
         (["--trainer.max_time", "00:00:00:01"], "out of time"),
         (["--trainer.max_time", "00:00:59:00", "--trainer.max_steps", "20"], "complete"),
-    ],
+    ]),
 )  # fmt: skip
 def test_a_run_that_is_to_stop_logs_as_any_other(
     flags: list[str], state: str, work: Path, monkeypatch: pytest.MonkeyPatch
@@ -639,7 +647,9 @@ def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest
     assert f"\npredictions: {tables[0]}, in place of the earlier ones\n" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("line", "kept"), [(0, [4, 5]), (2, [0, 2, 3, 4, 5])], ids=["header", "row"])
+@pytest.mark.parametrize(
+    ("line", "kept"), [(0, [4, 5]), pytest.param(2, [0, 2, 3, 4, 5], marks=pytest.mark.matrix)], ids=["header", "row"]
+)
 def test_damaged_metrics_are_told_and_lose_no_more(
     line: int, kept: list[int], work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -656,7 +666,9 @@ def test_damaged_metrics_are_told_and_lose_no_more(
         assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == kept
 
 
-@pytest.mark.parametrize(("patience", "steps"), [("2", 20), ("3", 24)], ids=["same", "more"])
+@pytest.mark.parametrize(
+    ("patience", "steps"), [pytest.param("2", 20, marks=pytest.mark.matrix), ("3", 24)], ids=["same", "more"]
+)
 def test_a_stop_that_waits_for_more_steps_is_remembered(patience: str, steps: int, work: Path) -> None:
     """Also where the metric has improved since; more patience that is given now wins."""
     args = [

@@ -33,6 +33,7 @@ from tests.support import (
     TINY,
     covering,
     difference,
+    halved,
     is_refused,
     logs,
     main_of,
@@ -218,11 +219,13 @@ def test_ranks_share_the_state_of_a_loss(strategy: str, fit: Fit, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("flags", "world"),
-    [
-        (["sharding_strategy", "SHARD_GRAD_OP"], 2),
-        (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[1, 2]"], 2),
-        (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[2, 2]"], 4),
-    ],
+    halved(
+        [
+            (["sharding_strategy", "SHARD_GRAD_OP"], 2),
+            (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[1, 2]"], 2),
+            (["sharding_strategy", "HYBRID_SHARD", "device_mesh", "[2, 2]"], 4),
+        ]
+    ),
 )
 def test_choices_of_fsdp1(flags: list[str], world: int, fit: Fit, reference: Callable[[str], Path]) -> None:
     keys = [f"--trainer.strategy.{flag}" if i % 2 == 0 else flag for i, flag in enumerate(flags)]

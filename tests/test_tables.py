@@ -24,7 +24,7 @@ from common.sources.tables import Columns, Table, encode, fit_columns, row_keys
 from recipes.classification.module import ClassificationModule
 from recipes.classification.objectives import OneLabel, SeveralLabels
 from recipes.classification.tables import LabelledTable, TableSamples
-from tests.support import ROOT, TINY, logs, main_of, read_metrics, refused, run_ranks
+from tests.support import ROOT, TINY, halved, logs, main_of, read_metrics, refused, run_ranks
 
 main = main_of("classification")
 RUN = Path("runs/classification/default")
@@ -358,7 +358,7 @@ MISTAKES = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("change", "flags", "line"), MISTAKES)
+@pytest.mark.parametrize(("change", "flags", "line"), halved(MISTAKES))
 def test_mistakes(
     change: dict[str, Any], flags: str, line: str, birds: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,6 @@ FAST = {  # in fp32 those that shard or slice
         for i, name in enumerate(STRATEGIES)
         if name in ("fsdp2", "pipeline")
     ),
-    ("llama", "deepspeed_zero2", "bf16-mixed"),
 }
 
 

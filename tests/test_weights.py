@@ -440,6 +440,7 @@ def test_a_text_net_without_a_padding_token_takes_texts_of_several_lengths(work:
     torch.testing.assert_close(net(input_ids=ids, attention_mask=mask)[:1], alone)
 
 
+@pytest.mark.matrix
 def test_a_run_on_another_table_starts_with_the_weights_of_one(
     work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
