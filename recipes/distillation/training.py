@@ -74,6 +74,7 @@ def train_first(recipe: Path, config: Mapping[str, Any], training: str, fingerpr
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             done.write_text(f"runs/{recipe.name}/teacher", encoding="utf-8")
+            print("teacher: is trained; the student follows", flush=True)
     return folder / done.read_text(encoding="utf-8") / "checkpoints/best.ckpt"
 
 
@@ -112,7 +113,9 @@ def _train(recipe: Path, base: Mapping[str, Any], layer: Path, trainer: Mapping[
         # The message names the process's own config; its net is the teacher here.
         line = re.sub(rf"^{re.escape(str(config))}:\d+: ", "", stderr.strip().splitlines()[-1])
         line = line.replace(".init_args", "").replace("model.net", "model.teacher")
-        raise InputError(f"model.teacher_training {layer.name}: {line}")
+        line = line.replace(f"{layer}:", f"{layer.name}:")
+        where = "model.teacher_training:" if line.startswith(layer.name) else f"model.teacher_training {layer.name}:"
+        raise InputError(f"{where} {line}")
     if process.returncode > 128:
         raise Stopped(stderr.strip(), process.returncode)
     if process.returncode:
