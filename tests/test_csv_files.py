@@ -1,14 +1,16 @@
 """CSV files are read as a whole: types of columns, codes with zeros, files that differ."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from common.errors import InputError
 from common.sources.csv_files import padded, read_csv
-from common.sources.files import TextTable, load_splits
-from common.sources.tables import Table
+from common.sources.files import ImageTable, TextTable, load_splits
+from common.sources.tables import Columns, Table
 from tests.support import write_encoder
 
 
@@ -35,7 +37,7 @@ def test_zeros_that_are_dropped_are_said(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().out == f"{line} if it holds codes\n"
     assert Table(path, "rent", categorical=["code"]).read()["code"].tolist() == ["007", "12"]
     known = Table(path, "rent")
-    known.codes = ["code"]
+    known.take_over({"categorical": {"code": ["007", "12"]}})  # type: ignore[typeddict-item]
     assert known.read()["code"].tolist() == ["007", "12"], "as the checkpoint's"
     assert not capfd.readouterr().out
 
@@ -56,11 +58,63 @@ def test_a_column_has_one_type_in_long_files(late: str, tmp_path: Path) -> None:
 
 
 def test_files_of_a_glob_are_one_table(tmp_path: Path) -> None:
-    for name, codes in {"a": [7, 8], "b": ["A7", None]}.items():
+    """Of all that are not hidden, with rows or without; a column of text in one of them is text."""
+    for name, codes in {"a": [7, 8], "b": ["A7", None], ".a": [1, 2]}.items():
         pd.DataFrame({"code": codes, "x": [1, 2]}).to_csv(tmp_path / f"{name}.csv", index=False)
+    (tmp_path / "empty.csv").write_text("code,x\n")
     frame = load_splits(str(tmp_path / "*.csv")).parts[0].to_pandas()
     assert frame["code"].tolist()[:3] == ["7", "8", "A7"]
     assert frame["code"].isna().tolist() == [False, False, False, True]
-    pd.DataFrame({"x": [1], "other": [2]}).to_csv(tmp_path / "c.csv", index=False)
-    with pytest.raises(InputError, match=r"c\.csv and a.csv differ in the column 'code'; give both the same columns"):
-        load_splits(str(tmp_path / "*.csv"))
+    assert frame["x"].tolist() == [1, 2, 1, 2]
+    assert frame["x"].dtype.kind == "i", "a file without rows says nothing"
+    assert len(read_csv(str(tmp_path / ".a.csv"))) == 2, "it is named"
+
+
+@pytest.mark.parametrize(
+    ("second", "line"),
+    [
+        ("x,other\n1,2\n", "b.csv and a.csv differ in the column 'flag'; give both the same columns"),
+        ("flag,x\n1,2\n", "column 'flag' holds true and false in one file, and numbers in another; write them alike"),
+        ("flag,x\nTrue,2,\n", "rows of b.csv have more cells than its first line; mend them"),
+        ("flag,x\n99999999999999999999,2\n", "column 'flag' holds true and false in one file, and numbers in"),
+        ("flag,flag\n1,2\n", "has two columns named 'flag'; rename one"),
+    ],
+)
+def test_files_that_differ_are_one_line(second: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("flag,x\nTrue,1\n,2\n")
+    path = str(tmp_path / "*.csv")
+    (tmp_path / "b.csv").write_text("flag,x\n,3\nFalse,4\n")
+    assert load_splits(path).parts[0].to_pandas()["flag"].tolist() == [True, None, None, False]
+    (tmp_path / "b.csv").write_text(second)
+    with pytest.raises(InputError, match=re.escape(line)):
+        load_splits(path)
+
+
+def test_codes_of_a_folder_of_images_are_refused(tmp_path: Path) -> None:
+    """``datasets`` reads its ``metadata.csv``, and makes numbers of them."""
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,kind,scene,key\na.png,02,007,0012\n")
+    path, line = str(tmp_path), "metadata.csv holds codes such as {!r} in the column {!r}, which become numbers there"
+    for settings, code, name in (
+        ({"label": "kind"}, "02", "kind"),
+        ({"label": None, "group": "scene"}, "007", "scene"),
+    ):
+        with pytest.raises(InputError, match=re.escape(line.format(code, name))):
+            ImageTable(path, **settings).read()
+    with pytest.raises(InputError, match=re.escape(line.format("0012", "key"))):
+        ImageTable(path, label=None).columns(["key"])
+
+
+def test_a_number_too_large_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, number=["99999999999999999999", "1"])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_splits(path)
+
+
+def test_classes_of_before_are_read_as_they_were(tmp_path: Path) -> None:
+    """A checkpoint of an earlier version knows the class 007 as 7."""
+    path = write(tmp_path, size=["1", "2"], kind=["007", "12"])
+    table = Table(path, "kind")
+    for names, found in ((["12", "7"], [7, 12]), (["007", "12"], ["007", "12"])):
+        table.take_over(Columns(categorical={}), names)  # type: ignore[typeddict-item]
+        assert table.read()["kind"].tolist() == found

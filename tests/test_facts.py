@@ -93,28 +93,29 @@ def test_another_text_to_test_on_is_said(work: Path, capfd: pytest.CaptureFixtur
 
 
 def test_a_text_to_test_on_that_was_trained_on_is_said(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """By its documents; one that the training has left out for testing is none."""
+    """By its documents; one that the training has left out for testing, or for validation, is none."""
     texts, held = work / "texts", work / "held"
     held.mkdir()
     texts.mkdir()
-    for number in range(8):
-        (texts / f"{number}.txt").write_text(f"Text {number} has words. " * 100)
-    for name in ("2.txt", "5.txt"):
-        shutil.copy(texts / name, held)
-    (held / "new.txt").write_text("Another text. " * 300)
+    for number in range(30):
+        (texts / f"{number}.txt").write_text(f"Text {number} has words. " * 50)
     args = ["fit", *FIT, *SMALL, "--model.sample_tokens", "0", "--data.path", str(texts)]
-    main_of("lm")(args)
+    corpus = main_of("lm")(args).datamodule.corpus
+    parts = [corpus.tokenizer.decode(tokens.tolist()) for tokens in (corpus.train, corpus.val)]
+    train, val = ([number for number in range(30) if f"Text {number} has" in part] for part in parts)
+    for number in (*train[:2], val[0]):
+        shutil.copy(texts / f"{number}.txt", held)
+    (held / "new.txt").write_text("Another text. " * 300)
     main_of("lm")([*args, "--name", "apart", "--data.test_path", str(held)])
     test = ["test", "--data.test_path", str(held)]
-    for more, is_known in (([], "was trained with"), (["--name", "apart"], ""), ([], "may know")):
-        if is_known == "may know":
-            (texts / "9.txt").write_text("One text more. " * 300)
+    for more, was in (([], "was"), (["--name", "apart"], ""), ([], "may have been")):
+        if was == "may have been":
+            (texts / "more.txt").write_text("One text more. " * 300)
         capfd.readouterr()
         main_of("lm")([*test, *more])
         said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.")]
-        line = f"data.test_path: the text of data.path has 2 of its 3 documents too, and the net {is_known} these"
-        assert said[:1] == [line] * bool(is_known)
-        assert len(said) == (is_known == "may know") + bool(is_known)
+        assert said[:1] == [f"data.test_path: the net {was} trained with 2 of its 4 documents"] * bool(was)
+        assert len(said) == (was == "may have been") + bool(was)
     assert said[1].endswith("; others that it knew stay in their parts")
     capfd.readouterr()
     main_of("lm")(["test", "--name", "apart", "--data.test_path", "null"])
@@ -368,7 +369,9 @@ def test_keys_of_texts_do_not_hang_on_the_longest() -> None:
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        (["13/01/2024", "02/03/2024", "2024-02-25"] * 20, "neither a number nor a date as the others"),
+        (["13/01/2024", "02/03/2024", "2024-02-25"] * 20, "may begin with the day or with the month; write dates as"),
+        (["03.01.2024 10:00", "04.01.2024 10:00"] * 30, "may begin with the day or with the month; write dates as"),
+        (["2024-02-25", "2024-02-25 at noon"] * 30, "neither a number nor a date as the others"),
         ([1.0, None, 3.0] * 20, "20 of 60 values are missing; fill or drop those rows"),
         ([1] * 60, "too many rows have the same time; take another column"),
     ],

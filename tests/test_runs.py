@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -548,10 +549,10 @@ def test_a_run_that_is_to_stop_logs_as_any_other(
     [
         (["EarlyStopping", "monitor=val/f1", "patience=2", "min_delta=9", "mode=max"], "12",
          r"EarlyStopping: val/f1 has not improved by 9, patience 2; its best was (\S+) at step (\d+); "
-         "--ckpt_path last goes on if the callback is given with another patience"),
+         "--ckpt_path last goes on if the callback is given more patience"),
         pytest.param(["EarlyStopping", "monitor=val/loss", "stopping_threshold=100"], "12",
          r"EarlyStopping: val/loss has reached stopping_threshold 100.0; its best was (\S+) at step (\d+); "
-         "--ckpt_path last goes on if the callback is given with another stopping_threshold",
+         "--ckpt_path last goes on if the callback is given another stopping_threshold",
          marks=pytest.mark.matrix),
         pytest.param(["EarlyStopping", "monitor=val/loss", "patience=9"], "4", None, marks=pytest.mark.matrix),
         (["Timer", "duration=00:00:00:01"], "9000", r"max_time, 0:00:01, is over; --ckpt_path last goes on"),
@@ -615,11 +616,50 @@ def test_results_on_other_data_are_kept(work: Path, capfd: pytest.CaptureFixture
         else:
             assert "the earlier result" not in out
     assert sorted(each.name for each in run.glob("test*")) == ["test", "test.1"]
+    main(["test", *other, "--trainer.fast_dev_run", "true"])
+    assert json.loads((run / "test/summary.json").read_text())["source"] == "Diabetes", "it writes nothing"
+    names = ("test/metrics.csv", "test.1/metrics.csv", "test/summary.json", "test.1/summary.json")
+    before = [(run / name).read_bytes() for name in names]
+    for path in (copy, "another.csv"):  # on which there is a result, and on which there is none
+        Diabetes().read().drop(columns="bmi").to_csv(path, index=False)
+        with pytest.raises(SystemExit):
+            main(["test", *(path if word == copy else word for word in other)])
+        assert "lacks the column 'bmi'" in capfd.readouterr().err
+        assert [(run / name).read_bytes() for name in names] == before
+        assert sorted(each.name for each in run.glob("*test*")) == ["test", "test.1"]
     page = write_report(run, "a run").read_text()
     newest = f"test, best, step {json.loads((run / 'test/summary.json').read_text())['step']}"
-    for name in (newest, f"{newest}, on Table bundled.csv (number 1)"):
+    for name in (newest, f"{newest}, on Table bundled.csv (test.1)"):
         assert f"<td>{name}</td>" in page
         assert f"<tr><th>{name}</th>" in page
+
+
+def test_results_change_places_with_those_of_their_checkpoint_alone(work: Path) -> None:
+    """A name may end as a kept result does; a dying machine may have left half of a summary."""
+    main, copy = main_of("regression"), "bundled.csv"
+    Diabetes().read().to_csv(copy, index=False)
+    other = [
+        "--data.source", "common.sources.tables.Table", "--data.source.path", copy,
+        "--data.source.target", "progression", "--data.source.categorical", "sex",
+    ]  # fmt: skip
+    main(["fit", *TINY, "--trainer.accelerator", "cpu"])
+    run = Path("runs/regression/default")
+    for name in ("a", "a.1"):
+        shutil.copy(run / "checkpoints/best.ckpt", run / f"checkpoints/{name}.ckpt")
+    main(["test", "--ckpt_path", "a"])
+    main(["test", "--ckpt_path", "a.1", *other])
+    main(["test", "--ckpt_path", "a", *other])
+    main(["test", "--ckpt_path", "a"])
+    found = {}
+    for folder in run.glob("test*"):
+        summary = json.loads((folder / "summary.json").read_text())
+        found[folder.name] = Path(summary["checkpoint"]).stem, summary["source"]
+    table, diabetes = "Table bundled.csv", "Diabetes"
+    assert found == {"test-a": ("a", diabetes), "test-a.1": ("a.1", table), "test-a.2": ("a", table)}
+    (run / "test-a/summary.json").write_text('{"state')
+    main(["test", "--ckpt_path", "a"])
+    assert (run / "test-a.3/metrics.csv").exists()
+    assert write_report(run, "a run").exists()
 
 
 def test_results_of_several_checkpoints_are_told_apart(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -299,7 +299,9 @@ def test_text_mistakes(encoder: str, tmp_path: Path) -> None:
     good = write_table(tmp_path / "d.csv", [{"text": "good", "label": "1"}])
     assert "'no/such': neither a folder with a tokenizer" in mistake(TextTable(good, "no/such"))
     (tmp_path / "e.csv").write_text("text,label\n")
-    assert mistake(TextTable(str(tmp_path / "e.csv"), encoder)).endswith("e.csv: has no rows")
+    assert mistake(TextTable(str(tmp_path / "e.csv"), encoder)).endswith(
+        "e.csv: has no rows; name a file that has some"
+    )
     (tmp_path / "f.jsonl").write_text('{"text": "good", "label": 1}\n{"text": oops}\n')
     assert "cannot be read" in mistake(TextTable(str(tmp_path / "f.jsonl"), encoder))
     with pytest.raises(InputError, match=r"data.source.max_length must be at least 1, got 0"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -241,15 +242,36 @@ def test_texts_of_their_own_for_validation_and_testing(tmp_path: Path) -> None:
         assert corpus.bytes_per_token[side] == sum(len(text.encode()) for text in part) / tokens
     tested = prepare(paths[0], Bytes(), test_path=paths[2], cache_dir=cache)
     assert tested.has_test
-    assert tested.shared == 1
     assert sorted(read_documents(tested, tested.test)) == sorted(found[2])
     assert not set(read_documents(tested, tested.val)) & {documents[7], "one more"}
     plain = prepare(paths[0], Bytes(), cache_dir=cache)
     assert not plain.has_test
     assert np.array_equal(plain.test, plain.val)
     assert plain.fingerprint == plain.whole == tested.whole != tested.fingerprint
-    with pytest.raises(InputError, match="all its documents are for validation or testing as well; add text"):
+    with pytest.raises(
+        InputError,
+        match=r"all its documents are in data.val_path or data.test_path as well, and",
+    ):
         prepare(paths[1], Bytes(), val_path=paths[1], cache_dir=cache)
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_documents_to_test_on_that_would_train_are_counted(count: int, tmp_path: Path) -> None:
+    """Those of the validation part would not. Of few documents the part of one is no matter of its hash."""
+    documents, cache = write_documents(count), tmp_path / "cache"
+    path = str(write_folder(tmp_path / "t", documents))
+    plain = prepare(path, Bytes(), cache_dir=cache, val_fraction=0.3)
+    train, val = (read_documents(plain, tokens) for tokens in (plain.train, plain.val))
+    for number, texts in enumerate((val, [*val, *train[:-1]], train[:2])):
+        held_out = str(write_folder(tmp_path / f"test{number}", [*texts, "one more, of other words"]))
+        settings: dict[str, Any] = {"cache_dir": cache, "val_fraction": 0.3, "held": plain.held}
+        known = KnownTokenizer(plain.tokenizer.to_str(), str(plain.tokenizer.id_to_token(plain.eos_id)))
+        others = str(write_folder(tmp_path / "grown", [*documents, *write_documents(9, seed=8)]))
+        both = [set(part) - set(texts) for part in (train, val)]
+        for place in (path, others) if all(both) else (others,):
+            tested = prepare(place, Bytes(), test_path=held_out, known=known, **settings)
+            assert tested.trained == len(set(texts) & set(train))
+            assert (tested.whole == plain.fingerprint) == (place == path)
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -380,12 +402,12 @@ def test_hub_data_set_from_its_local_cache(tmp_path: Path, monkeypatch: pytest.M
         found = read_documents(corpus, corpus.train) + read_documents(corpus, corpus.val)
         assert sorted(found) == sorted(documents)
     for name in ("someone/sentences", "someone/words/other"):
-        with pytest.raises(InputError, match=rf"^{name}: no such path, and the hub says: "):
+        with pytest.raises(InputError, match=rf"^data.path: {name}: no such path, and the hub says: "):
             prepare(name, BPE(300), cache_dir=tmp_path / "cache")
 
 
 def test_standard_library_is_listed_in_order_without_tests() -> None:
-    source = text._find(None, "text")
+    source = text._find(None, "text", "data.path")
     names = [name for name, _, _ in source.stamp]
     assert names == sorted(names, key=Path)
     assert {Path(name).suffix for name in names} == {".py"}
@@ -572,11 +594,11 @@ def test_a_mistyped_path_is_corrected(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (write_folder(tmp_path / "data", write_documents(3)) / "shakespeare.txt").write_text("To be")
     assert mistake(tmp_path, "data/shakespear.txt") == (
-        "data/shakespear.txt: no such file or folder; did you mean 'shakespeare.txt'?"
+        "data.path: data/shakespear.txt: no such file or folder; did you mean 'shakespeare.txt'?"
     )
     assert mistake(tmp_path, "dat/shakespeare.txt").endswith("; did you mean 'data'?")
     assert mistake(tmp_path, "data/part00/x/y.txt").endswith("did you mean 'part0'?")
-    assert mistake(tmp_path, "nowhere") == "nowhere: no such file or folder"
+    assert mistake(tmp_path, "nowhere") == "data.path: nowhere: no such file or folder"
     assert mistake(tmp_path, str(tmp_path / ("a" * 100) / ("b" * 100))).endswith("no such file or folder")
     assert "no text files there; '**'" in mistake(tmp_path, "data/*.rst")
     (tmp_path / "pictures").mkdir()

@@ -11,11 +11,11 @@ from common.data import total_steps
 from common.figures import read_metrics, short_number
 from common.run.report import Best
 
-# By why it ends a run, what of it can be given anew.
+# What of early stopping lets a run go on, by why it has stopped.
 _LIMITS = {
-    EarlyStoppingReason.PATIENCE_EXHAUSTED: "patience",
-    EarlyStoppingReason.STOPPING_THRESHOLD: "stopping_threshold",
-    EarlyStoppingReason.DIVERGENCE_THRESHOLD: "divergence_threshold",
+    EarlyStoppingReason.PATIENCE_EXHAUSTED: "more patience",
+    EarlyStoppingReason.STOPPING_THRESHOLD: "another stopping_threshold",
+    EarlyStoppingReason.DIVERGENCE_THRESHOLD: "another divergence_threshold",
 }
 
 
@@ -61,7 +61,7 @@ def _why_stopped(callback: EarlyStopping, run: Path) -> str:
     best = Best(callback.monitor, callback.mode).find(read_metrics(run))
     when = f"; its best was {short_number(best[1])} at step {best[0] + 1:,}" if best else ""  # rows count from 0
     limit = _LIMITS.get(callback.stopping_reason)
-    fix = f"; --ckpt_path last goes on if the callback is given with another {limit}" if limit else ""
+    fix = f"; --ckpt_path last goes on if the callback is given {limit}" if limit else ""
     return f"EarlyStopping: {callback.monitor} {reasons[callback.stopping_reason]}{when}{fix}"
 
 

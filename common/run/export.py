@@ -1,6 +1,7 @@
 """A trained net for others: safetensors and what belongs to it."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,6 +112,10 @@ def export(model: BaseModule, datamodule: BaseDataModule, ckpt_path: str, folder
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():  # safetensors lets nobody else read what it writes
+        path.chmod(0o666 & ~mask)
     written = sorted(path.name for path in folder.iterdir())
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder, written), indent=1), encoding="utf-8")
     print(f"export: {folder}", flush=True)

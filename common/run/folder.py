@@ -51,14 +51,14 @@ class RunFolder:
         found = {path.parent.parent.name for path in self.path.parent.glob(f"*/checkpoints/{pattern}")}
         return sorted(name for name in found if name[0] != ".")
 
-    def best(self) -> str:
-        """``best``, as the run has a checkpoint.
+    def check_trained(self) -> None:
+        """Refuse a run without a checkpoint.
 
         Raises:
             InputError: it has none.
         """
         if any(self.path.glob("checkpoints/*.ckpt")):
-            return "best"
+            return
         trained = self._named_like("*.ckpt")
         there = f"; there are {', '.join(trained)}" if trained else "; run fit first"
         problem = "no run of this name has a checkpoint (--ckpt_path null takes the net as it is made)"
@@ -196,6 +196,13 @@ class RunFolder:
             shutil.rmtree(self.starting, ignore_errors=True)
 
 
+def moved_aside(path: Path) -> list[Path]:
+    """The folders of a folder's name and a number, in order."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.*")
+    numbered = [each for each in found if each.name[len(path.name) + 1 :].isdigit()]
+    return sorted(numbered, key=lambda each: int(each.suffix[1:]))
+
+
 def move_aside(path: Path, back: Path | None = None) -> Path:
     """Rename a folder to its name and the next free number.
 
@@ -207,13 +214,15 @@ def move_aside(path: Path, back: Path | None = None) -> Path:
         Where it is now.
     """
     if back is not None:
-        between = back.rename(path.with_name(f".{path.name}.moving"))
+        between = path.with_name(f".{path.name}.moving")
+        shutil.rmtree(between, ignore_errors=True)  # of a killed process; it was to be written anew
+        back.rename(between)
         path.rename(back)
         between.rename(path)
         return back
-    earlier = path.parent.glob(f"{glob.escape(path.name)}.*")
-    numbers = [int(each.suffix[1:]) for each in earlier if each.suffix[1:].isdigit()]
-    return path.rename(path.with_name(f"{path.name}.{max(numbers, default=0) + 1}"))
+    earlier = moved_aside(path)
+    number = int(earlier[-1].suffix[1:]) if earlier else 0
+    return path.rename(path.with_name(f"{path.name}.{number + 1}"))
 
 
 def _lock(path: Path, name: str, tries: int = 24) -> IO[str]:

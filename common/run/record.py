@@ -218,8 +218,8 @@ class RunRecord(Callback):
         data = source = source_of(self.config["data"], "test" if trainer.testing else "val")
         with spared("how many samples are evaluated"):  # a data set of one's own may have no length
             data = f"{_evaluated(trainer)} of {source}"
-        module: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.testing and module.test_data is module.val_data:
+        test, val = (getattr(trainer.datamodule, f"{part}_data", None) for part in ("test", "val"))  # type: ignore[attr-defined]
+        if trainer.testing and test is not None and test is val:
             data += " for validation, as none are for testing"
         return {"checkpoint": self.checkpoint, "step": self.run.first_step, "source": source, "data": data}
 
@@ -250,7 +250,8 @@ def source_of(data: Mapping[str, Any], part: str) -> str:
     """What a config calls its data of a part, ``val`` or ``test``: the class of their source and its files."""
     source = data.get("source") or {}
     settings = {**data, **source.get("init_args", {})}
-    path = settings.get(f"{part}_path") or settings.get("path") or ""
+    keys = ("test_path", "val_path", "path") if part == "test" else ("val_path", "path")  # without a text to test on
+    path = next(filter(None, map(settings.get, keys)), "")
     name = source.get("class_path", "").rpartition(".")[2]
     return f"{name} {path}".strip() or "the recipe's own data"
 

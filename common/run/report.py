@@ -165,8 +165,10 @@ def checkpoint_name(checkpoint: str | None, run_dir: Path) -> str:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What a command has left in its ``summary.json``; nothing if it has left none."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or a dying machine has left half of it
+        return {}
 
 
 def _evaluations(run_dir: Path) -> list[tuple[Path, str]]:
@@ -181,7 +183,7 @@ def _evaluations(run_dir: Path) -> list[tuple[Path, str]]:
             checkpoint = checkpoint_name(summary["checkpoint"], run_dir)
             name = f"{re.split('[-.]', folder.name)[0]}, {checkpoint}, step {summary['step']:,}"
             if name in (known for _, known in found):
-                name += f", on {summary['source']} (number {folder.suffix[1:]})"
+                name += f", on {summary.get('source', 'other data')} ({folder.name})"
         found.append((folder, name))
     return found
 
@@ -199,7 +201,7 @@ def _run(run_dir: Path) -> str:
     start, summary = starts[-1], read_summary(run_dir)
     rows = [("command", shlex.join(start["command"])), ("start", start["time"])]
     if len(starts) > 1:
-        rows[1] = ("start", f"{start['time']}, number {len(starts)} of the run, from step {start['step']:,}")
+        rows[1] = ("start", f"{start['time']}, number {len(starts)} of the run, from step {start.get('step', 0):,}")
         rows.insert(0, ("first start", f"{starts[0]['time']}: {shlex.join(starts[0]['command'])}"))
     if summary:
         duration = timedelta(seconds=round(summary["seconds"]))

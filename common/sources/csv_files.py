@@ -3,18 +3,35 @@
 import csv
 import mmap
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from common.errors import InputError
 
 DataFrame: TypeAlias = Any  # of pandas, which is imported where it is used
-_PADDED = re.compile(rb'(?:^|[,"\n])-?0\d')
+_MAY_BE_PADDED = re.compile(rb'(?:^|[,"\r\n])\s*[-+]?0\d')
+_PADDED = r"\s*[-+]?0\d+\s*"
+
+
+def are_codes(names: Iterable[str]) -> bool:
+    """Whether one of the names is a whole number with leading zeros."""
+    return any(re.fullmatch(_PADDED, name) for name in names)
+
+
+def csv_files(path: str) -> list[Path]:
+    """The CSV files that a path or a glob means, by name; hidden ones only where it names them, as shells do."""
+    local = Path(path).expanduser()
+    if local.suffix.lower() != ".csv":
+        return []
+    found = local.parent.glob(local.name)
+    return sorted(each for each in found if each.is_file() and (each.name[0] != "." or local.name[0] == "."))
 
 
 def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) -> DataFrame:
-    """The rows of all files that match a path, in the order of the files' names.
+    """The rows of all files that a path means, in the order of the files' names.
+
+    A column is of text if it is so in one of the files.
 
     Args:
         path: a file or a glob.
@@ -22,30 +39,40 @@ def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) ->
         as_written: leave all cells as their text.
 
     Raises:
-        InputError: a file repeats a column, or has others than the first file, or none has rows.
+        InputError: a file repeats a column, has others than the first file or rows with more cells, or none has rows.
         ValueError: pandas cannot read it.
     """
     import pandas
 
     pd: Any = pandas
-    files = _files(path)
-    if as_written:
-        return pd.concat([pd.read_csv(file, dtype=str, keep_default_na=False) for file in files], ignore_index=True)
+    files = csv_files(path)
     for file in files:
-        _refuse_repeated_names(file, path)
-    frames = [pd.read_csv(file, low_memory=False) for file in files]
-    if not sum(map(len, frames)):
-        raise InputError(f"data.source.path {path}: has no rows")
+        _check_header(file, path)
+    how: dict[str, Any] = {"dtype": str, "keep_default_na": False} if as_written else {"low_memory": False}
+    frames = [pd.read_csv(file, **how) for file in files]
     names = frames[0].columns
     for file, frame in zip(files, frames, strict=True):
         if other := {*frame.columns} ^ {*names}:
             problem = f"{file.name} and {files[0].name} differ in the column {min(other)!r}"
             raise InputError(f"data.source.path {path}: {problem}; give both the same columns")
-    text = [name for name in names if len({pd.api.types.is_numeric_dtype(each[name]) for each in frames}) > 1]
-    text += padded(path, [name for name in names if name in codes and name not in text])
-    if text:
-        frames = [pd.read_csv(file, low_memory=False, dtype=dict.fromkeys(text, str)) for file in files]
-    return pd.concat(frames, ignore_index=True)
+        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for names of the rows
+            problem = f"rows of {file.name} have more cells than its first line"
+            raise InputError(f"data.source.path {path}: {problem}; mend them")
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        raise InputError(f"data.source.path {path}: has no rows; name a file that has some")
+    if not as_written:
+        kinds = {name: {pd.api.types.infer_dtype(frame[name], skipna=True) for frame in frames} for name in names}
+        text = [name for name, found in kinds.items() if "string" in found and found - {"string", "empty"}]
+        mixed = [name for name, found in kinds.items() if "boolean" in found and found - {"boolean", "string", "empty"}]
+        if mixed and mixed[0] not in text:
+            problem = f"column {mixed[0]!r} holds true and false in one file, and numbers in another"
+            raise InputError(f"data.source.path {path}: {problem}; write them alike")
+        text += padded(path, [name for name in names if name in codes and name not in text])
+        if text:
+            how["dtype"] = dict.fromkeys(text, str)
+            frames = [frame for file in files if len(frame := pd.read_csv(file, **how))]
+    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
 
 
 def padded(path: str, names: Sequence[str]) -> dict[str, str]:
@@ -59,32 +86,27 @@ def padded(path: str, names: Sequence[str]) -> dict[str, str]:
 
     pd: Any = pandas
     found: dict[str, str] = {}
-    for file in _files(path) if names else ():
+    for file in csv_files(path) if names else ():
         if _may_hold_padded(file):
-            for name, cells in pd.read_csv(file, usecols=list(names), dtype=str).items():
-                zeros = cells[cells.str.fullmatch(r"-?0\d+", na=False)]
+            for name, cells in pd.read_csv(file, usecols=lambda name: name in names, dtype=str).items():
+                zeros = cells[cells.str.fullmatch(_PADDED, na=False)]
                 if len(zeros):
                     found.setdefault(name, zeros.iloc[0])
     return found
 
 
-def _files(path: str) -> list[Path]:
-    local = Path(path).expanduser()
-    return sorted(local.parent.glob(local.name)) if local.suffix.lower() == ".csv" else []
-
-
 def _may_hold_padded(file: Path) -> bool:
     """Whether a cell begins like a number with a leading zero; it takes a hundredth of the reading."""
-    with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as all_of_it:
-        return _PADDED.search(all_of_it) is not None
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _MAY_BE_PADDED.search(content) is not None
 
 
-def _refuse_repeated_names(file: Path, path: str) -> None:
+def _check_header(file: Path, path: str) -> None:
     """Refuse a second column of the same name; pandas renames it silently."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         try:
             names = next(csv.reader(lines), [])
         except (UnicodeDecodeError, csv.Error):
             return  # pandas reports it
-    if repeated := [name for name in names if names.count(name) > 1]:
+    if repeated := [name for name in names if name and names.count(name) > 1]:
         raise InputError(f"data.source.path {path}: has two columns named {repeated[0]!r}; rename one")

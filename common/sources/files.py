@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from common.errors import InputError, nearest, short_path
-from common.sources.csv_files import read_csv
+from common.sources.csv_files import are_codes, csv_files, padded, read_csv
 from common.sources.images import CHANNELS, Images, list_images
 
 # What has a class: a sample has one, or any number; each of its words has one; each position has its next token.
@@ -164,12 +164,13 @@ class ImageTable(Source):
             raise InputError(f"data.source.size must be a number of at least 1, or [height, width], got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, both, mode
         self.split, self.group, self.separator = split, group, separator
+        self.codes = [*_names(label), *([group] if group else [])]
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
         import datasets
 
-        parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split, codes=_names(self.label))
+        parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split, codes=self.codes)
         for part in parts:
             column(part, self.image, "data.source.image")
         target, names, labels = _labels(parts, self.label, self.separator)
@@ -187,9 +188,10 @@ class ImageTable(Source):
             channels, *size = facts["shapes"]["pixel_values"]
             self.size = self.size or size
             self.mode = self.mode or next((mode for mode, number in CHANNELS.items() if number == channels), None)
+        self.codes = self.codes if are_codes(facts["class_names"]) else []
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        parts = load_splits(self.path, "imagefolder", self.split).parts
+        parts = load_splits(self.path, "imagefolder", self.split, as_written=True, codes=names).parts
         if self.image in names:  # as the name of its file
             import datasets
 
@@ -231,10 +233,11 @@ class TextTable(Source):
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
         self.known: Mapping[str, Any] = {}  # the tokenizer of a checkpoint
         self.split, self.group, self.separator = split, group, separator
+        self.codes = _names(label)
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
-        parts, num_val, num_test = load_splits(self.path, split=self.split, codes=_names(self.label))
+        parts, num_val, num_test = load_splits(self.path, split=self.split, codes=self.codes)
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
         target, names, labels = _labels(parts, self.label, self.separator)
@@ -246,6 +249,7 @@ class TextTable(Source):
 
     def take_over(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
         self.known = facts["tokenizer"]
+        self.codes = self.codes if are_codes(facts["class_names"]) else []
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns(load_splits(self.path, split=self.split, as_written=True).parts, names)
@@ -391,11 +395,12 @@ def load_splits(
     settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
     try:
         if local.is_dir() and folder_reader:
+            _refuse_padded(local, codes)
             files = _folders(local)
             splits = list_images(local, files) or datasets.load_dataset(
                 folder_reader, data_dir=str(local), data_files=files
             )
-        elif reader == "csv" and list(local.parent.glob(local.name)):
+        elif reader == "csv" and csv_files(path):
             rows = read_csv(path, codes, as_written)
             splits = {"train": datasets.Dataset.from_pandas(rows, preserve_index=False)}
         elif reader and list(local.parent.glob(local.name)):
@@ -409,7 +414,7 @@ def load_splits(
             raise InputError(f"data.source.path {path}: no such file{fix}")
         else:
             splits = datasets.load_dataset(path)
-    except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError, OverflowError) as error:
         reason = str(error.__cause__ or error).splitlines()[0][:80]
         raise InputError(f"data.source.path {path}: cannot be read ({reason})") from error
     if "train" not in splits:
@@ -422,6 +427,17 @@ def load_splits(
     if not sizes[0]:
         raise InputError(f"data.source.path {path}: has no sample to train on")
     return Splits([part for part, size in zip(parts, sizes, strict=True) if size], sizes[1], sizes[2])
+
+
+def _refuse_padded(folder: Path, codes: Sequence[str]) -> None:
+    """Refuse codes in a folder's ``metadata.csv``, of which ``datasets`` makes numbers."""
+    for file in folder.rglob("metadata.csv"):
+        if found := padded(str(file), codes):
+            name, code = next(iter(found.items()))
+            problem = f"{file.name} holds codes such as {code!r} in the column {name!r}, which become numbers there"
+            raise InputError(
+                f"data.source.path {folder}: {problem}; write metadata.jsonl, or letters before the digits"
+            )
 
 
 def _folders(path: Path) -> dict[str, list[str]]:

@@ -550,8 +550,9 @@ class Samples:
 
     def datasets(self) -> Iterator[LabelledDataset]:
         """Data sets of the three parts; that for testing is that for validation where there is no other."""
-        made = {id(part): LabelledDataset(self.labelled, part) for part in self.parts}
-        return (made[id(part)] for part in self.parts)
+        train, val = (LabelledDataset(self.labelled, part) for part in self.parts[:2])
+        test = val if self.parts.test is self.parts.val else LabelledDataset(self.labelled, self.parts.test)
+        return iter((train, val, test))
 
     def for_predict(
         self, source: Source | None, keep: Sequence[str] | None

@@ -19,7 +19,7 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.csv_files import padded
+from common.sources.csv_files import are_codes, padded
 from common.sources.files import column, hashed, load_splits, named_columns, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 
@@ -41,7 +41,6 @@ class TableSource:
         split: name of a column that says the part of each row: train, val or test. The net gets none of these three.
         group: name of a column whose equal values stay together in a split, such as a patient.
         time: name of a column of numbers or dates; the latest rows test, those before them validate.
-        codes: the categorical columns of a checkpoint, whose leading zeros count too; None if there is none.
     """
 
     target: list[str] | str | None = None
@@ -50,7 +49,6 @@ class TableSource:
     split: str | None = None
     group: str | None = None
     time: str | None = None
-    codes: Iterable[str] | None = None
 
     @property
     def targets(self) -> list[str]:
@@ -64,6 +62,9 @@ class TableSource:
             InputError: a file or a named column is missing or malformed.
         """
         raise NotImplementedError
+
+    def take_over(self, columns: "Columns", class_names: Sequence[str] = ()) -> None:
+        """Read codes as the training of a checkpoint did, whose facts these are; for sources that may lose them."""
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """Columns by name, in the order of the rows, those too that :meth:`read` leaves out.
@@ -132,9 +133,14 @@ class Table(TableSource):
             raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
         if (by := split or group or time) in drop:
             raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
+        self._codes, self._is_known = [*self.targets, *categorical], False
+
+    def take_over(self, columns: "Columns", class_names: Sequence[str] = ()) -> None:  # noqa: D102
+        self._codes = [*columns["categorical"], *(self.targets if are_codes(class_names) else ())]
+        self._is_known = True
 
     def read(self) -> DataFrame:  # noqa: D102
-        rows = _load(self.path, [*self.targets, *self.categorical, *(self.codes or ())])
+        rows = _load(self.path, self._codes)
         for key in ("target", "categorical", "drop", *["split", "group", "time"] * bool(self.targets)):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
@@ -145,7 +151,7 @@ class Table(TableSource):
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
                 raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
         frame = rows.remove_columns(list(self.drop)).to_pandas()
-        if self.targets and self.codes is None and not rank_zero_only.rank:
+        if self.targets and not self._is_known and not rank_zero_only.rank:
             known = {*self.targets, *self.categorical, *splitting(self)}
             for name, code in padded(self.path, [name for name in _numeric(frame) if name not in known]).items():
                 told = f"is read as numbers, and {code!r} as {int(code)}"
@@ -208,7 +214,7 @@ class Columns(TypedDict):
 
 
 def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
-    """A number for each row: rows of equal values have equal ones.
+    """A number for each row: rows of equal values have equal ones, and 007 equals 7.
 
     Gaps turn a column's whole numbers into floats, and one word all its numbers into text; neither changes a key.
     """
@@ -337,6 +343,10 @@ def _times(values: Series, key: str) -> np.ndarray:
         raise InputError(f"{key}: {missing} of {len(values)} values are missing; fill or drop those rows")
     times = pd.to_numeric(values, errors="coerce")
     if times.isna().any():
+        days = values.astype(str).str.fullmatch(r"\s*\d{1,2}\D\d{1,2}\D\d{2,4}(\D.*)?")  # which pandas guesses
+        if days.any():
+            problem = "may begin with the day or with the month"
+            raise InputError(f"{key}: {str(values[days].iloc[0])[:30]!r} {problem}; write dates as 2024-12-31")
         with warnings.catch_warnings(action="ignore"):  # of dates without one format, which are refused
             times = pd.to_datetime(values, errors="coerce", utc=True)  # by the format of the first
     if times.isna().any():
@@ -624,7 +634,7 @@ def encode(
         values = _column(frame, name, key)
         labels = _labels(values)
         given, kept = {*labels[labels.notna()]}, {*categories}
-        # Readers of CSV files drop leading zeros from columns of digits.
+        # Other readers of CSV files drop leading zeros from columns of digits.
         padded = {_number(label): label for label in categories if re.fullmatch(r"0\d+", label)}
         if (lost := padded.keys() & given - kept) and not any(re.fullmatch(r"0\d+", label) for label in given):
             kind = "number" if is_numeric_dtype(values) else "text"

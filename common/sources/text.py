@@ -38,7 +38,7 @@ from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
-FORMAT = 4  # bump when the same source and settings would give other tokens
+FORMAT = 4  # bump when the same source and settings would give other tokens, or another `meta.json`
 PIECE = 1 << 16  # characters of a document to encode at a time
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
 FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
@@ -58,8 +58,8 @@ class Corpus:
     and ``test``: bits per byte are nats per token / ln 2 / ``bytes_per_token``. ``documents`` counts those of each side
     and dropped ``duplicates``; a single document is cut in two and counts on both sides. ``fingerprint`` is of
     those of ``train`` and ``val``, in any order. ``held`` are those whose side their hash alone does not say.
-    ``shared`` counts the documents of ``test`` that the text for training has as well, from which they are dropped;
-    with these it has the fingerprint ``whole``.
+    Documents of ``test`` are dropped from the text for training. With them its fingerprint is ``whole``; ``trained``
+    counts those of them that would train.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Corpus:
     documents: dict[str, int]
     fingerprint: str
     held: Held
-    shared: int
+    trained: int
     whole: str
 
     @property
@@ -124,8 +124,8 @@ def prepare(
         raise InputError(f"val_fraction is {val_fraction}: give a share between 0 and 1, such as 0.1")
     # Of equal documents the first stays.
     paths = {"test": test_path, "val": val_path}
-    sources = {side: _find(own, column) for side, own in paths.items() if own is not None}
-    sources["train"] = _find(path, column)
+    sources = {side: _find(own, column, f"data.{side}_path") for side, own in paths.items() if own is not None}
+    sources["train"] = _find(path, column, "data.path")
 
     def folder_of(maker: TokenizerSource, held: Held) -> Path:
         kind = f"{type(maker).__module__}.{type(maker).__qualname__}"
@@ -232,18 +232,18 @@ class Text:
         corpus = self._prepare()
         known = self.facts.get("fingerprint", corpus.fingerprint)
         self.has_changed = known not in (corpus.fingerprint, corpus.whole)
-        if known != corpus.fingerprint and corpus.shared and not rank_zero_only.rank:
-            is_known = "may know" if self.has_changed else "was trained with"
-            count = f"{corpus.shared} of its {corpus.documents['test']} documents"
-            print(f"data.test_path: the text of data.path has {count} too, and the net {is_known} these", flush=True)
+        if known != corpus.fingerprint and corpus.trained and not rank_zero_only.rank:
+            was = "may have been" if self.has_changed else "was"
+            count = f"{corpus.trained} of its {corpus.documents['test']} documents"
+            print(f"data.test_path: the net {was} trained with {count}", flush=True)
         if self.has_changed and not rank_zero_only.rank:
             then, now = self.facts["documents"], corpus.documents
             sides = ("train", "val", *["test"] * (now["test"] > 0))
             counts = ", ".join(f"{now[side]} for {side} ({then[side]} before)" for side in sides)
             stays = "those that it knew stay in their parts"
-            if corpus.shared:
+            if corpus.whole != corpus.fingerprint:
                 stays = "others that it knew stay in their parts"
-            if self.facts["held"] and not any(key in corpus.held for key in self.facts["held"]):
+            elif self.facts["held"] and not any(key in corpus.held for key in self.facts["held"]):
                 stays = "the one that it knew is gone or has changed, and parts are drawn anew"
             if not now["test"] and now["train"] + now["val"] < then["train"] + then["val"]:
                 stays += "; data.test_path tests on the whole of another text"
@@ -323,7 +323,7 @@ class _Source(NamedTuple):
     read: Callable[[], Iterator[Piece]]  # every call starts anew
 
 
-def _find(path: str | None, column: str) -> _Source:
+def _find(path: str | None, column: str, key: str) -> _Source:
     if path is None:
         # Packages and tests differ between machines. The tables of encodings are nearly alike: some in training would
         # give away others in validation.
@@ -338,15 +338,15 @@ def _find(path: str | None, column: str) -> _Source:
     else:
         files = sorted(filter(Path.is_file, map(Path, glob.glob(str(place), recursive=True))))
     if not files:
-        raise InputError(f"{name}: no text files there; {fix}")
+        raise InputError(f"{key}: {name}: no text files there; {fix}")
     if files[0].exists():
         return _files(name, files, column)
     while not place.parent.is_dir():
         place = place.parent  # the first missing folder of the path
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){1,2}", path) and not FILES.search(path)
     if hub_name and place.name == path.split("/")[0]:
-        return _hub(path, column)
-    raise InputError(f"{name}: no such file or folder{nearest(place.name, os.listdir(place.parent))}")
+        return _hub(path, column, key)
+    raise InputError(f"{key}: {name}: no such file or folder{nearest(place.name, os.listdir(place.parent))}")
 
 
 def _walk(folder: str | Path, skip: Sequence[str] = ()) -> list[Path]:
@@ -394,13 +394,13 @@ def _table(file: Path, kind: str, column: str) -> Iterator[Piece]:
         raise InputError(f"{short_path(file)}: cannot be read as {kind}: {shorten(str(error), 60)}") from error
 
 
-def _hub(name: str, column: str) -> _Source:
+def _hub(name: str, column: str, key: str) -> _Source:
     owner, data, *config = name.split("/")
     try:
         rows = _load(f"{owner}/{data}", *config)
     except (OSError, ValueError) as error:
         reason = shorten(str(error), 60)
-        raise InputError(f"{short_path(name)}: no such path, and the hub says: {reason}") from error
+        raise InputError(f"{key}: {short_path(name)}: no such path, and the hub says: {reason}") from error
     stamp = _stamp(Path(file["filename"]) for file in rows.cache_files)
     return _Source(name, stamp, partial(_rows, rows, column, short_path(name)))
 
@@ -446,7 +446,7 @@ class _Plan(NamedTuple):
     documents: dict[str, int]
     fingerprint: str
     held: dict[str, list[int]]
-    shared: int
+    trained: int
     whole: str
 
 
@@ -473,7 +473,7 @@ def _build(
         pieces = _track(_split(_read(sources), plan), progress, "encoding", plan.total)
         meta = _encode(pieces, sources, tokenizer, wanted.eos_token, part)
     tokenizer.save(str(part / "tokenizer.json"))
-    meta |= {key: getattr(plan, key) for key in ("documents", "fingerprint", "held", "shared", "whole")}
+    meta |= {key: getattr(plan, key) for key in ("documents", "fingerprint", "held", "trained", "whole")}
     (part / "meta.json").write_text(json.dumps(meta))
     sums = checksums(part, [path.name for path in part.iterdir()])
     (part / CHECKSUMS).write_text(json.dumps(sums))
@@ -528,7 +528,8 @@ def _plan(
     cuts[repeated] = -1
     kept = own + np.flatnonzero(cuts[own:] >= 0)
     if not len(kept):
-        raise InputError(f"{sources['train'].name}: all its documents are for validation or testing as well; add text")
+        problem = "all its documents are in data.val_path or data.test_path as well, and none is left to train on"
+        raise InputError(f"{sources['train'].name}: {problem}; add text")
     fixed = {int(number) for number in kept if number in known}
     if "val" not in sources and len(kept) == 1 and not fixed:
         cuts[kept] = int(length[kept[0]] * (1 - val_fraction))
@@ -547,6 +548,10 @@ def _plan(
     test = numbers.get("test", 0)
     counts = {"train": trains, "val": evaluates[test:], "test": evaluates[:test], "duplicates": cuts < 0}
     shared = evaluates[:test] & np.isin(keys[:test, 0], keys[test:, 0])
+    trained = shared & ~np.isin(keys[:test, 0], keys[test:own, 0])
+    trained &= (share[:test] >= val_fraction) | ("val" in sources)
+    for number in known.keys() & {*range(test)}:
+        trained[number] = shared[number] and held[known[number]][1] > 0
     ours = keys[test:][cuts[test:] >= 0, 0]
     return _Plan(
         cuts,
@@ -558,7 +563,7 @@ def _plan(
             known.get(number, digests[16 * number : 16 * number + 16].hex()): [int(ends[number]), int(cuts[number])]
             for number in sorted(fixed)
         },
-        int(shared.sum()),
+        int(trained.sum()),
         f"{np.append(ours, keys[:test][shared, 0]).sum(dtype=np.uint64):016x}",
     )
 

@@ -171,7 +171,7 @@ class TableSamples(Samples):
     def _read(self) -> tuple[Labelled, Parts]:
         source, known = self._source.table, self.facts.get("parts")
         if known is not None:
-            source.codes = self.facts["columns"]["categorical"]
+            source.take_over(self.facts["columns"], self.facts["class_names"])
         with speaking():
             frame = source.read()
             data = self._source.classes(frame)
@@ -235,7 +235,7 @@ class TableSamples(Samples):
         Raises:
             InputError: they cannot be read, or not be encoded as those of the training.
         """
-        source.table.codes = self.facts["columns"]["categorical"]
+        source.table.take_over(self.facts["columns"])
         with speaking_of("data.predict_source", instead_of="data.source"), speaking():
             frame = source.table.read()
             rows = rows_to_predict(frame, self.facts)

@@ -61,10 +61,11 @@ class TextWindows(Source):
     def read(self) -> Labelled:
         with speaking_of("data.source.tokenizer", instead_of="data.tokenizer"):
             tokenizer = chosen(self.tokenizer, self.weights, {})
-        corpus = prepare(
-            self.path, tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir,
-            known=self.known,
-        )  # fmt: skip
+        with speaking_of("data.source.path", instead_of="data.path"):
+            corpus = prepare(
+                self.path, tokenizer, column=self.column, val_fraction=self.val_fraction, cache_dir=self.cache_dir,
+                known=self.known,
+            )  # fmt: skip
         if self.weights and self.tokenizer and not is_shape(self.weights):
             check_tokens(self.weights, corpus.tokenizer.get_vocab(), "model.weights")
         train = Windows(corpus.train, self.context, keep_partial=False)

@@ -78,7 +78,7 @@ def read_prompts(path: str, name: str, keep: Sequence[str] | None) -> tuple[list
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(f"data.prompts_path {path}: cannot be read ({reason}); name another file") from error
     with speaking_of("data.prompts_path", instead_of="data.source.path"):
-        parts = load_splits(path).parts[:1]
+        parts = load_splits(path, as_written=True).parts[:1]
     prompts = list(column(parts[0], name, "data.prompts_column"))
     if missing := sum(prompt is None for prompt in prompts):
         raise InputError(f"data.prompts_column {name!r}: {missing} of {len(prompts)} are missing; drop those rows")

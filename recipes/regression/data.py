@@ -143,7 +143,7 @@ class RegressionData(BaseDataModule):
         """The rows of the source, in parts."""
         source, known = self.source, self.facts
         if "columns" in known:
-            source.codes = known["columns"]["categorical"]
+            source.take_over(known["columns"])
         frame = source.read()
         target = read_targets(frame, source)
         if "columns" in known:
@@ -169,7 +169,7 @@ class RegressionData(BaseDataModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_source is not None:
-            self.predict_source.codes = self.columns["categorical"]
+            self.predict_source.take_over(self.columns)
             with speaking_of("data.predict_source", instead_of="data.source"):
                 new = self.predict_source.read()
                 self.kept = self.predict_source.columns(self.keep) if self.keep else {}
