@@ -285,6 +285,9 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if early := _why_early(trainer):
             print(f"fit: ended {early}", flush=True)
+        best, tries = _best(trainer), trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not tries and best is not None and not best.best_model_path:
+            print("fit: no validation came before the end; test and predict take --ckpt_path last", flush=True)
         self._finish(trainer, "val")
 
     @override
