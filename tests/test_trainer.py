@@ -30,6 +30,7 @@ from tests.support import (
     TOGETHER,
     logs,
     main_of,
+    refused,
     run_ranks,
     small_args,
     tokens_until_the_end,
@@ -295,9 +296,6 @@ def test_every_export_says_what_it_takes_and_gives(recipe: str, work: Path, smal
     assert set(json.loads((folder / CHECKSUMS).read_text())) == {each.name for each in folder.iterdir()} - {CHECKSUMS}
 
 
-def test_export_needs_a_checkpoint(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main_of("classification")(["export"])
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--ckpt_path: there is no best checkpoint; run fit first" in line
+def test_export_needs_a_checkpoint(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = refused("classification", ["export", "--ckpt_path", "null"], capfd)
+    assert line == "--ckpt_path: export takes no net as it is made; give best, last or a file"

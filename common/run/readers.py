@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from common.errors import nearest, short_path
 from common.run.layers import from_here
+from common.sources.files import part_files
 
 ROWS = 50  # of a file, to tell a table from texts
 
@@ -41,6 +42,8 @@ TEXT = Kind("text", "column", "corpus.yaml", "lm")
 
 def kind_of(path: Path) -> Kind | None:
     """What a file or folder holds, by its names and its first rows; None if that is not clear."""
+    if files := part_files(path):
+        return kind_of(next(iter(files.values())))
     if path.is_dir():
         names = [name for _, _, files in islice(os.walk(path), 100) for name in files]
         if any(name.startswith("train-images-idx3-ubyte") for name in names):

@@ -48,7 +48,7 @@ class RecipeTrainer(L.Trainer):
             InputError: there is no checkpoint.
         """
         if ckpt_path is None:
-            raise InputError("--ckpt_path: there is no best checkpoint; run fit first, or give last or a file")
+            raise InputError("--ckpt_path: export takes no net as it is made; give best, last or a file")
         self._attach(model, datamodule)
         export(model, datamodule, ckpt_path, Path(self.default_root_dir) / "export")
 

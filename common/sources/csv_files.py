@@ -4,6 +4,7 @@ import csv
 import mmap
 import re
 from collections.abc import Container, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,13 +29,12 @@ def csv_files(path: str) -> list[Path]:
     return sorted(each for each in found if each.is_file() and (each.name[0] != "." or local.name[0] == "."))
 
 
-def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) -> DataFrame:
-    """The rows of all files that a path means, in the order of the files' names.
-
-    A column is of text if it is so in one of the files.
+def read_csv(path: str, files: Sequence[Path], codes: Container[str] = (), as_written: bool = False) -> list[DataFrame]:
+    """The rows of each file, read as one table: a column is of text if it is so in one of the files.
 
     Args:
-        path: a file or a glob.
+        path: what stands for the files in messages.
+        files: the files, one at least.
         codes: columns whose whole numbers are text if one has leading zeros.
         as_written: leave all cells as their text.
 
@@ -45,7 +45,6 @@ def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) ->
     import pandas
 
     pd: Any = pandas
-    files = csv_files(path)
     for file in files:
         _check_header(file, path)
     how: dict[str, Any] = {"dtype": str, "keep_default_na": False} if as_written else {"low_memory": False}
@@ -58,35 +57,39 @@ def read_csv(path: str, codes: Container[str] = (), as_written: bool = False) ->
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for names of the rows
             problem = f"rows of {file.name} have more cells than its first line"
             raise InputError(f"data.source.path {path}: {problem}; mend them")
-    frames = [frame for frame in frames if len(frame)]
-    if not frames:
+    if not sum(map(len, frames)):
         raise InputError(f"data.source.path {path}: has no rows; name a file that has some")
     if not as_written:
-        kinds = {name: {pd.api.types.infer_dtype(frame[name], skipna=True) for frame in frames} for name in names}
+        filled = [frame for frame in frames if len(frame)]
+        kinds = {name: {pd.api.types.infer_dtype(frame[name], skipna=True) for frame in filled} for name in names}
         text = [name for name, found in kinds.items() if "string" in found and found - {"string", "empty"}]
         mixed = [name for name, found in kinds.items() if "boolean" in found and found - {"boolean", "string", "empty"}]
         if mixed and mixed[0] not in text:
             problem = f"column {mixed[0]!r} holds true and false in one file, and numbers in another"
             raise InputError(f"data.source.path {path}: {problem}; write them alike")
-        text += padded(path, [name for name in names if name in codes and name not in text])
+        text += padded(files, [name for name in names if name in codes and name not in text])
         if text:
             how["dtype"] = dict.fromkeys(text, str)
-            frames = [frame for file in files if len(frame := pd.read_csv(file, **how))]
-    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+            frames = [pd.read_csv(file, **how) for file in files]
+    if len(frames) == 1:
+        return frames
+    whole = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    ends = list(accumulate(map(len, frames)))
+    return [whole.iloc[end - len(frame) : end] for frame, end in zip(frames, ends, strict=True)]
 
 
-def padded(path: str, names: Sequence[str]) -> dict[str, str]:
+def padded(files: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
     """The columns that hold whole numbers with leading zeros, which a reader of numbers drops, and one such number.
 
     Args:
-        path: a file or a glob; there are none but in CSV files.
+        files: CSV files.
         names: of the columns to look at.
     """
     import pandas
 
     pd: Any = pandas
     found: dict[str, str] = {}
-    for file in csv_files(path) if names else ():
+    for file in files if names else ():
         if _may_hold_padded(file):
             for name, cells in pd.read_csv(file, usecols=lambda name: name in names, dtype=str).items():
                 zeros = cells[cells.str.fullmatch(_PADDED, na=False)]

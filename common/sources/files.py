@@ -206,7 +206,7 @@ class TextTable(Source):
     """Labelled text in CSV, JSONL or Parquet files or a hub data set, tokenized to a fixed length.
 
     Args:
-        path: a file or a glob, or a hub name.
+        path: a file or a glob, a folder with files called train, val and test, or a hub name.
         tokenizer: folder or hub name of a transformers tokenizer.
         text: name of the text column.
         label: name of the label column, whose cells may be lists; or a list of columns of 0 and 1, one per label; None
@@ -377,7 +377,7 @@ def load_splits(
 
     Args:
         path: a file or glob whose ending names its format, a folder, or a hub name.
-        folder_reader: the ``datasets`` builder for a folder.
+        folder_reader: the ``datasets`` builder for a folder; None for one with a table for each part.
         split: a column of the train split that says the part of each row, in place of the data set's splits.
         conll: names of the columns of a file in CoNLL format; None for other files.
         as_written: leave the cells of CSV files as their text.
@@ -387,6 +387,7 @@ def load_splits(
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
     """
     import datasets
+    import pandas
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
@@ -394,14 +395,19 @@ def load_splits(
     reader = READERS.get(local.suffix.lower()) if conll is None else "conll"
     settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
     try:
-        if local.is_dir() and folder_reader:
+        if local.is_dir() and folder_reader and not part_files(local):
             _refuse_padded(local, codes)
             files = _folders(local)
             splits = list_images(local, files) or datasets.load_dataset(
                 folder_reader, data_dir=str(local), data_files=files
             )
-        elif reader == "csv" and csv_files(path):
-            rows = read_csv(path, codes, as_written)
+        elif files := part_files(local):
+            if split:
+                problem = "the names of the files split the rows already"
+                raise InputError(f"data.source.split {split!r}: {problem}; remove it")
+            splits = _tables(path, files, codes, as_written)
+        elif reader == "csv" and (found := csv_files(path)):
+            rows = pandas.concat(read_csv(path, found, codes, as_written))
             splits = {"train": datasets.Dataset.from_pandas(rows, preserve_index=False)}
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local), **settings)
@@ -432,12 +438,43 @@ def load_splits(
 def _refuse_padded(folder: Path, codes: Sequence[str]) -> None:
     """Refuse codes in a folder's ``metadata.csv``, of which ``datasets`` makes numbers."""
     for file in folder.rglob("metadata.csv"):
-        if found := padded(str(file), codes):
+        if found := padded([file], codes):
             name, code = next(iter(found.items()))
             problem = f"{file.name} holds codes such as {code!r} in the column {name!r}, which become numbers there"
             raise InputError(
                 f"data.source.path {folder}: {problem}; write metadata.jsonl, or letters before the digits"
             )
+
+
+def part_files(folder: Path) -> dict[str, Path]:
+    """The tables of a folder that are called as parts are, such as ``train.csv``, by part; none if it is no folder.
+
+    Raises:
+        InputError: two are of one part, or they are of several kinds.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in READERS and (number := PARTS.get(file.stem.lower())) is not None:
+            part = ("train", "validation", "test")[number]
+            if part in found:
+                raise InputError(f"data.source.path {folder}: {found[part].name} and {file.name} are of one part")
+            found[part] = file
+    if len({file.suffix.lower() for file in found.values()}) > 1:
+        names = ", ".join(file.name for file in found.values())
+        raise InputError(f"data.source.path {folder}: {names} are of several kinds; give files of one kind")
+    return found
+
+
+def _tables(path: str, files: Mapping[str, Path], codes: Sequence[str], as_written: bool) -> dict[str, Any]:
+    """The tables of parts."""
+    import datasets
+
+    reader = READERS[next(iter(files.values())).suffix.lower()]
+    if reader != "csv":
+        return {part: datasets.load_dataset(reader, data_files=str(file))["train"] for part, file in files.items()}
+    frames = read_csv(path, list(files.values()), codes, as_written)
+    made = (datasets.Dataset.from_pandas(frame, preserve_index=False) for frame in frames)
+    return dict(zip(files, made, strict=True))
 
 
 def _folders(path: Path) -> dict[str, list[str]]:

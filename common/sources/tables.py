@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -19,8 +20,8 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.csv_files import are_codes, padded
-from common.sources.files import column, hashed, load_splits, named_columns, parts_named
+from common.sources.csv_files import are_codes, csv_files, padded
+from common.sources.files import column, hashed, load_splits, named_columns, part_files, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
@@ -28,6 +29,7 @@ DataFrame: TypeAlias = Any
 Series: TypeAlias = Any
 Scaling = Literal["quantile", "standard"]
 MAX_QUANTILES = 512
+FILE = "(file)"  # the column that says in which file of a folder a row stands
 BUNDLED = [f"load_{name}" for name in ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")]
 
 
@@ -96,7 +98,8 @@ class Table(TableSource):
     Columns of numbers are numeric; columns of text or of true and false are categorical.
 
     Args:
-        path: a file or a glob, a hub name, or a loader such as ``sklearn.datasets.load_wine``.
+        path: a file or a glob, a folder with files called train, val and test, a hub name, or a loader such as
+            ``sklearn.datasets.load_wine``.
         target: name of the column to predict, or names of several; None for rows to predict, with or without them.
         target_unit: divisor of every target; 1000 gives errors in thousands.
         categorical: columns of numbers that are categories, such as postal codes.
@@ -128,10 +131,13 @@ class Table(TableSource):
             if name in (split, group, time):
                 raise InputError(f"data.source.target {name!r} also splits the rows; name another column for that")
         self.categorical, self.drop = categorical, drop
-        self.split, self.group, self.time = split, group, time
+        in_parts = bool(part_files(Path(path).expanduser()))
+        if in_parts and split:
+            raise InputError(f"data.source.split {split!r}: the names of the files split the rows already; remove it")
+        self.split, self.group, self.time = FILE if in_parts else split, group, time
         if len(both := [key for key in ("split", "group", "time") if getattr(self, key)]) > 1:
             raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
-        if (by := split or group or time) in drop:
+        if (by := self.split or group or time) in drop:
             raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
         self._codes, self._is_known = [*self.targets, *categorical], False
 
@@ -153,7 +159,8 @@ class Table(TableSource):
         frame = rows.remove_columns(list(self.drop)).to_pandas()
         if self.targets and not self._is_known and not rank_zero_only.rank:
             known = {*self.targets, *self.categorical, *splitting(self)}
-            for name, code in padded(self.path, [name for name in _numeric(frame) if name not in known]).items():
+            numbers = [name for name in _numeric(frame) if name not in known]
+            for name, code in padded(self._csv_files(), numbers).items():
                 told = f"is read as numbers, and {code!r} as {int(code)}"
                 fix = "list it in data.source.categorical if it holds codes"
                 print(f"data.source: column {name!r} {told}; {fix}", flush=True)
@@ -162,13 +169,25 @@ class Table(TableSource):
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns([_load(self.path, as_written=True)], names)
 
+    def _csv_files(self) -> list[Path]:
+        files = part_files(Path(self.path).expanduser()).values() or csv_files(self.path)
+        return [file for file in files if file.suffix.lower() == ".csv"]
+
 
 def _load(path: str, codes: Sequence[str] = (), as_written: bool = False) -> Any:
     """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
+    import datasets
+    import pandas
+
     package, _, name = path.rpartition(".")
     if package != "sklearn.datasets":
-        return load_splits(path, as_written=as_written, codes=codes).parts[0]
-    import datasets
+        splits = load_splits(path, as_written=as_written, codes=codes)
+        if not part_files(Path(path).expanduser()):
+            return splits.parts[0]
+        frame = pandas.concat([part.to_pandas() for part in splits.parts], ignore_index=True)
+        sizes = [len(frame) - splits.num_val - splits.num_test, splits.num_val, splits.num_test]
+        frame[FILE] = np.repeat(["train", "val", "test"], sizes)
+        return datasets.Dataset.from_pandas(frame, preserve_index=False)
     from sklearn import datasets as bundled
 
     if name not in BUNDLED:

@@ -56,7 +56,8 @@ class LabelledTable(Source):
     Columns of numbers are numeric; columns of text or of true and false are categorical.
 
     Args:
-        path: a file or a glob, a hub name, or a loader such as ``sklearn.datasets.load_wine``.
+        path: a file or a glob, a folder with files called train, val and test, a hub name, or a loader such as
+            ``sklearn.datasets.load_wine``.
         label: name of the column of classes; or a list of columns of 0 and 1, one per label; None for rows to predict,
             with or without it.
         categorical: columns of numbers that are categories, such as postal codes.
@@ -84,7 +85,7 @@ class LabelledTable(Source):
     ):
         with speaking():
             self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
-        self.split, self.group = split, group
+        self.split, self.group = self.table.split, group
         self.scaling: Scaling = scaling
         self.rare, self.separator = rare, separator
 
