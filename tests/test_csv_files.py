@@ -89,6 +89,8 @@ def test_files_that_differ_are_one_line(second: str, line: str, tmp_path: Path) 
     path = str(tmp_path / "*.csv")
     (tmp_path / "b.csv").write_text("flag,x\n,3\nFalse,4\n")
     assert load_splits(path).parts[0].to_pandas()["flag"].tolist() == [True, None, None, False]
+    (tmp_path / "b.csv").write_text("flag,x\n,3\n,4\n")
+    assert load_splits(path).parts[0].to_pandas()["flag"].tolist() == [True, None, None, None]
     (tmp_path / "b.csv").write_text(second)
     with pytest.raises(InputError, match=re.escape(line)):
         load_splits(path)

@@ -61,10 +61,10 @@ def read_csv(path: str, files: Sequence[Path], codes: Container[str] = (), as_wr
         raise InputError(f"data.source.path {path}: has no rows; name a file that has some")
     if not as_written:
         filled = [frame for frame in frames if len(frame)]
-        kinds = {name: {pd.api.types.infer_dtype(frame[name], skipna=True) for frame in filled} for name in names}
+        kinds = {name: {_kind(frame[name]) for frame in filled} for name in names}
         text = [name for name, found in kinds.items() if "string" in found and found - {"string", "empty"}]
-        mixed = [name for name, found in kinds.items() if "boolean" in found and found - {"boolean", "string", "empty"}]
-        if mixed and mixed[0] not in text:
+        mixed = [name for name, found in kinds.items() if "boolean" in found and found - {"boolean", "empty"}]
+        if mixed := [name for name in mixed if name not in text]:
             problem = f"column {mixed[0]!r} holds true and false in one file, and numbers in another"
             raise InputError(f"data.source.path {path}: {problem}; write them alike")
         text += padded(files, [name for name in names if name in codes and name not in text])
@@ -76,6 +76,13 @@ def read_csv(path: str, files: Sequence[Path], codes: Container[str] = (), as_wr
     whole = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     ends = list(accumulate(map(len, frames)))
     return [whole.iloc[end - len(frame) : end] for frame, end in zip(frames, ends, strict=True)]
+
+
+def _kind(cells: Any) -> str:
+    """What a column holds: "string", "boolean", numbers of some kind, or nothing."""
+    from pandas.api.types import infer_dtype
+
+    return "empty" if cells.isna().all() else infer_dtype(cells, skipna=True)
 
 
 def padded(files: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
