@@ -207,7 +207,7 @@ def covering(*settings: Iterable[Any], allowed: Callable[[tuple[Any, ...]], bool
 
 
 def halved(cases: Iterable[Any]) -> list[Any]:
-    """Cases of which the suite runs every second; the long sweep runs all."""
+    """The suite runs every second case, the long sweep all."""
     params = [case if hasattr(case, "marks") else pytest.param(*case) for case in cases]
     return [
         pytest.param(*each.values, marks=[*each.marks, pytest.mark.matrix], id=each.id) if number % 2 else each

@@ -641,7 +641,7 @@ def test_ranks_start_with_the_same_student(kind: str, strategy: str, work: Path,
         args = [*preset("distillation"), *WINDOWS, *STUDENT]
     else:  # a ViT: batch norm sees the samples of a rank alone
         sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 2}
-        # Weights of which the two differ: a loss near 0 is the rest of a difference, and holds few digits.
+        # Wide weights, by which the two differ. A loss near 0 would hold few digits.
         sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8, "initializer_range": 0.5}
         for name in ("net", "large"):
             transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(work / name)

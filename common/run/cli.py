@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -46,7 +45,7 @@ from common.parts import facts_of
 from common.run import layers
 from common.run.callbacks import BestCheckpoint, LastCheckpoint
 from common.run.faults import Endings, lost_rank
-from common.run.folder import RunFolder, make, move_aside, moved_aside
+from common.run.folder import RunFolder, make
 from common.run.loggers import Wandb
 from common.run.loop import EpochLoop, FitLoop
 from common.run.media import Media
@@ -55,7 +54,7 @@ from common.run.output import lasting_output, spare
 from common.run.parser import TRAINER_HELP, RecipeParser
 from common.run.predictions import PredictionWriter
 from common.run.record import RunRecord, RunReport, source_of
-from common.run.report import read_summary
+from common.run.results import keeping_results
 from common.run.signals import listening
 from common.run.trainer import RecipeTrainer
 
@@ -199,8 +198,6 @@ class RecipeCLI(LightningCLI):
         self.package = module_class.__module__.rpartition(".")[0]
         _HOME.set(self.package)
         self.taken: layers.Taken | None = None  # from the checkpoint's run
-        self.moved: Path | None = None  # the result that gives way to that of this command
-        self.metrics = b""  # of an earlier result, which loggers remove when they begin
         self.began_with: str | None = None  # the weights with which the run has begun
         self.began_with_facts: dict[str, str | None] = {}  # its own ``data.facts_of``, if it was given one
         self.recipe_dir = Path(inspect.getfile(module_class)).resolve().parent
@@ -314,13 +311,14 @@ class RecipeCLI(LightningCLI):
         return self.run.find(str(name)) if name else None
 
     def _check_trained(self) -> None:
+        """Refuse a run without a checkpoint, unless a flag is no key: it may be a mistyped --ckpt_path or --name."""
         try:
             self.run.check_trained()
         except InputError:
             try:
                 self.parser.parse_args(self.argv)
             except jsonargparse.ArgumentError as error:
-                if "unrecognized arguments" in str(error):  # it may be a mistyped --ckpt_path or --name
+                if "unrecognized arguments" in str(error):
                     raise
             raise
 
@@ -494,24 +492,9 @@ class RecipeCLI(LightningCLI):
         """Make the command's folder, when its checkpoint has been found readable."""
         if checkpoint := self.config[self.subcommand].ckpt_path:
             self.run.first_step = read_checkpoint(checkpoint, mmap=True)["global_step"]
-        measures = self.subcommand in ("validate", "test") and not self.config[self.subcommand].trainer.fast_dev_run
-        metrics = self.folder / "metrics.csv"
-        if measures and not self.trainer.global_rank and metrics.exists():
-            self._keep_results(checkpoint)
-            self.metrics = metrics.read_bytes() if metrics.exists() else b""
         make(self.folder)
 
     before_test = before_predict = before_validate
-
-    def _keep_results(self, checkpoint: str | None) -> None:
-        """Keep what was measured on other data than now, in a folder with a number."""
-        now = source_of(self.resolved["data"], "test" if self.subcommand == "test" else "val")
-        earlier = read_summary(self.folder).get("source", "data that it does not name")
-        if earlier != now:
-            summaries = {path: read_summary(path) for path in moved_aside(self.folder)}
-            about = {(each.get("source"), each.get("checkpoint")): path for path, each in summaries.items()}
-            self.moved = move_aside(self.folder, about.get((now, checkpoint)))
-            print(f"{self.subcommand}: the earlier result, on {earlier}, is in {self.moved} now", flush=True)
 
     @override
     def instantiate_classes(self) -> None:
@@ -536,7 +519,7 @@ class RecipeCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with self._bringing_back(), self._advising():
+            with self._keeping_results(), self._advising():
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # as which Lightning ends
@@ -549,22 +532,13 @@ class RecipeCLI(LightningCLI):
         finally:
             self.run.end()
 
-    @contextmanager
-    def _bringing_back(self) -> Iterator[None]:
-        """Let a command that measures nothing leave earlier results where they were."""
-        try:
-            yield
-        except BaseException:
-            if self.metrics and not (self.folder / "metrics.csv").exists():
-                (self.folder / "metrics.csv").write_bytes(self.metrics)
-            if self.moved is not None and (self.folder / "summary.json").exists():
-                move_aside(self.folder, self.moved)
-            elif self.moved is not None:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.moved.rename(self.folder)
-            if self.moved is not None:
-                print(f"{self.subcommand}: the earlier result is in {self.folder} again", flush=True)
-            raise
+    def _keeping_results(self) -> AbstractContextManager[None]:
+        """Let a command that measures keep earlier results, see :func:`keeping_results`."""
+        config, measures = self.config[self.subcommand], self.subcommand in ("validate", "test")
+        if not measures or config.trainer.fast_dev_run or self.trainer.global_rank:
+            return nullcontext()
+        source = source_of(self.resolved["data"], "test" if self.subcommand == "test" else "val")
+        return keeping_results(self.subcommand, self.folder, source, config.ckpt_path)
 
     def _refusal(self, error: Exception) -> InputError | None:
         """What Lightning refuses before the first step, and no code of ours or of a recipe has caused."""

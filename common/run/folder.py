@@ -196,31 +196,16 @@ class RunFolder:
             shutil.rmtree(self.starting, ignore_errors=True)
 
 
-def moved_aside(path: Path) -> list[Path]:
+def numbered(path: Path) -> list[Path]:
     """The folders of a folder's name and a number, in order."""
     found = path.parent.glob(f"{glob.escape(path.name)}.*")
-    numbered = [each for each in found if each.name[len(path.name) + 1 :].isdigit()]
-    return sorted(numbered, key=lambda each: int(each.suffix[1:]))
+    moved = [each for each in found if each.name[len(path.name) + 1 :].isdigit()]
+    return sorted(moved, key=lambda each: int(each.suffix[1:]))
 
 
-def move_aside(path: Path, back: Path | None = None) -> Path:
-    """Rename a folder to its name and the next free number.
-
-    Args:
-        path: the folder.
-        back: one that was moved before, with which it changes names.
-
-    Returns:
-        Where it is now.
-    """
-    if back is not None:
-        between = path.with_name(f".{path.name}.moving")
-        shutil.rmtree(between, ignore_errors=True)  # of a killed process; it was to be written anew
-        back.rename(between)
-        path.rename(back)
-        between.rename(path)
-        return back
-    earlier = moved_aside(path)
+def move_aside(path: Path) -> Path:
+    """Rename a folder to its name and the next free number; returns where it is now."""
+    earlier = numbered(path)
     number = int(earlier[-1].suffix[1:]) if earlier else 0
     return path.rename(path.with_name(f"{path.name}.{number + 1}"))
 

@@ -164,7 +164,7 @@ class ImageTable(Source):
             raise InputError(f"data.source.size must be a number of at least 1, or [height, width], got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, both, mode
         self.split, self.group, self.separator = split, group, separator
-        self.codes = [*_names(label), *([group] if group else [])]
+        self.codes = [*_names(label), *_names(group)]
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
@@ -188,7 +188,7 @@ class ImageTable(Source):
             channels, *size = facts["shapes"]["pixel_values"]
             self.size = self.size or size
             self.mode = self.mode or next((mode for mode, number in CHANNELS.items() if number == channels), None)
-        self.codes = self.codes if are_codes(facts["class_names"]) else []
+        self.codes = self.codes if are_codes(facts["class_names"]) else _names(self.group)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         parts = load_splits(self.path, "imagefolder", self.split, as_written=True, codes=names).parts
@@ -233,7 +233,7 @@ class TextTable(Source):
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
         self.known: Mapping[str, Any] = {}  # the tokenizer of a checkpoint
         self.split, self.group, self.separator = split, group, separator
-        self.codes = _names(label)
+        self.codes = [*_names(label), *_names(group)]
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
@@ -249,7 +249,7 @@ class TextTable(Source):
 
     def take_over(self, facts: Mapping[str, Any]) -> None:  # noqa: D102
         self.known = facts["tokenizer"]
-        self.codes = self.codes if are_codes(facts["class_names"]) else []
+        self.codes = self.codes if are_codes(facts["class_names"]) else _names(self.group)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
         return named_columns(load_splits(self.path, split=self.split, as_written=True).parts, names)
@@ -373,7 +373,9 @@ def load_splits(
     as_written: bool = False,
     codes: Sequence[str] = (),
 ) -> Splits:
-    """Load a data set with ``datasets``: its train split, and those for validation and testing if there are any.
+    """Load a data set: its train split, and those for validation and testing if there are any.
+
+    pandas reads CSV files, ``datasets`` all others.
 
     Args:
         path: a file or glob whose ending names its format, a folder, or a hub name.
@@ -436,7 +438,7 @@ def load_splits(
 
 
 def _refuse_padded(folder: Path, codes: Sequence[str]) -> None:
-    """Refuse codes in a folder's ``metadata.csv``, of which ``datasets`` makes numbers."""
+    """Refuse codes in a folder's ``metadata.csv``: ``datasets`` makes numbers of them."""
     for file in folder.rglob("metadata.csv"):
         if found := padded([file], codes):
             name, code = next(iter(found.items()))
@@ -552,8 +554,8 @@ def _labels(
     return *encode_labels(values, feature), "one"
 
 
-def _names(label: list[str] | str | None) -> list[str]:
-    return [label] if isinstance(label, str) else list(label or ())
+def _names(given: list[str] | str | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def separated(value: Any, separator: str) -> list[str]:

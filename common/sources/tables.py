@@ -131,18 +131,19 @@ class Table(TableSource):
             if name in (split, group, time):
                 raise InputError(f"data.source.target {name!r} also splits the rows; name another column for that")
         self.categorical, self.drop = categorical, drop
-        in_parts = bool(part_files(Path(path).expanduser()))
-        if in_parts and split:
+        self._parts = part_files(Path(path).expanduser())
+        if self._parts and split:
             raise InputError(f"data.source.split {split!r}: the names of the files split the rows already; remove it")
-        self.split, self.group, self.time = FILE if in_parts else split, group, time
+        self.split, self.group, self.time = FILE if self._parts else split, group, time
         if len(both := [key for key in ("split", "group", "time") if getattr(self, key)]) > 1:
             raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
         if (by := self.split or group or time) in drop:
             raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
-        self._codes, self._is_known = [*self.targets, *categorical], False
+        self._codes, self._is_known = [*self.targets, *categorical, *filter(None, [group])], False
 
     def take_over(self, columns: "Columns", class_names: Sequence[str] = ()) -> None:  # noqa: D102
-        self._codes = [*columns["categorical"], *(self.targets if are_codes(class_names) else ())]
+        targets = self.targets if are_codes(class_names) else ()
+        self._codes = [*columns["categorical"], *targets, *filter(None, [self.group])]
         self._is_known = True
 
     def read(self) -> DataFrame:  # noqa: D102
@@ -170,7 +171,7 @@ class Table(TableSource):
         return named_columns([_load(self.path, as_written=True)], names)
 
     def _csv_files(self) -> list[Path]:
-        files = part_files(Path(self.path).expanduser()).values() or csv_files(self.path)
+        files = self._parts.values() or csv_files(self.path)
         return [file for file in files if file.suffix.lower() == ".csv"]
 
 
@@ -654,14 +655,14 @@ def encode(
         labels = _labels(values)
         given, kept = {*labels[labels.notna()]}, {*categories}
         # Other readers of CSV files drop leading zeros from columns of digits.
-        padded = {_number(label): label for label in categories if re.fullmatch(r"0\d+", label)}
-        if (lost := padded.keys() & given - kept) and not any(re.fullmatch(r"0\d+", label) for label in given):
+        with_zeros = {_number(label): label for label in categories if re.fullmatch(r"0\d+", label)}
+        if (lost := with_zeros.keys() & given - kept) and not any(re.fullmatch(r"0\d+", label) for label in given):
             kind = "number" if is_numeric_dtype(values) else "text"
-            problem = f"holds the {kind} {min(lost)}, where training had the text {padded[min(lost)]!r}"
+            problem = f"holds the {kind} {min(lost)}, where training had the text {with_zeros[min(lost)]!r}"
             raise InputError(f"{key}: column {name!r} {problem}; give it as text, in a Parquet or JSONL file")
         # Where training had numbers, text such as 007 or 7.0 is the number that it writes.
-        plain = {_number(label): label for label in categories if label not in padded.values()}
-        same = {} if padded else {label: plain.get(_number(label), label) for label in given - kept}
+        plain = {_number(label): label for label in categories if label not in with_zeros.values()}
+        same = {} if with_zeros else {label: plain.get(_number(label), label) for label in given - kept}
         if same := {old: new for old, new in same.items() if old != new and new not in given}:
             labels = labels.map(lambda label, same=same: same.get(label, label), na_action="ignore")
         found = Index(categories, dtype=object).get_indexer(Index(labels, dtype=object))
