@@ -184,6 +184,24 @@ def test_a_number_too_large_is_one_line(tmp_path: Path) -> None:
         load_splits(path)
 
 
+def test_groups_of_codes_are_the_same_at_a_resume(tmp_path: Path) -> None:
+    """Also where the classes are no codes, of which a checkpoint says how to read them."""
+    path = write(tmp_path, text=["a", "b", "c"], size=["1", "2", "3"], kind=["x", "y", "x"], scene=["007", "7", "12"])
+    encoder = write_encoder(tmp_path / "encoder", ["a b c"])
+    texts = TextTable(path, str(encoder), label="kind", group="scene")
+    table = Table(path, "kind", drop=["text"], group="scene")
+    before = texts.read()
+    assert before.groups is not None
+    assert len(before.groups.unique()) == 3
+    assert table.read()["scene"].tolist() == ["007", "7", "12"]
+    texts.take_over({"tokenizer": before.tokenizer, "class_names": before.class_names})
+    again = texts.read()
+    assert again.groups is not None
+    assert again.groups.equal(before.groups)
+    table.take_over(Columns(categorical={}), before.class_names)  # type: ignore[typeddict-item]
+    assert table.read()["scene"].tolist() == ["007", "7", "12"]
+
+
 def test_classes_of_before_are_read_as_they_were(tmp_path: Path) -> None:
     """A checkpoint of an earlier version knows the class 007 as 7."""
     path = write(tmp_path, size=["1", "2"], kind=["007", "12"])

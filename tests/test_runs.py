@@ -698,8 +698,8 @@ def test_damaged_metrics_are_told_and_lose_no_more(
     lines = table.read_bytes().splitlines(keepends=True)
     lines[line] = b"\xff\x00\xfe".join([lines[line][:1], lines[line].replace(b"step", b"stgp")[1:]])
     table.write_bytes(damaged := b"".join(lines))
-    line = "fit: no validation came before the end; test and predict take --ckpt_path last"
-    assert line in capfd.readouterr().out.splitlines()
+    said = "fit: no validation came before the end; test and predict take --ckpt_path last"
+    assert said in capfd.readouterr().out.splitlines()
     fit("--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1")
     assert f"metrics.csv is damaged; whole rows: {len(kept) - 2} of 4, and all are in" in capfd.readouterr().out
     assert (RUN / "metrics.damaged.csv").read_bytes() == damaged
