@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,10 @@ import pytest
 from PIL import Image
 
 from common.errors import InputError
-from common.sources.csv_files import padded, read_csv
+from common.sources.csv_files import COMPRESSED, padded, read_csv
 from common.sources.files import ImageTable, TextTable, load_splits
-from common.sources.tables import FILE, Columns, Table
+from common.sources.numerals import read_numbers
+from common.sources.tables import FILE, Columns, Table, fit_columns
 from recipes.classification.tables import LabelledTable, TableSamples
 from tests.support import TINY, main_of, refused, write_encoder
 
@@ -41,7 +43,7 @@ def test_zeros_that_are_dropped_are_said(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().out == f"{line} if it holds codes\n"
     assert Table(path, "rent", categorical=["code"]).read()["code"].tolist() == ["007", "12"]
     known = Table(path, "rent")
-    known.take_over({"categorical": {"code": ["007", "12"]}})  # type: ignore[typeddict-item]
+    known.take_over({"numeric": {}, "categorical": {"code": ["007", "12"]}})  # type: ignore[typeddict-item]
     assert known.read()["code"].tolist() == ["007", "12"], "as the checkpoint's"
     assert not capfd.readouterr().out
 
@@ -50,6 +52,16 @@ def test_labels_of_texts_keep_their_zeros(tmp_path: Path) -> None:
     path = write(tmp_path, text=["a b", "b c", "c d"], label=["007", "7", "012"])
     encoder = write_encoder(tmp_path / "encoder", ["a b c d"])
     assert TextTable(path, str(encoder)).read().class_names == ["007", "012", "7"]
+
+
+def test_words_that_readers_take_for_gaps_stay_words(tmp_path: Path) -> None:
+    path = write(tmp_path, text=["null", "NA", "a b"], label=["None", "mild", "None"])
+    encoder = write_encoder(tmp_path / "encoder", ["null NA a b"])
+    read = TextTable(path, str(encoder)).read()
+    assert (read.class_names, read.target.tolist()) == (["None", "mild"], [0, 1, 0])
+    path = write(tmp_path, text=["", "NA", "a b"], label=["None", "mild", "None"])
+    with pytest.raises(InputError, match="1 of 3 texts are missing"):
+        TextTable(path, str(encoder)).read()
 
 
 @pytest.mark.parametrize("late", ["A12", "1.5", ""])
@@ -198,7 +210,7 @@ def test_groups_of_codes_are_the_same_at_a_resume(tmp_path: Path) -> None:
     again = texts.read()
     assert again.groups is not None
     assert again.groups.equal(before.groups)
-    table.take_over(Columns(categorical={}), before.class_names)  # type: ignore[typeddict-item]
+    table.take_over(Columns(numeric={}, categorical={}), before.class_names)  # type: ignore[typeddict-item]
     assert table.read()["scene"].tolist() == ["007", "7", "12"]
 
 
@@ -206,6 +218,143 @@ def test_classes_of_before_are_read_as_they_were(tmp_path: Path) -> None:
     """A checkpoint of an earlier version knows the class 007 as 7."""
     path = write(tmp_path, size=["1", "2"], kind=["007", "12"])
     table = Table(path, "kind")
+    table.of_classes = True
     for names, found in ((["12", "7"], [7, 12]), (["007", "12"], ["007", "12"])):
-        table.take_over(Columns(categorical={}), names)  # type: ignore[typeddict-item]
+        table.take_over(Columns(numeric={}, categorical={}), names)  # type: ignore[typeddict-item]
         assert table.read()["kind"].tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("cells", "numbers", "told"),
+    [
+        (["1,200.5", "3"], [1200.5, 3], "'1,200.5' as 1200.5"),
+        (["1.200,5", "3"], [1200.5, 3], "'1.200,5' as 1200.5"),
+        (["1,5", "1.200"], [1.5, 1200], "'1,5' as 1.5"),
+        (["1 234 567", "12"], [1234567, 12], "'1 234 567' as 1234567"),
+        (["12,34,567", "5"], [1234567, 5], "'12,34,567' as 1234567"),
+        (["1.234.567", "5"], [1234567, 5], "'1.234.567' as 1234567"),
+        (["45.1%", "3 %"], [45.1, 3], "'45.1%' as 45.1 per cent"),
+        (["$1,200.50", "$3"], [1200.5, 3], "'$1,200.50' as 1200.5"),
+        (["3,50 €", "(1,25 €)"], [3.5, -1.25], "'3,50 €' as 3.5"),
+        (["−4", "5"], [-4, 5], "'−4' as -4"),
+        (["NA", "5"], [np.nan, 5], None),
+        (["1e3", ".5"], [1000, 0.5], None),
+    ],
+)
+def test_numbers_as_people_write_them(cells: list[str], numbers: list[float], told: str | None, tmp_path: Path) -> None:
+    read = read_numbers(pd.DataFrame({"a": cells}), ["a"], (), None, None, None)
+    assert np.array_equal(read.frame["a"].to_numpy(float), numbers, equal_nan=True)
+    assert read.told.get("a") == told
+    path = write(tmp_path, a=cells, y=["word", "NA"])
+    frame = Table(path).read()
+    assert np.array_equal(frame["a"].to_numpy(float), numbers, equal_nan=True)
+    assert frame["y"].tolist() == ["word", "NA"], "among words it is a word"
+
+
+@pytest.mark.parametrize("words", [["1.2.3", "2.0.1"], ["30-40", "50-60"], ["2024-01-01", "x"], ["A1", "7", "B2"]])
+def test_words_with_digits_stay_words(words: list[str]) -> None:
+    read = read_numbers(pd.DataFrame({"a": words}), ["a"], (), None, None, None)
+    assert read.frame["a"].tolist() == words
+    assert not read.told
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "line"),
+    [
+        ('a,b\n"1,200",x\n"3,400",y\n', {}, "column 'a': '1,200' is 1200 or 1.2; say which mark is decimal: "),
+        ('a,b\n"1,200",0.50\n"3,400",1\n', {}, [1200, 3400]),
+        ('a,b\n"1,200","0,50"\n"3,400",1\n', {}, [1.2, 3.4]),
+        ('a,b\n"1,200",x\n"3,400",y\n', {"decimal": ","}, [1.2, 3.4]),
+        ('a,b\n"1,200",x\n"3,400",y\n', {"decimal": "."}, [1200, 3400]),
+        ("a;b\n1.234;0,5\n2.500;1\n", {}, [1234, 2500]),
+        ("a;b\n1.234;x\n2.500;y\n", {"decimal": ","}, [1234, 2500]),
+        ("a;b\n1.234;x\n2.500;y\n", {}, [1.234, 2.5]),
+        (
+            "a;b\n1.5;x\n2.5;y\n",
+            {"decimal": ","},
+            "'1.5' is no number whose decimal mark is ','; mend it, or data.source",
+        ),
+        ("a,b\n61 kg,x\n7 kg,y\n", {}, "column 'a': holds numbers with units, such as '61 kg'; give the numbers alone"),
+        ("a,b\n61 kg,x\n7,y\n", {}, "column 'a': holds numbers with units, such as '61 kg'"),
+        ("a,b\n$3,x\n€7,y\n", {}, "column 'a': holds numbers with units, such as '€7'"),
+        ("a,b\n61 kg,x\n7 kg,y\n", {"categorical": ["a"]}, ["61 kg", "7 kg"]),
+        ("a,b\n1,x\n2,y\n?,z\n", {}, "column 'a': '?' in row 2 is no number; mend it, or list the column in data."),
+    ],
+)
+def test_a_number_has_one_reading_or_is_a_line(
+    text: str, flags: dict[str, Any], line: str | list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    if isinstance(line, str):
+        with pytest.raises(InputError, match=re.escape(line)):
+            Table(str(path), **flags).read()
+    else:
+        assert Table(str(path), **flags).read()["a"].tolist() == line
+
+
+def test_a_checkpoint_knows_the_decimal_mark(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A table to predict may show none."""
+    path = tmp_path / "rows.csv"
+    path.write_text("a;b;y\n" + "".join(f"{n}.{n}00;{n},5;{n}\n" for n in range(1, 10)))
+    trained = Table(str(path), "y")
+    frame = trained.read()
+    assert (
+        capfd.readouterr().out
+        == "data.source: columns are read as numbers: 'b' ('1,5' as 1.5), 'a' ('1.100' as 1100)\n"
+    )
+    columns = fit_columns(frame, frame[["y"]].to_numpy(float), trained, "standard", 1)
+    assert columns.get("decimal") == ","
+    path.write_text("a;b\n1.500;2\n")
+    new = Table(str(path))
+    new.take_over(columns)
+    assert new.read()["a"].tolist() == [1500]
+    assert not capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.CSV", "rows.tsv", "rows.csv.gz", "rows.csv.bz2", "rows.csv.XZ"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_are_read_as_their_names_say(name: str, encoding: str, tmp_path: Path) -> None:
+    delimiter = "\t" if ".tsv" in name else ";"
+    rows = f"größe{delimiter}art\r\n1{delimiter}Höhe, hoch\r\n2{delimiter}null\r\n".encode(encoding)
+    with COMPRESSED.get(Path(name).suffix.lower(), open)(tmp_path / name, "wb") as file:
+        file.write(rows)
+    frame = load_splits(str(tmp_path / name)).parts[0].to_pandas()
+    assert frame.to_dict("list") == {"größe": [1, 2], "art": ["Höhe, hoch", "null"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "größe,b\n1,2\n".encode("latin1"),
+            "rows.csv is not written in utf-8 (byte 0xf6 in position 2: invalid start byte); give its",
+        ),
+        (b"a,b\n" + b"1,2\n" * 2000 + b"\xe9,2\n", "rows.csv is not written in utf-8"),
+        (b"a,b,c\n1,2,3\n4,5\n", "line 3 of rows.csv has 2 cells, and the first line 3; mend it"),
+        (b"a,b\n1,2,3\n", "rows of rows.csv have more cells than its first line; mend them"),
+        (
+            b"a, x;b\n1,5;2\n",
+            "',' or ';' may stand between the cells of rows.csv; put cells with the other one in quotes",
+        ),
+        (b"a;a\n1;2\n", "has two columns named 'a'; rename one"),
+    ],
+)
+def test_a_file_that_is_not_as_it_says_is_one_line(content: bytes, line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(line)):
+        load_splits(str(tmp_path / "rows.csv"))
+
+
+def test_another_encoding_is_an_argument(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("größe;y\n1,5;2\n".encode("cp1252"))
+    assert Table(str(tmp_path / "rows.csv"), encoding="cp1252").read().to_dict("list") == {"größe": [1.5], "y": [2]}
+    with pytest.raises(InputError, match="not written in nonsense"):
+        Table(str(tmp_path / "rows.csv"), encoding="nonsense").read()
+
+
+def test_ids_keep_their_digits(tmp_path: Path) -> None:
+    """Floats would make these two the same, and a gap makes floats of all."""
+    ids = ["9223372036854775807", "9223372036854775806", ""]
+    frame = Table(write(tmp_path, id=ids, y=["1", "2", "3"]), "y", categorical=["id"]).read()
+    assert frame["id"].tolist()[:2] == ids[:2]

@@ -652,7 +652,7 @@ MISTAKES = [
     case(lines(), f"{SOURCE}.path huses.csv", f"{SOURCE}.path", "no such file", "houses.csv"),
     case(lines(), f"{SOURCE} {TABLES}.Diabetse", SOURCE, f"no 'Diabetse' in {TABLES}", "Diabetes"),
     case("", "", f"{SOURCE}.path", "houses.csv: cannot be read"),
-    case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "cannot be read"),
+    case(b"\x00\xff\xfe" * 99, "", f"{SOURCE}.path", "houses.csv is not written in utf-8"),
     case("size,kind,rent\n", "", f"{SOURCE}.path", "houses.csv: has no rows"),
     case(lines(head="size,size,rent"), "", f"{SOURCE}.path", "has two columns named 'size'; rename one"),
     case(lines("x,a,3"), "", f"{SOURCE}.path", "column 'size': 'x' in row 60 is no number; mend it"),

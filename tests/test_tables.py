@@ -353,7 +353,7 @@ MISTAKES = [
          "--model.augmentation: is for images, and data.source has none; set it to null"),
     case({}, "--data.predict_source common.sources.Digits", "--data.predict_source: is Digits, and that of the"),
     case({"species": None}, "", f"{SOURCE}.label: 'species': 1 of 150 labels are missing; fill or drop those rows"),
-    case({"weight": "heavy"}, "", "column 'weight': 1 of 90 values are no numbers, such as 'heavy'; mend them"),
+    case({"weight": "heavy"}, "", "column 'weight': 'heavy' in row 149 is no number; mend it, or list"),
 ]
 # fmt: on
 

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import nearest, short_path
+from common.errors import InputError, nearest, short_path
 from common.run.layers import from_here
+from common.sources.csv_files import ending, first_rows
 from common.sources.files import part_files
 
 ROWS = 50  # of a file, to tell a table from texts
@@ -55,7 +56,7 @@ def kind_of(path: Path) -> Kind | None:
         return TEXT
     try:
         rows = _rows(path)
-    except (OSError, ValueError, KeyError):  # whoever reads the file reports it
+    except (OSError, ValueError, KeyError, InputError):  # whoever reads the file reports it
         return None
     columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in (rows[0] if rows else ())}
     if any(isinstance(value, bytes | dict) for values in columns.values() for value in values):
@@ -68,16 +69,14 @@ def kind_of(path: Path) -> Kind | None:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The first rows of a table."""
-    end = path.suffix.lower()
-    if end == ".csv":
-        import pandas
-
-        return pandas.read_csv(path, nrows=ROWS).to_dict("records")  # type: ignore[return-value]
+    end = ending(path)
+    if end in (".csv", ".tsv"):
+        return first_rows(path, ROWS).to_dict("records")
     if end == ".parquet":
         from pyarrow.parquet import ParquetFile
 
         return next(ParquetFile(path).iter_batches(ROWS)).to_pylist()
-    if end == ".jsonl":
+    if end in (".jsonl", ".ndjson") and end == path.suffix.lower():
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in islice(lines, ROWS)]
     return []
@@ -93,7 +92,9 @@ def reading(key: str, value: str, known: Mapping[str, Any], recipe: Path) -> str
         recipe: the recipe's folder.
     """
     place = Path(value).expanduser()
-    path_like = "/" in value or bool(re.search(r"\.(csv|jsonl?|parquet|txt|md)$", value)) or place.exists()
+    path_like = (
+        "/" in value or bool(re.search(r"\.([ct]sv|ndjson|jsonl?|parquet|txt|md)(\.\w+)?$", value)) or place.exists()
+    )
     if not path_like and not key.endswith("path"):
         return ""
     source = "data.predict_source" if key.startswith("data.predict_source") else "data.source"

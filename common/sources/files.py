@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from common.errors import InputError, nearest, short_path
-from common.sources.csv_files import are_codes, csv_files, padded, read_csv
+from common.sources.csv_files import are_codes, csv_files, ending, padded, read_csv
 from common.sources.images import CHANNELS, Images, list_images
 
 # What has a class: a sample has one, or any number; each of its words has one; each position has its next token.
@@ -215,6 +215,7 @@ class TextTable(Source):
         split: name of a column that says the part of each text: train, val or test.
         group: name of a column whose equal values stay together in a split, such as an author.
         separator: what stands between several labels in a cell of text, as in CSV files; None if a cell is one label.
+        encoding: of CSV files.
     """
 
     def __init__(
@@ -227,17 +228,18 @@ class TextTable(Source):
         split: str | None = None,
         group: str | None = None,
         separator: str | None = None,
+        encoding: str = "utf-8",
     ):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
         self.path, self.tokenizer, self.text, self.label, self.max_length = path, tokenizer, text, label, max_length
         self.known: Mapping[str, Any] = {}  # the tokenizer of a checkpoint
-        self.split, self.group, self.separator = split, group, separator
+        self.split, self.group, self.separator, self.encoding = split, group, separator, encoding
         self.codes = [*_names(label), *_names(group)]
         refuse_both(split, group)
 
     def read(self) -> Labelled:  # noqa: D102
-        parts, num_val, num_test = load_splits(self.path, split=self.split, codes=self.codes)
+        parts, num_val, num_test = load_splits(self.path, split=self.split, codes=self.codes, encoding=self.encoding)
         texts = [value for part in parts for value in column(part, self.text, "data.source.text")]
         _none_missing(texts, "text")
         target, names, labels = _labels(parts, self.label, self.separator)
@@ -252,7 +254,8 @@ class TextTable(Source):
         self.codes = self.codes if are_codes(facts["class_names"]) else _names(self.group)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        return named_columns(load_splits(self.path, split=self.split, as_written=True).parts, names)
+        parts = load_splits(self.path, split=self.split, as_written=True, encoding=self.encoding).parts
+        return named_columns(parts, names)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Any], max_length: int) -> dict[str, Int64[Tensor, "texts time"]]:
@@ -350,7 +353,9 @@ def named_columns(parts: Sequence[Any], names: Sequence[str]) -> dict[str, list[
     return {name: [value for part in parts for value in column(part, name, "data.keep")[:]] for name in names}
 
 
-READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {
+    ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet",
+}  # fmt: skip
 
 
 # The part of a sample by what a column, or a folder, calls it.
@@ -372,6 +377,7 @@ def load_splits(
     conll: Sequence[str] | None = None,
     as_written: bool = False,
     codes: Sequence[str] = (),
+    encoding: str = "utf-8",
 ) -> Splits:
     """Load a data set: its train split, and those for validation and testing if there are any.
 
@@ -384,6 +390,7 @@ def load_splits(
         conll: names of the columns of a file in CoNLL format; None for other files.
         as_written: leave the cells of CSV files as their text.
         codes: columns of CSV files whose whole numbers are text if one has leading zeros.
+        encoding: of CSV files.
 
     Raises:
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
@@ -394,7 +401,7 @@ def load_splits(
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
-    reader = READERS.get(local.suffix.lower()) if conll is None else "conll"
+    reader = READERS.get(ending(local)) if conll is None else "conll"
     settings: dict[str, Any] = {} if conll is None else {"column_names": list(conll)}
     try:
         if local.is_dir() and folder_reader and not part_files(local):
@@ -407,14 +414,14 @@ def load_splits(
             if split:
                 problem = "the names of the files split the rows already"
                 raise InputError(f"data.source.split {split!r}: {problem}; remove it")
-            splits = _tables(path, files, codes, as_written)
+            splits = _tables(path, files, codes, as_written, encoding)
         elif reader == "csv" and (found := csv_files(path)):
-            rows = pandas.concat(read_csv(path, found, codes, as_written))
+            rows = pandas.concat(read_csv(path, found, codes, as_written, encoding))
             splits = {"train": datasets.Dataset.from_pandas(rows, preserve_index=False)}
         elif reader and list(local.parent.glob(local.name)):
             splits = datasets.load_dataset(reader, data_files=str(local), **settings)
         elif local.exists():
-            kind = "a folder" if local.is_dir() else f"a file of kind {local.suffix or local.name!r}"
+            kind = "a folder" if local.is_dir() else f"a file of kind {ending(local) or local.name!r}"
             raise InputError(f"data.source.path {path}: is {kind}; name files of kind {', '.join(READERS)}")
         elif reader or path.count("/") != 1 or path.startswith((".", "~")) or Path(path).parent.exists():
             hint = nearest(local.name, (p.name for p in local.parent.glob("*")))
@@ -456,25 +463,28 @@ def part_files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in READERS and (number := PARTS.get(file.stem.lower())) is not None:
+        name = file.name.lower()
+        if (end := ending(file)) in READERS and (number := PARTS.get(name.partition(end)[0])) is not None:
             part = ("train", "validation", "test")[number]
             if part in found:
                 raise InputError(f"data.source.path {folder}: {found[part].name} and {file.name} are of one part")
             found[part] = file
-    if len({file.suffix.lower() for file in found.values()}) > 1:
+    if len({READERS[ending(file)] for file in found.values()}) > 1:
         names = ", ".join(file.name for file in found.values())
         raise InputError(f"data.source.path {folder}: {names} are of several kinds; give files of one kind")
     return found
 
 
-def _tables(path: str, files: Mapping[str, Path], codes: Sequence[str], as_written: bool) -> dict[str, Any]:
+def _tables(
+    path: str, files: Mapping[str, Path], codes: Sequence[str], as_written: bool, encoding: str
+) -> dict[str, Any]:
     """The tables of parts."""
     import datasets
 
-    reader = READERS[next(iter(files.values())).suffix.lower()]
+    reader = READERS[ending(next(iter(files.values())))]
     if reader != "csv":
         return {part: datasets.load_dataset(reader, data_files=str(file))["train"] for part, file in files.items()}
-    frames = read_csv(path, list(files.values()), codes, as_written)
+    frames = read_csv(path, list(files.values()), codes, as_written, encoding)
     made = (datasets.Dataset.from_pandas(frame, preserve_index=False) for frame in frames)
     return dict(zip(files, made, strict=True))
 
@@ -531,8 +541,6 @@ def column(table: Any, name: str, key: str) -> Sequence[Any]:
     """
     if name not in table.column_names:
         hint = nearest(name, table.column_names)
-        if len(table.column_names) == 1 and ";" in table.column_names[0]:
-            hint = "; columns are separated by commas, not by ';'"
         raise InputError(f"{key} {name!r}: no such column among {table.column_names}{hint}")
     return table[name]
 

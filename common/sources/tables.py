@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.csv_files import are_codes, csv_files, padded
-from common.sources.files import column, hashed, load_splits, named_columns, part_files, parts_named
+from common.sources.csv_files import are_codes, csv_files, ending, padded
+from common.sources.files import READERS, column, hashed, load_splits, named_columns, part_files, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
+from common.sources.numerals import MISSING, read_numbers
 
 # pandas is imported where it is used; its annotations fit neither the checker nor each other.
 DataFrame: TypeAlias = Any
@@ -43,6 +44,7 @@ class TableSource:
         split: name of a column that says the part of each row: train, val or test. The net gets none of these three.
         group: name of a column whose equal values stay together in a split, such as a patient.
         time: name of a column of numbers or dates; the latest rows test, those before them validate.
+        shown: the decimal mark that the rows' text shows, once they are read; None if it shows none.
     """
 
     target: list[str] | str | None = None
@@ -51,6 +53,7 @@ class TableSource:
     split: str | None = None
     group: str | None = None
     time: str | None = None
+    shown: str | None = None
 
     @property
     def targets(self) -> list[str]:
@@ -95,7 +98,8 @@ class Diabetes(TableSource):
 class Table(TableSource):
     """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
 
-    Columns of numbers are numeric; columns of text or of true and false are categorical.
+    Columns of numbers are numeric; columns of text or of true and false are categorical. Numbers may be written as
+    ``1,200``, ``1.200,5``, ``45 %`` or ``$3``.
 
     Args:
         path: a file or a glob, a folder with files called train, val and test, a hub name, or a loader such as
@@ -107,7 +111,14 @@ class Table(TableSource):
         split: a column that says the part of each row: train, val or test. The net gets none of these three.
         group: a column whose equal values stay together in a split, such as a patient.
         time: a column of numbers or dates; the latest rows test, those before them validate.
+        decimal: the decimal mark of numbers in text; None for that which the columns show.
+        encoding: of CSV files.
+
+    Attributes:
+        of_classes: whether the target is a class, whose words stay as they are.
     """
+
+    of_classes = False
 
     def __init__(
         self,
@@ -119,6 +130,8 @@ class Table(TableSource):
         split: str | None = None,
         group: str | None = None,
         time: str | None = None,
+        decimal: Literal[".", ","] | None = None,
+        encoding: str = "utf-8",
     ):
         if not (np.isfinite(target_unit) and target_unit > 0):
             raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")
@@ -139,15 +152,17 @@ class Table(TableSource):
             raise InputError(f"data.source.{both[1]}: the rows are already split by {both[0]}; give one of them")
         if (by := self.split or group or time) in drop:
             raise InputError(f"data.source.drop: {by!r} splits the rows, and no net gets it; remove it here")
-        self._codes, self._is_known = [*self.targets, *categorical, *filter(None, [group])], False
+        self._codes = [*self.targets, *categorical, *filter(None, [group])]
+        self.decimal, self.encoding = decimal, encoding
+        self._numeric: Sequence[str] | None = None  # of the columns that a checkpoint knows
 
     def take_over(self, columns: "Columns", class_names: Sequence[str] = ()) -> None:  # noqa: D102
         targets = self.targets if are_codes(class_names) else ()
         self._codes = [*columns["categorical"], *targets, *filter(None, [self.group])]
-        self._is_known = True
+        self._numeric, self.shown = list(columns["numeric"]), columns.get("decimal")
 
     def read(self) -> DataFrame:  # noqa: D102
-        rows = _load(self.path, self._codes)
+        rows = self._load(self._codes)
         for key in ("target", "categorical", "drop", *["split", "group", "time"] * bool(self.targets)):
             names = getattr(self, key)
             for name in [names] if isinstance(names, str) else names or ():
@@ -157,48 +172,64 @@ class Table(TableSource):
             if re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name) and name not in self.drop:
                 problem = f"has a column without a name, {name!r}, as pandas writes an index"
                 raise InputError(f"data.source.path {self.path}: {problem}; list it in data.source.drop or name it")
-        frame = rows.remove_columns(list(self.drop)).to_pandas()
-        if self.targets and not self._is_known and not rank_zero_only.rank:
+        frame = self._with_numbers(rows.remove_columns(list(self.drop)).to_pandas())
+        if self.targets and self._numeric is None and not rank_zero_only.rank:
             known = {*self.targets, *self.categorical, *splitting(self)}
             numbers = [name for name in _numeric(frame) if name not in known]
-            for name, code in padded(self._csv_files(), numbers).items():
+            for name, code in padded(self._csv_files(), numbers, self.encoding).items():
                 told = f"is read as numbers, and {code!r} as {int(code)}"
                 fix = "list it in data.source.categorical if it holds codes"
                 print(f"data.source: column {name!r} {told}; {fix}", flush=True)
         return frame
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:  # noqa: D102
-        return named_columns([_load(self.path, as_written=True)], names)
+        return named_columns([self._load(as_written=True)], names)
 
     def _csv_files(self) -> list[Path]:
         files = self._parts.values() or csv_files(self.path)
-        return [file for file in files if file.suffix.lower() == ".csv"]
+        return [file for file in files if READERS[ending(file)] == "csv"]
 
+    def _with_numbers(self, frame: DataFrame) -> DataFrame:
+        """The rows with numbers in place of text that writes numbers, which is said once."""
+        targets = () if self.of_classes else self.targets
+        words = {*self.categorical, *splitting(self), *self.targets}
+        names = [name for name in frame.columns if name not in words] if self._numeric is None else self._numeric
+        names = [name for name in (*names, *targets) if name in frame.columns]
+        written = self._written if self._csv_files() else None
+        frame, told, self.shown = read_numbers(frame, names, targets, self.decimal, self.shown, written)
+        if told and self._numeric is None and not rank_zero_only.rank:
+            some = ", ".join(f"{name!r} ({what})" for name, what in list(told.items())[:3])
+            more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+            print(f"data.source: columns are read as numbers: {some}{more}", flush=True)
+        return frame
 
-def _load(path: str, codes: Sequence[str] = (), as_written: bool = False) -> Any:
-    """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
-    import datasets
-    import pandas
+    def _written(self, names: Sequence[str]) -> DataFrame:
+        return self._load(as_written=True).select_columns(list(names)).to_pandas()
 
-    package, _, name = path.rpartition(".")
-    if package != "sklearn.datasets":
-        splits = load_splits(path, as_written=as_written, codes=codes)
-        if not part_files(Path(path).expanduser()):
-            return splits.parts[0]
-        frame = pandas.concat([part.to_pandas() for part in splits.parts], ignore_index=True)
-        sizes = [len(frame) - splits.num_val - splits.num_test, splits.num_val, splits.num_test]
-        frame[FILE] = np.repeat(["train", "val", "test"], sizes)
-        return datasets.Dataset.from_pandas(frame, preserve_index=False)
-    from sklearn import datasets as bundled
+    def _load(self, codes: Sequence[str] = (), as_written: bool = False) -> Any:
+        """The rows of a file or of a hub data set's train split, or those that a loader of scikit-learn gives."""
+        import datasets
+        import pandas
 
-    if name not in BUNDLED:
-        hint = nearest(name, BUNDLED) or f"; it has {', '.join(BUNDLED)}"
-        raise InputError(f"data.source.path {path}: no such loader{hint}")
-    data: Any = getattr(bundled, name)(as_frame=True)
-    frame = data.frame
-    if "target" in frame and "target_names" in data:
-        frame["target"] = np.asarray(data.target_names)[frame["target"]]
-    return datasets.Dataset.from_pandas(frame)
+        package, _, name = self.path.rpartition(".")
+        if package != "sklearn.datasets":
+            splits = load_splits(self.path, as_written=as_written, codes=codes, encoding=self.encoding)
+            if not self._parts:
+                return splits.parts[0]
+            frame = pandas.concat([part.to_pandas() for part in splits.parts], ignore_index=True)
+            sizes = [len(frame) - splits.num_val - splits.num_test, splits.num_val, splits.num_test]
+            frame[FILE] = np.repeat(["train", "val", "test"], sizes)
+            return datasets.Dataset.from_pandas(frame, preserve_index=False)
+        from sklearn import datasets as bundled
+
+        if name not in BUNDLED:
+            hint = nearest(name, BUNDLED) or f"; it has {', '.join(BUNDLED)}"
+            raise InputError(f"data.source.path {self.path}: no such loader{hint}")
+        data: Any = getattr(bundled, name)(as_frame=True)
+        frame = data.frame
+        if "target" in frame and "target_names" in data:
+            frame["target"] = np.asarray(data.target_names)[frame["target"]]
+        return datasets.Dataset.from_pandas(frame)
 
 
 def _numeric(frame: DataFrame) -> list[str]:
@@ -221,6 +252,7 @@ class Columns(TypedDict):
     """Facts for encoding rows, fitted on training rows; plain values, so a checkpoint can hold them.
 
     ``mean`` and ``std`` are those of each target, in the ``unit``; there are none if the target is a class.
+    ``decimal`` is the decimal mark that numbers in text show; there is none in older checkpoints.
     ``categorical`` lists each column's categories; all others share one class, and missing values have another.
     """
 
@@ -231,12 +263,14 @@ class Columns(TypedDict):
     scaling: str
     numeric: dict[str, Numeric]
     categorical: dict[str, list[str]]
+    decimal: NotRequired[str | None]
 
 
 def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
     """A number for each row: rows of equal values have equal ones, and 007 equals 7.
 
-    Gaps turn a column's whole numbers into floats, and one word all its numbers into text; neither changes a key.
+    Gaps turn a column's whole numbers into floats, and one word all its numbers into text; neither changes a key. A
+    word for a gap, such as NA, equals a gap.
     """
     import pandas
 
@@ -245,7 +279,7 @@ def row_keys(frame: DataFrame) -> Int64[Tensor, " rows"]:
     for name in sorted(frame.columns):
         cells = frame[name]
         values[f"number {name}"] = numbers = pd.to_numeric(cells, errors="coerce").astype(float)
-        words = numbers.isna() & cells.notna()
+        words = numbers.isna() & cells.notna() & ~cells.isin(MISSING)
         values[f"word {name}"] = cells.astype(str).where(words, "") if words.any() else ""
     hashed = pd.util.hash_pandas_object(pd.DataFrame(values), index=False)
     return torch.from_numpy(hashed.to_numpy().view(np.int64).copy())
@@ -500,6 +534,7 @@ def fit_columns(
         scaling=scaling,
         numeric=numeric,
         categorical=categorical,
+        decimal=source.shown,
     )
 
 
@@ -653,6 +688,7 @@ def encode(
     for name, categories in columns["categorical"].items():
         values = _column(frame, name, key)
         labels = _labels(values)
+        labels = labels.where(~labels.isin(MISSING - {*categories}), None)  # gaps, if they were no words in training
         given, kept = {*labels[labels.notna()]}, {*categories}
         # Other readers of CSV files drop leading zeros from columns of digits.
         with_zeros = {_number(label): label for label in categories if re.fullmatch(r"0\d+", label)}

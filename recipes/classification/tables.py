@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ INPUTS = "numeric", "categorical"  # of the nets of common.nets.tables
 class LabelledTable(Source):
     """Rows of CSV, JSONL or Parquet files, of a hub data set's train split, or of a data set of scikit-learn.
 
-    Columns of numbers are numeric; columns of text or of true and false are categorical.
+    Columns of numbers are numeric; columns of text or of true and false are categorical. Numbers may be written as
+    ``1,200``, ``1.200,5``, ``45 %`` or ``$3``.
 
     Args:
         path: a file or a glob, a folder with files called train, val and test, a hub name, or a loader such as
@@ -68,6 +69,8 @@ class LabelledTable(Source):
         scaling: of numeric columns: ``quantile`` to a normal distribution, ``standard`` to zero mean and unit variance.
         rare: categories of fewer training rows share one class with unseen ones.
         separator: what stands between several labels in a cell of text; None if a cell is one label.
+        decimal: the decimal mark of numbers in text; None for that which the columns show.
+        encoding: of CSV files.
     """
 
     def __init__(
@@ -82,9 +85,12 @@ class LabelledTable(Source):
         scaling: Scaling = "quantile",
         rare: int = 5,
         separator: str | None = None,
+        decimal: Literal[".", ","] | None = None,
+        encoding: str = "utf-8",
     ):
         with speaking():
-            self.table = Table(path, label, categorical=categorical, drop=drop, split=split, group=group, time=time)
+            self.table = Table(path, label, 1.0, categorical, drop, split, group, time, decimal, encoding)
+        self.table.of_classes = True
         self.split, self.group = self.table.split, group
         self.scaling: Scaling = scaling
         self.rare, self.separator = rare, separator
