@@ -38,9 +38,12 @@ results: $(VENV)/.installed-dev ## measure the recipes with three seeds where nu
 
 # torch and the CUDA packages it pulls in stay out: which build is right depends on the machine. pip-compile loses
 # the marker of an extra, and deepspeed and megatron-core install on Linux only.
+# A version younger than two weeks is not taken: malware is mostly found within days. pip knows ages since 26.
 lock: $(VENV)/.installed-dev ## renew requirements.lock
-	@CUSTOM_COMPILE_COMMAND="make lock" $(PY) -m piptools compile --quiet --upgrade --all-extras \
-	  --generate-hashes --allow-unsafe --strip-extras --resolver=backtracking \
+	@$(PIP_INSTALL) 'pip>=26,<27'
+	@before=$$($(PY) -c 'import datetime as d; print(f"{d.datetime.now(d.UTC) - d.timedelta(14):%Y-%m-%dT%H:%M:%SZ}")'); \
+	CUSTOM_COMPILE_COMMAND="make lock" $(PY) -m piptools compile --quiet --upgrade --all-extras \
+	  --uploaded-prior-to $$before --generate-hashes --allow-unsafe --strip-extras --resolver=backtracking \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 	  --output-file - pyproject.toml > $(VENV)/requirements.lock
 	@awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[^ ]*|cuda-[^ ]*)==/} \

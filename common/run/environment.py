@@ -20,7 +20,10 @@ def without_secrets(command: Sequence[str]) -> list[str]:
     for place, word in enumerate(command):
         if found := secret.fullmatch(word):
             words[place : place + 1 + ("=" not in word)] = [f"{found[1]}=…"] if "=" in word else [word, "…"]
-    return words
+    # In a mapping, the query of a URL, and before its host.
+    inside = re.compile(r"([\w-]*(?:key|token|secret|password|signature)[\"']?\s*[:=]\s*)[^\s,&}]+", re.IGNORECASE)
+    words = [re.sub(r"(://[^/@\s]*:)[^/@\s]+@", r"\1…@", word) for word in words]
+    return [inside.sub(r"\1…", word) if re.search(r"[{?]", word) else word for word in words]
 
 
 def code_hash(recipe: type) -> str:

@@ -30,7 +30,7 @@ class RunFolder:
     """
 
     def __init__(self, recipe: str, name: str, root: str | None):
-        if Path(name).name != name or name in ("", ".", "..") or name.startswith("."):
+        if Path(name).name != name or name in ("", ".", "..") or name.startswith(".") or not name.isprintable():
             raise InputError(f"--name {name!r} must be a plain folder name, without a dot in front")
         if len(name.encode()) > LONGEST_NAME:
             raise InputError(f"--name {name[:20]!r}… has {len(name.encode())} bytes; take at most {LONGEST_NAME}")

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ SHORT = {"c": "config", "monitor": "best.monitor"}  # flags with a short name
 SECRET = re.compile(
     r"((api|access|private|secret)_?key|passw(or)?d|secret|authorization|(^|\.)((auth|access|hf)_)?token)$", re.I
 )
+
+
+MOST_ENTRIES = 100_000  # keys and items of a config: few anchors can stand for billions
 
 
 class _Dumper(yaml.SafeDumper):
@@ -189,13 +193,17 @@ def _entries(source: str | Path, place: str, prefix: str = "") -> list[Entry]:
     try:
         loader = yaml.SafeLoader(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-        entries = list(_walk(node, prefix, place))
+        entries = list(islice(_walk(node, prefix, place), MOST_ENTRIES + 1))
+        if len(entries) > MOST_ENTRIES:
+            raise InputError(f"{_where(place, 0)}: more than {MOST_ENTRIES:,} keys with its anchors; write fewer")
         if node:
             loader.construct_document(node)  # finds tags and keys that composing lets pass, and changes the node
         return entries
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         raise InputError(f"{_where(place, line)}: not valid YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise InputError(f"{_where(place, 0)}: nested too deep, or in itself; write it flatter") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{_where(place, 0)}: not a text file in YAML") from error
 
