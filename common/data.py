@@ -266,7 +266,8 @@ class BaseDataModule(L.LightningDataModule):
     When it is made it sets ``facts``: what gives a net's inputs and outputs their meaning, such as class names or a
     tokenizer, as plain values. Checkpoints keep them. A data module with an argument ``facts_of`` gets the checkpoint
     that a command is about. For ``predict`` it may set ``kept``: columns of the source that are written beside the
-    predictions, by their ``index``.
+    predictions, by their ``index``. ``other_steps`` is how many optimizer steps more a checkpoint was trained than its
+    position in the data at hand says; below 0 if they have grown since.
 
     Args:
         batch_size: samples per rank and micro-batch in training.
@@ -285,6 +286,7 @@ class BaseDataModule(L.LightningDataModule):
     predict_data: BatchDataset
     facts: Mapping[str, Any] = {}
     kept: Mapping[str, Sequence[Any]] = {}
+    other_steps: int = 0
 
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, num_workers: int | None = None):
         super().__init__()
@@ -357,5 +359,6 @@ def total_steps(trainer: L.Trainer) -> int:
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         epoch = geometry(trainer)
-        limits.append(epoch["per_epoch"] // epoch["per_step"] * trainer.max_epochs)
+        steps = epoch["per_epoch"] // epoch["per_step"] * trainer.max_epochs
+        limits.append(steps + trainer.datamodule.other_steps)  # type: ignore[attr-defined]
     return min(limits, default=-1)

@@ -351,6 +351,10 @@ class BaseModule(L.LightningModule):
         if interval != float("inf") and interval % accumulate:
             problem = f"{interval} micro-batches are no multiple of accumulate_grad_batches {accumulate}"
             raise InputError(f"trainer.val_check_interval: {problem}; a checkpoint there would lose half a step")
+        if self.data.other_steps:  # the checkpoint has told after the schedule was made
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, Schedule):
+                    config.scheduler.start(total_steps(self.trainer))
         # The checkpoint holds the optimizer's arguments of its own run; this run's win.
         self._given.restore([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
 
@@ -404,6 +408,7 @@ class BaseModule(L.LightningModule):
         self._check_weights()
         checkpoint["losses"] = {} if self.writes_row else losses  # a row that is about to be written takes them
         checkpoint["geometry"], checkpoint["facts"] = geometry(self.trainer), dict(self.data.facts)
+        checkpoint["other_steps"] = self.data.other_steps
         checkpoint["nets"] = self._nets
 
     @classmethod
@@ -429,8 +434,13 @@ class BaseModule(L.LightningModule):
         before, now = checkpoint["geometry"], geometry(self.trainer)
         if checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] % before["per_step"]:
             raise InputError("--ckpt_path: was made in the middle of an optimizer step; give last, best or auto")
+        self.data.other_steps = checkpoint.get("other_steps", 0)
         if before != now:
-            move_position(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], before, now)
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            move_position(progress, before, now)
+            epochs, inside = divmod(progress["total"]["processed"], now["per_epoch"])
+            counted = epochs * (now["per_epoch"] // now["per_step"]) + inside // now["per_step"]
+            self.data.other_steps = checkpoint["global_step"] - counted
 
     @override
     def on_validation_start(self) -> None:
@@ -471,7 +481,9 @@ class BaseModule(L.LightningModule):
     def captions(self, batch: Any) -> list[str]:
         """What the report says of each sample of a batch; by default what ``predict_step`` says of its class."""
         columns: Any = self.predict_step(batch)
-        pairs = zip(columns.get("target", []), columns.get("prediction", []), strict=True)
+        if not {"target", "prediction"} <= columns.keys():
+            return []
+        pairs = zip(columns["target"], columns["prediction"], strict=True)
         return [f"{_short(target)} → {_short(prediction)}" for target, prediction in pairs]
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"], batch_idx: int) -> None:

@@ -371,7 +371,7 @@ NEXT = [
     (CLASSES, "--model.net.widths 4,5", "--model.net.widths: expected list, got '4,5'; write [4,5]"),
     (CLASSES, "--data.keep [a", "--data.keep: expected list or null, got '[a'"),
     (CLASSES, "--model.net timm.models.ResNet",
-     "--model.net: timm is not installed; if you trust it, run pip install timm and set RECIPES_ALLOW=timm"),
+     "--model.net: timm is not installed; add its folder to PYTHONPATH, or, if you trust it, pip install timm"),
     (LM, "--monitor", "--monitor: needs a value"),
 ]
 # fmt: on
@@ -482,6 +482,8 @@ WRONG_RUNS = [
          "bad.yaml:2", "trainer.callbacks: EarlyStopping: val/auroc is best where it is largest; set its mode to"),
     built(CLASSES, {}, "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor val/f1 "
           "--trainer.callbacks.patience 2", "--trainer.callbacks", "EarlyStopping: val/f1 is best where it is largest"),
+    built(CLASSES, {}, "--monitor step --best.mode max --trainer.callbacks+=EarlyStopping "
+          "--trainer.callbacks.monitor step", "--trainer.callbacks", "EarlyStopping: step is best where it is largest"),
     built(CLASSES, {"bad.yaml": MONITOR.format("ModelCheckpoint")}, "--config bad.yaml", "bad.yaml:4",
          "trainer.callbacks[0].init_args.monitor: ModelCheckpoint monitors 'val/los'", "val/loss"),
 ]

@@ -17,6 +17,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from common.checkpoint import read_checkpoint
+from common.data import total_steps
 from common.errors import InputError
 from common.nets.tables import TabM
 from common.sources.labelled import LabelledBatch
@@ -189,6 +190,22 @@ def test_a_table_that_grows_moves_no_row(birds: Path, capfd: pytest.CaptureFixtu
     data = main(["test", "--ckpt_path", "last"]).datamodule
     assert data.class_names == ["auk", "lark", "wren"]
     assert set(data.samples.labelled.target.tolist()) == {1, 2}
+
+
+def test_a_schedule_ends_with_a_run_whose_table_grew(birds: Path) -> None:
+    """The planned steps are those that it makes, also where it goes on once more."""
+    bird_table().iloc[:60].to_csv(birds, index=False)
+    whole = ["--trainer.max_steps", "-1", "--trainer.limit_train_batches", "1.0", "--data.batch_size", "8"]
+    whole += ["--data.num_workers", "0", "--model.lr_scheduler", "Cosine"]
+    first = main([*FIT, *whole, "--trainer.max_epochs", "2"]).trainer.global_step
+    bird_table().to_csv(birds, index=False)
+    for epochs in (3, 4):
+        trainer = main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", str(epochs)]).trainer
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert schedule.total_steps == total_steps(trainer) == trainer.global_step
+        assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    assert trainer.global_step == first + 2 * trainer.num_training_batches
+    assert trainer.num_training_batches > first / 2
 
 
 def test_equal_rows_of_few_columns_are_no_copies(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -199,7 +199,8 @@ def _not_there(package: str) -> str:
         return f"no module named {package!r}; did you mean {slips[0]!r}?"
     if Path(f"{package}.py").exists() or Path(package).is_dir():
         return f"{package} is in this folder; set PYTHONPATH=. and RECIPES_ALLOW={package} to use it"
-    return f"{package} is not installed; if you trust it, run pip install {package} and set RECIPES_ALLOW={package}"
+    fix = f"add its folder to PYTHONPATH, or, if you trust it, pip install {package}; then set RECIPES_ALLOW={package}"
+    return f"{package} is not installed; {fix}"
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str:

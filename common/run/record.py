@@ -146,17 +146,25 @@ class RunRecord(Callback):
 
     @override
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = _best(trainer)
         for callback in _monitoring(trainer, [*trainer.callback_metrics]):
             if isinstance(callback, BestCheckpoint):
                 callback.decide(pl_module)
             mode = known_mode(str(callback.monitor), pl_module)
             if not isinstance(callback, BestCheckpoint) and callback.mode == "min":  # which may be no choice
                 mode = mode or likely_mode(str(callback.monitor))
+                if mode is None and best is not None and best.is_given and best.monitor == callback.monitor:
+                    mode = best.mode
+                if mode is None and trainer.is_global_zero:
+                    told = (
+                        f"takes the smallest {callback.monitor} for the best; set its mode to max if it is the largest"
+                    )
+                    print(f"trainer.callbacks: {type(callback).__name__} {told}", flush=True)
             if mode is not None and mode != callback.mode:
-                best = isinstance(callback, BestCheckpoint)
-                key = "best.mode" if best else f"trainer.callbacks: {type(callback).__name__}"
+                is_best = isinstance(callback, BestCheckpoint)
+                key = "best.mode" if is_best else f"trainer.callbacks: {type(callback).__name__}"
                 problem = f"{callback.monitor} is best where it is {'smallest' if mode == 'min' else 'largest'}"
-                fix = f"set {'it' if best else 'its mode'} to {mode}, not {callback.mode}"
+                fix = f"set {'it' if is_best else 'its mode'} to {mode}, not {callback.mode}"
                 raise InputError(f"{key}: {problem}; {fix}")
 
     @override

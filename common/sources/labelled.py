@@ -348,7 +348,8 @@ def same_parts(
         left = f", and none of class {shorten(', '.join(map(repr, emptied)), 80)} is left" if emptied else ""
         told.append(f"{gone} of the checkpoint's {len(known['keys'])} samples are gone{left}")
     if told and not rank_zero_only.rank:
-        print(f"data.source: {'; '.join(told)}; all others stay", flush=True)
+        changed = "; one that has changed counts as new" if len(told) > 1 else ""
+        print(f"data.source: {'; '.join(told)}; all others stay{changed}", flush=True)
     parts = []
     for by_key, before in zip(found, known["keys"].split(known["sizes"].tolist()), strict=True):
         order = [by_key[key].pop(0) for key in before.tolist() if by_key.get(key)]
