@@ -149,7 +149,6 @@ FILES = {
     "pickle_in_archive": archive(("a/data.pkl", pickle.dumps(Payload())), ("a/version", b"3\n")),
     "object": saved(WHOLE | {"facts": Payload()}),
     "object_beside": saved(WHOLE | {"hyper_parameters": {"_instantiator": Payload()}}),
-    "path": saved(WHOLE | {"facts": Path("canary")}),
     "climbs": archive(("../canary", b"x"), ("a/data.pkl", b"x")),
     "absolute": archive(("/tmp/canary", b"x"), ("a/data.pkl", b"x")),
     "bomb": archive(("a/data.pkl", bytes(50_000_000)), ("a/version", b"3\n")),

@@ -452,9 +452,9 @@ def test_a_part_too_small_for_the_classes_is_refused() -> None:
 
 
 def test_files_of_other_kinds_are_named(encoder: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.tsv").write_text("text\tlabel\n")
-    assert mistake(TextTable(str(tmp_path / "rows.tsv"), encoder)).endswith(
-        "rows.tsv: is a file of kind '.tsv'; name files of kind .csv, .jsonl, .json, .parquet"
+    (tmp_path / "rows.xlsx").write_text("text label")
+    assert mistake(TextTable(str(tmp_path / "rows.xlsx"), encoder)).endswith(
+        "rows.xlsx: is a file of kind '.xlsx'; name files of kind .csv, .tsv, .jsonl, .ndjson, .json, .parquet"
     )
     assert "is a folder; name files of kind .csv" in mistake(TextTable(str(tmp_path), encoder))
     path = Path(write_table(tmp_path / "rows.csv", [{"text": t, "label": s} for t, s in REVIEWS]))

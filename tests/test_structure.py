@@ -33,7 +33,6 @@ STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
 ONE_USER = {
     "common.sources.images": "the images of a source, which any recipe of images takes by class path",
-    "common.sources.csv_files": "the CSV files of labelled texts and of tables, which any recipe takes",
 }
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
 

@@ -44,7 +44,7 @@ def csv_files(path: str) -> list[Path]:
 
 
 def read_csv(
-    path: str, files: Sequence[Path], codes: Container[str] = (), as_written: bool = False, encoding: str = "utf-8"
+    path: str, files: Sequence[Path], codes: Container[str] = (), as_written: bool = False, encoding: str | None = None
 ) -> list[DataFrame]:
     """The rows of each file, read as one table: a column is of text if it is so in one of the files.
 
@@ -55,7 +55,7 @@ def read_csv(
         files: the files, one at least; they may be compressed.
         codes: columns whose whole numbers are text if one has leading zeros, or if floats would lose digits.
         as_written: leave all cells as their text.
-        encoding: of the files; those that say they are UTF-16 are.
+        encoding: of the files; None for UTF-8, or UTF-16 where a file says so.
 
     Raises:
         InputError: a file repeats a column, has others than the first file, has rows with more or fewer cells or
@@ -120,7 +120,7 @@ def first_rows(file: Path, count: int) -> DataFrame:
     """
     import pandas
 
-    return pandas.read_csv(file, nrows=count, **_layout(file, str(file), "utf-8"))
+    return pandas.read_csv(file, nrows=count, **_layout(file, str(file), None))
 
 
 def _kind(cells: Any) -> str:
@@ -135,13 +135,13 @@ def _loses(cells: Any) -> bool:
     return cells.dtype.kind == "f" and bool(cells.abs().between(EXACT, 2.0**64).any())
 
 
-def padded(files: Sequence[Path], names: Sequence[str], encoding: str = "utf-8") -> dict[str, str]:
+def padded(files: Sequence[Path], names: Sequence[str], encoding: str | None = None) -> dict[str, str]:
     """The columns that hold whole numbers with leading zeros, which a reader of numbers drops, and one such number.
 
     Args:
         files: CSV files.
         names: of the columns to look at.
-        encoding: of the files.
+        encoding: of the files, see :func:`read_csv`.
     """
     import pandas
 
@@ -177,14 +177,15 @@ def _opened(file: Path) -> Iterator[Any]:
         yield stream
 
 
-def _layout(file: Path, path: str, encoding: str) -> dict[str, Any]:
+def _layout(file: Path, path: str, encoding: str | None) -> dict[str, Any]:
     """A file's encoding and what stands between its cells, as arguments of ``pandas.read_csv``.
 
     Raises:
         InputError: the file has another encoding, or repeats a column, which pandas renames silently.
     """
     with _opened(file) as stream:
-        encoding = "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else encoding
+        own = "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+        encoding = encoding or own
         stream.seek(0)
         try:
             text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")

@@ -215,7 +215,7 @@ class TextTable(Source):
         split: name of a column that says the part of each text: train, val or test.
         group: name of a column whose equal values stay together in a split, such as an author.
         separator: what stands between several labels in a cell of text, as in CSV files; None if a cell is one label.
-        encoding: of CSV files.
+        encoding: of CSV files; None for UTF-8, or UTF-16 where a file says so.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class TextTable(Source):
         split: str | None = None,
         group: str | None = None,
         separator: str | None = None,
-        encoding: str = "utf-8",
+        encoding: str | None = None,
     ):
         if max_length < 1:
             raise InputError(f"data.source.max_length must be at least 1, got {max_length}")
@@ -377,7 +377,7 @@ def load_splits(
     conll: Sequence[str] | None = None,
     as_written: bool = False,
     codes: Sequence[str] = (),
-    encoding: str = "utf-8",
+    encoding: str | None = None,
 ) -> Splits:
     """Load a data set: its train split, and those for validation and testing if there are any.
 
@@ -390,7 +390,7 @@ def load_splits(
         conll: names of the columns of a file in CoNLL format; None for other files.
         as_written: leave the cells of CSV files as their text.
         codes: columns of CSV files whose whole numbers are text if one has leading zeros.
-        encoding: of CSV files.
+        encoding: of CSV files; None for UTF-8, or UTF-16 where a file says so.
 
     Raises:
         InputError: the path does not exist, cannot be read, or has no train split; the column does not name parts.
@@ -476,7 +476,7 @@ def part_files(folder: Path) -> dict[str, Path]:
 
 
 def _tables(
-    path: str, files: Mapping[str, Path], codes: Sequence[str], as_written: bool, encoding: str
+    path: str, files: Mapping[str, Path], codes: Sequence[str], as_written: bool, encoding: str | None
 ) -> dict[str, Any]:
     """The tables of parts."""
     import datasets

@@ -112,7 +112,7 @@ class Table(TableSource):
         group: a column whose equal values stay together in a split, such as a patient.
         time: a column of numbers or dates; the latest rows test, those before them validate.
         decimal: the decimal mark of numbers in text; None for that which the columns show.
-        encoding: of CSV files.
+        encoding: of CSV files; None for UTF-8, or UTF-16 where a file says so.
 
     Attributes:
         of_classes: whether the target is a class, whose words stay as they are.
@@ -131,7 +131,7 @@ class Table(TableSource):
         group: str | None = None,
         time: str | None = None,
         decimal: Literal[".", ","] | None = None,
-        encoding: str = "utf-8",
+        encoding: str | None = None,
     ):
         if not (np.isfinite(target_unit) and target_unit > 0):
             raise InputError(f"data.source.target_unit must be above 0, got {target_unit}")

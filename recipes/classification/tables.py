@@ -70,7 +70,7 @@ class LabelledTable(Source):
         rare: categories of fewer training rows share one class with unseen ones.
         separator: what stands between several labels in a cell of text; None if a cell is one label.
         decimal: the decimal mark of numbers in text; None for that which the columns show.
-        encoding: of CSV files.
+        encoding: of CSV files; None for UTF-8, or UTF-16 where a file says so.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LabelledTable(Source):
         rare: int = 5,
         separator: str | None = None,
         decimal: Literal[".", ","] | None = None,
-        encoding: str = "utf-8",
+        encoding: str | None = None,
     ):
         with speaking():
             self.table = Table(path, label, 1.0, categorical, drop, split, group, time, decimal, encoding)
