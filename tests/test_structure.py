@@ -33,6 +33,7 @@ STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
 ONE_USER = {
     "common.sources.images": "the images of a source, which any recipe of images takes by class path",
+    "common.sources.numerals": "the numbers in a table's text, which regression and classification take",
 }
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
 
