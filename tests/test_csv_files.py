@@ -43,7 +43,7 @@ def test_zeros_that_are_dropped_are_said(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().out == f"{line} if it holds codes\n"
     assert Table(path, "rent", categorical=["code"]).read()["code"].tolist() == ["007", "12"]
     known = Table(path, "rent")
-    known.take_over({"numeric": {}, "categorical": {"code": ["007", "12"]}})  # type: ignore[typeddict-item]
+    known.take_over({"targets": [], "mean": [], "numeric": {}, "categorical": {"code": ["007", "12"]}})  # type: ignore[typeddict-item]
     assert known.read()["code"].tolist() == ["007", "12"], "as the checkpoint's"
     assert not capfd.readouterr().out
 
@@ -210,7 +210,7 @@ def test_groups_of_codes_are_the_same_at_a_resume(tmp_path: Path) -> None:
     again = texts.read()
     assert again.groups is not None
     assert again.groups.equal(before.groups)
-    table.take_over(Columns(numeric={}, categorical={}), before.class_names)  # type: ignore[typeddict-item]
+    table.take_over(Columns(targets=[], mean=[], numeric={}, categorical={}), before.class_names)  # type: ignore[typeddict-item]
     assert table.read()["scene"].tolist() == ["007", "7", "12"]
 
 
@@ -220,7 +220,7 @@ def test_classes_of_before_are_read_as_they_were(tmp_path: Path) -> None:
     table = Table(path, "kind")
     table.of_classes = True
     for names, found in ((["12", "7"], [7, 12]), (["007", "12"], ["007", "12"])):
-        table.take_over(Columns(numeric={}, categorical={}), names)  # type: ignore[typeddict-item]
+        table.take_over(Columns(targets=[], mean=[], numeric={}, categorical={}), names)  # type: ignore[typeddict-item]
         assert table.read()["kind"].tolist() == found
 
 
@@ -305,10 +305,10 @@ def test_a_checkpoint_knows_the_decimal_mark(tmp_path: Path, capfd: pytest.Captu
     )
     columns = fit_columns(frame, frame[["y"]].to_numpy(float), trained, "standard", 1)
     assert columns.get("decimal") == ","
-    path.write_text("a;b\n1.500;2\n")
+    path.write_text("a;b;y\n1.500;2;3,50 €\n")
     new = Table(str(path))
     new.take_over(columns)
-    assert new.read()["a"].tolist() == [1500]
+    assert new.read()[["a", "y"]].to_numpy().tolist() == [[1500, 3.5]], "the target too, which may be there"
     assert not capfd.readouterr().out
 
 
@@ -358,3 +358,26 @@ def test_ids_keep_their_digits(tmp_path: Path) -> None:
     ids = ["9223372036854775807", "9223372036854775806", ""]
     frame = Table(write(tmp_path, id=ids, y=["1", "2", "3"]), "y", categorical=["id"]).read()
     assert frame["id"].tolist()[:2] == ids[:2]
+
+
+def test_a_spreadsheet_of_another_country(work: Path) -> None:
+    """As it is exported: semicolons, decimal commas, a currency, per cent, codes, and the encoding of Windows."""
+    random = np.random.default_rng(0)
+    area, kind = random.uniform(20, 150, 80), random.integers(0, 2, 80)
+    cells = zip(area, area * 12 + kind * 100, random.integers(1, 99, 80), kind, strict=True)
+    rows = [f"{a:.1f};{r:,.2f} €;{s} %;{('01004', '01005')[k]}" for a, r, s, k in cells]
+    lines = ["Fläche;Miete;Anteil;PLZ", *(row.translate(str.maketrans(",.", ".,")) for row in rows)]
+    (work / "mieten.csv").write_bytes("\r\n".join(lines).encode("cp1252"))
+    source = ["common.sources.tables.Table", ".path", "mieten.csv", ".encoding", "cp1252"]
+    given = ["--data.source", source[0], *(f"--data.source{word}" if word[0] == "." else word for word in source[1:])]
+    more = ["--data.source.target", "Miete", "--data.source.categorical", "[PLZ]", "--data.batch_size", "8"]
+    fitted = main_of("regression")(["fit", *TINY, "--trainer.accelerator", "cpu", *given, *more])
+    columns = fitted.datamodule.columns
+    assert columns["numeric"].keys() == {"Fläche", "Anteil"}
+    assert columns["categorical"] == {"PLZ": ["01004", "01005"]}
+    assert fitted.datamodule.table.target[:, 0] == pytest.approx(np.round(area * 12 + kind * 100, 2))
+    (work / "mieten.csv").write_bytes("\r\n".join(lines[:2]).encode("cp1252"))
+    every = ["--trainer.limit_predict_batches", "1.0"]
+    main_of("regression")(["predict", *every, *(word.replace("data.source", "data.predict_source") for word in given)])
+    rows = pd.read_csv("runs/regression/default/predict/predictions.csv")
+    assert rows["target"].tolist() == pytest.approx([round(area[0] * 12 + kind[0] * 100, 2)])

@@ -159,7 +159,8 @@ class Table(TableSource):
     def take_over(self, columns: "Columns", class_names: Sequence[str] = ()) -> None:  # noqa: D102
         targets = self.targets if are_codes(class_names) else ()
         self._codes = [*columns["categorical"], *targets, *filter(None, [self.group])]
-        self._numeric, self.shown = list(columns["numeric"]), columns.get("decimal")
+        numbers = columns["targets"] if columns["mean"] else ()  # a class has no mean
+        self._numeric, self.shown = [*columns["numeric"], *numbers], columns.get("decimal")
 
     def read(self) -> DataFrame:  # noqa: D102
         rows = self._load(self._codes)
@@ -194,7 +195,7 @@ class Table(TableSource):
         targets = () if self.of_classes else self.targets
         words = {*self.categorical, *splitting(self), *self.targets}
         names = [name for name in frame.columns if name not in words] if self._numeric is None else self._numeric
-        names = [name for name in (*names, *targets) if name in frame.columns]
+        names = [name for name in dict.fromkeys((*names, *targets)) if name in frame.columns]
         written = self._written if self._csv_files() else None
         frame, told, self.shown = read_numbers(frame, names, targets, self.decimal, self.shown, written)
         if told and self._numeric is None and not rank_zero_only.rank:
