@@ -24,7 +24,8 @@ from common.cache import CACHE
 from common.errors import InputError, short_path
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
-DEEP = "IF"  # how the names of modes of 16 bits or more begin
+DEEP = "IF"  # how the names of modes of 16 bits or more begin; they have no colour
+GREY_KIND, COLOUR_KIND, DEEP_KIND = range(3)
 CHANNELS = {"L": 1, "RGB": 3}
 TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
 FORMAT = 1  # of what is kept of files; raise it when the same file would be seen otherwise
@@ -33,11 +34,11 @@ SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again has
 
 
 class Seen(NamedTuple):
-    """What is known of each image without decoding it: a hash of its bytes, its height and width, if it has colour."""
+    """What is known of each image without decoding it: a hash of its bytes, its height and width, and its kind."""
 
     keys: Int64[Tensor, " images"]
     sizes: Int64[Tensor, "images 2"]
-    colour: Tensor
+    kinds: Int64[Tensor, " images"]  # GREY_KIND, COLOUR_KIND or DEEP_KIND
 
 
 class Images:
@@ -59,7 +60,7 @@ class Images:
         decodes: tells a loader that reading is work for its workers.
 
     Raises:
-        InputError: an image is missing, is none, or has 16 bits; they have several sizes, and none is given.
+        InputError: an image is missing, or is none; they have several sizes, and none is given.
     """
 
     decodes = True
@@ -71,19 +72,23 @@ class Images:
 
         self.column = column
         self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.keys, sizes, colour = self._look()
+        self.keys, sizes, kinds = self._look()
+        colour, deep = int((kinds == COLOUR_KIND).sum()), int((kinds == DEEP_KIND).sum())
         own = sizes.unique(dim=0)
         if size is None and len(own) > 1:
             few, many = ("x".join(map(str, each)) for each in (own[0].tolist(), own[-1].tolist()))
             problem = f"images have {len(own)} sizes, from {few} to {many} (height x width)"
             raise InputError(f"data.source.size: {problem}; give one, as 64 or [48, 64]")
-        self.mode = mode or ("RGB" if colour.any() else "L")
+        self.mode = mode or ("RGB" if colour else "L")
         self.size: list[int] = list(size or own[0].tolist())
         if not (size and mode) and not rank_zero_only.rank:
-            because = f"{int(colour.sum()):,} have colour" if colour.any() else "none has colour"
+            because = f"{colour:,} have colour" if colour else "none has colour"
             shape = "{}x{}".format(*self.size)
             said = f"{len(self):,} images, read as {self.mode} ({because}) at {shape} pixels (height x width)"
             print(f"data.source: {said}; data.source.mode and size change it", flush=True)
+        if deep and not rank_zero_only.rank:
+            told = "have more than 8 bits; their format's range becomes that of 8 bits"
+            print(f"data.source: {deep:,} of {len(self):,} images {told}", flush=True)
 
     @property
     def shape(self) -> torch.Size:  # noqa: D102
@@ -119,11 +124,10 @@ class Images:
         now = now[np.argsort(now[:, 0], kind="stable")]
         if len(local) and not np.array_equal(now, known):
             _keep(kept, now)
-        keys, sizes, colour = (torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7))
-        return Seen(keys, sizes, colour.bool())
+        return Seen(*(torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7)))
 
     def _look_at(self, start: int, known: np.ndarray) -> np.ndarray:
-        """Stamp, hash, height, width and colour of each image of a chunk. Known files are not read."""
+        """Stamp, hash, height, width and kind of each image of a chunk. Known files are not read."""
         rows = self.table[start : start + CHUNK][self.column]
         stamps = np.array([_stamp(row) for row in rows])
         places = np.searchsorted(known[:, 0], stamps[:, 0]).clip(max=len(known) - 1)
@@ -133,8 +137,8 @@ class Images:
             seen[number, 4:] = self._look_into(rows[number], start + number)
         return seen
 
-    def _look_into(self, row: Any, number: int) -> tuple[int, int, int, bool]:
-        """Hash, height, width and colour of an image."""
+    def _look_into(self, row: Any, number: int) -> tuple[int, int, int, int]:
+        """Hash, height, width and kind of an image."""
         try:
             content = _content(row)
             with Image.open(io.BytesIO(content)) as image:
@@ -143,10 +147,8 @@ class Images:
                 mode = image.mode
         except Exception as error:
             raise self._mistake(row, number, error) from error
-        if mode[0] in DEEP:
-            problem = f"{name_of(row, number)} {deep(mode)}"
-            raise InputError(f"data.source.image {self.column!r}: {problem}; make them 8 bits per channel")
-        return int.from_bytes(_hash(content), sys.byteorder, signed=True), height, width, mode not in GREY
+        kind = DEEP_KIND if mode[0] in DEEP else GREY_KIND if mode in GREY else COLOUR_KIND
+        return int.from_bytes(_hash(content), sys.byteorder, signed=True), height, width, kind
 
     def _mistake(self, row: Any, number: int, error: Exception) -> InputError:
         if row is None or (row["bytes"] is None and row["path"] is None):
@@ -201,21 +203,40 @@ def _keep(kept: Path, seen: np.ndarray) -> None:
 def decode(picture: Image.Image, mode: str, size: Sequence[int]) -> np.ndarray:
     """Bytes (height, width, channels) of a picture, turned as its camera says, in a mode and resized to a size.
 
+    What is transparent lies over white.
+
     Raises:
-        ValueError: it has more than 8 bits per channel.
+        ValueError: its values have no known range.
         OSError: it is damaged.
     """
     height, width = size
-    if picture.mode[0] in DEEP:
-        raise ValueError(deep(picture.mode))
+    is_png = picture.format == "PNG"
     if picture.getexif().get(Image.ExifTags.Base.Orientation) is not None:
         picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in DEEP:
+        picture = _to_8_bits(picture, is_png)
+    if picture.has_transparency_data:  # which a viewer shows over white; below it are colours that nobody sees
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(picture.convert(mode).resize((width, height))).reshape(height, width, -1)
 
 
-def deep(mode: str) -> str:
-    """What is wrong with a picture of a mode of 16 bits or more: its values would be cut off."""
-    return f"has 16 bits or more (Pillow's mode {mode})"
+def _to_8_bits(picture: Image.Image, is_png: bool) -> Image.Image:
+    """A grey picture of 16 bits, or of fractions from 0 to 1, as one of 8 bits: Pillow would cut values off.
+
+    Raises:
+        ValueError: its values have no known range.
+    """
+    values = np.asarray(picture)
+    if picture.mode[0] == "F":
+        most = 1.0
+    elif picture.mode != "I" or is_png:  # which has at most 16 bits
+        most = 65535.0
+    else:
+        raise ValueError("its range of 32 bits is not known; save 16 bits")
+    if not (values.min() >= 0 and values.max() <= most):
+        raise ValueError(f"its values leave 0 to {most:g}; save 16 bits")
+    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
 
 
 def to_tensor(pixels: Sequence[np.ndarray]) -> Float32[Tensor, "pictures channels height width"]:
