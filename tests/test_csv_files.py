@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from common.errors import InputError
-from common.sources.csv_files import COMPRESSED, padded, read_csv
+from common.sources.compressed import COMPRESSED
+from common.sources.csv_files import padded, read_csv
 from common.sources.files import ImageTable, TextTable, load_splits
 from common.sources.numerals import read_numbers
 from common.sources.tables import FILE, Columns, Table, fit_columns

@@ -32,6 +32,7 @@ FLOORS = (
 STARTS = ("train.py", "training.py")
 # Modules of common with one user: why they are there.
 ONE_USER = {
+    "common.sources.documents": "the documents of a corpus, which lm, curriculum and distillation take",
     "common.sources.images": "the images of a source, which any recipe of images takes by class path",
     "common.sources.numerals": "the numbers in a table's text, which regression and classification take",
 }

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from common.errors import InputError, nearest, short_path
 from common.run.layers import from_here
-from common.sources.csv_files import ending, first_rows
+from common.sources.compressed import ending
+from common.sources.csv_files import first_rows
 from common.sources.files import part_files
 
 ROWS = 50  # of a file, to tell a table from texts

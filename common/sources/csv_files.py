@@ -1,21 +1,17 @@
 """CSV files, read as a whole: a column has one type, codes such as 007 keep their zeros, and NA is a word."""
 
-import bz2
 import csv
-import gzip
 import io
-import lzma
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from common.errors import InputError
+from common.sources.compressed import ending, opened
 
 DataFrame: TypeAlias = Any  # of pandas, which is imported where it is used
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = ",;\t|"
 SNIFFED = 1000  # rows that show what stands between cells
 EXACT = 2.0**53  # from here on floats lose whole numbers
@@ -26,12 +22,6 @@ _PADDED = r"\s*[-+]?0\d+\s*"
 def are_codes(names: Iterable[str]) -> bool:
     """Whether one of the names is a whole number with leading zeros."""
     return any(re.fullmatch(_PADDED, name) for name in names)
-
-
-def ending(path: Path) -> str:
-    """What a file holds by its name, in small letters: ``.csv`` of ``ROWS.CSV`` and of ``rows.csv.gz``."""
-    end = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if end in COMPRESSED else end
 
 
 def csv_files(path: str) -> list[Path]:
@@ -101,7 +91,8 @@ def _read(file: Path, path: str, layout: Mapping[str, Any], **how: Any) -> DataF
     import pandas
 
     try:
-        return pandas.read_csv(file, **layout, **how)
+        with opened(file) as stream:
+            return pandas.read_csv(stream, **layout, **how)
     except UnicodeDecodeError as error:
         raise _not_written_in(layout["encoding"], file, path, error) from error
 
@@ -120,7 +111,9 @@ def first_rows(file: Path, count: int) -> DataFrame:
     """
     import pandas
 
-    return pandas.read_csv(file, nrows=count, **_layout(file, str(file), None))
+    layout = _layout(file, str(file), None)
+    with opened(file) as stream:
+        return pandas.read_csv(stream, nrows=count, **layout)
 
 
 def _kind(cells: Any) -> str:
@@ -150,7 +143,9 @@ def padded(files: Sequence[Path], names: Sequence[str], encoding: str | None = N
     for file in files if names else ():
         layout = _layout(file, str(file), encoding)
         if _may_hold_padded(file, layout["encoding"]):
-            for name, cells in pd.read_csv(file, usecols=lambda name: name in names, dtype=str, **layout).items():
+            with opened(file) as stream:
+                frame = pd.read_csv(stream, usecols=lambda name: name in names, dtype=str, **layout)
+            for name, cells in frame.items():
                 zeros = cells[cells.str.fullmatch(_PADDED, na=False)]
                 if len(zeros):
                     found.setdefault(name, zeros.iloc[0])
@@ -161,7 +156,7 @@ def _may_hold_padded(file: Path, encoding: str) -> bool:
     """Whether a cell begins like a number with a leading zero; it takes a hundredth of the reading."""
     if encoding == "utf-16":
         return True
-    with _opened(file) as stream:
+    with opened(file) as stream:
         last = b""
         while block := stream.read(1 << 24):
             if _MAY_BE_PADDED.search(last + block):
@@ -170,23 +165,16 @@ def _may_hold_padded(file: Path, encoding: str) -> bool:
     return False
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """The bytes of a file, without their compression."""
-    with COMPRESSED.get(file.suffix.lower(), open)(file, "rb") as stream:
-        yield stream
-
-
 def _layout(file: Path, path: str, encoding: str | None) -> dict[str, Any]:
     """A file's encoding and what stands between its cells, as arguments of ``pandas.read_csv``.
 
     Raises:
         InputError: the file has another encoding, or repeats a column, which pandas renames silently.
     """
-    with _opened(file) as stream:
+    with opened(file) as stream:
         own = "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-        encoding = encoding or own
-        stream.seek(0)
+    encoding = encoding or own
+    with opened(file) as stream:
         try:
             text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
             lines = list(islice(text, SNIFFED))
@@ -224,7 +212,7 @@ def _whole(frame: DataFrame, file: Path, path: str, layout: Mapping[str, Any]) -
         raise InputError(f"data.source.path {path}: {problem}; mend them")
     last = frame.iloc[:, -1]
     if len(frame.columns) > 1 and (last.isna() | (last == "")).any():
-        with _opened(file) as stream:
+        with opened(file) as stream:
             rows = csv.reader(io.TextIOWrapper(stream, layout["encoding"], newline=""), delimiter=layout["sep"])
             for row in rows:
                 if 0 < len(row) < len(frame.columns):

@@ -15,7 +15,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from common.errors import InputError, nearest, short_path
-from common.sources.csv_files import are_codes, csv_files, ending, padded, read_csv
+from common.sources.compressed import ending
+from common.sources.csv_files import are_codes, csv_files, padded, read_csv
 from common.sources.images import CHANNELS, Images, list_images
 
 # What has a class: a sample has one, or any number; each of its words has one; each position has its next token.

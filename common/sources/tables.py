@@ -20,7 +20,8 @@ from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 from common.errors import InputError, nearest
-from common.sources.csv_files import are_codes, csv_files, ending, padded
+from common.sources.compressed import ending
+from common.sources.csv_files import are_codes, csv_files, padded
 from common.sources.files import READERS, column, hashed, load_splits, named_columns, part_files, parts_named
 from common.sources.labelled import Parts, check_split, one_of_each, same_parts, together
 from common.sources.numerals import MISSING, read_numbers

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -36,16 +37,12 @@ from torch.utils.data import Dataset
 from common.cache import make_cache
 from common.checksums import CHECKSUMS, check_files, checksums
 from common.errors import InputError, nearest, short_path
+from common.sources.compressed import ending
+from common.sources.documents import TABLES, TEXTS, Piece, find_files, pieces, read_file
 from common.sources.tokenizers import KnownTokenizer, TokenizerSource, chosen
 
-FORMAT = 4  # bump when the same source and settings would give other tokens, or another `meta.json`
-PIECE = 1 << 16  # characters of a document to encode at a time
+FORMAT = 5  # bump when the same source and settings would give other tokens, or another `meta.json`
 BATCH = 1 << 20  # characters for the tokenizer's threads to share
-FILES = re.compile(r"(?i)\.(txt|md|rst|py|(?P<table>csv|parquet|json)l?(\.gz)?)$")
-# Where a document can be cut without changing a token: byte-level and Metaspace tokenizers never join a space to the
-# character before it; byte-level ones never join white space to a letter before it, nor a line end to a word after it.
-CUT = re.compile(r"(?s:.*\S(?= )|.*(?:[^\W_](?=\s)|\S\n(?=\w)))")
-Piece = tuple[bool, str]  # whether a document begins here, and some of its text
 SplitPiece = tuple[str, bool, str]  # "train", "val" or "test", and a piece
 Held = Mapping[str, Sequence[int]]  # by its hash a document's length, and how much of it trains, in characters
 
@@ -54,12 +51,13 @@ Held = Mapping[str, Sequence[int]]  # by its hash a document's length, and how m
 class Corpus:
     """A prepared corpus on disk: documents joined by the end-of-text token.
 
-    Without a text of its own for testing, ``test`` is ``val``. ``bytes_per_token`` is UTF-8 bytes per token of ``val``
-    and ``test``: bits per byte are nats per token / ln 2 / ``bytes_per_token``. ``documents`` counts those of each side
-    and dropped ``duplicates``; a single document is cut in two and counts on both sides. ``fingerprint`` is of
-    those of ``train`` and ``val``, in any order. ``held`` are those whose side their hash alone does not say.
-    Documents of ``test`` are dropped from the text for training. With them its fingerprint is ``whole``; ``trained``
-    counts those of them that would train.
+    Without a text of its own for testing, ``test`` is ``val``. ``bytes_per_token`` is UTF-8 bytes per token of
+    ``val`` and ``test``: bits per byte are nats per token / ln 2 / ``bytes_per_token``. ``documents`` counts those
+    of each side and dropped ``duplicates``; a single document is cut in two and counts on both sides.
+    ``fingerprint`` is of those of ``train`` and ``val``, in any order. ``unknown`` is the share of the tokens of
+    ``val`` and ``test`` that stand for what the tokenizer does not know, which bits per byte leave out. ``held``
+    are those whose side their hash alone does not say. Documents of ``test`` are dropped from the text for
+    training. With them its fingerprint is ``whole``; ``trained`` counts those of them that would train.
     """
 
     folder: Path
@@ -70,6 +68,7 @@ class Corpus:
     eos_id: int
     vocab_size: int
     bytes_per_token: dict[str, float]
+    unknown: dict[str, float]
     documents: dict[str, int]
     fingerprint: str
     held: Held
@@ -98,10 +97,10 @@ def prepare(
     """Read, split and tokenize a corpus into ``cache_dir``, or open the result of an earlier call.
 
     Exact duplicates are dropped, those of ``val_path`` and ``test_path`` from the training text. A document's side of
-    the split depends on its text and ``seed`` alone; each side gets at least one. A single document is cut by
-    characters; its last ``val_fraction`` is for validation. Long documents are encoded in pieces, cut where byte-level,
-    character and Metaspace tokenizers give the same tokens as for the whole. Several processes may call at once: one
-    prepares, the others wait.
+    the split depends on its text and ``seed`` alone; each side gets at least one. A document of
+    more than two thirds of all is cut by characters; its last ``val_fraction`` is for validation. Long documents are
+    encoded in pieces, cut where byte-level, character and Metaspace tokenizers give the same tokens as for the whole.
+    Several processes may call at once: one prepares, the others wait.
 
     Args:
         path: a text file; a table (JSON lines, JSON, CSV, Parquet), one document per row; a folder of these,
@@ -127,14 +126,13 @@ def prepare(
     sources = {side: _find(own, column, f"data.{side}_path") for side, own in paths.items() if own is not None}
     sources["train"] = _find(path, column, "data.path")
 
-    def folder_of(maker: TokenizerSource, held: Held) -> Path:
+    def folder_of(maker: TokenizerSource, held: Held | None) -> Path:
         kind = f"{type(maker).__module__}.{type(maker).__qualname__}"
         stamps = {side: source.stamp for side, source in sources.items()}
-        facts = [FORMAT, stamps, column, kind, maker.settings(), val_fraction, seed, dict(held)]
+        facts = [FORMAT, stamps, column, kind, maker.settings(), val_fraction, seed, held and dict(held)]
         return Path(cache_dir) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    held = held or {}
-    folder = folder_of(tokenizer, {})
+    folder = folder_of(tokenizer, None)
     if known and not (folder.exists() and _is_of(folder, known, held)):
         tokenizer, folder = known, folder_of(known, held)
     try:
@@ -152,13 +150,14 @@ def prepare(
     dtype = meta.pop("dtype")
     parts = {side: np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", *meta["bytes_per_token"])}
     parts["test"] = parts.get("test", parts["val"])
-    meta["bytes_per_token"].setdefault("test", meta["bytes_per_token"]["val"])
+    for key in ("bytes_per_token", "unknown"):
+        meta[key].setdefault("test", meta[key]["val"])
     return Corpus(folder, _tokenizer_of(folder), **parts, **meta)
 
 
-def _is_of(folder: Path, tokenizer: KnownTokenizer, held: Held) -> bool:
+def _is_of(folder: Path, tokenizer: KnownTokenizer, held: Held | None) -> bool:
     found = json.loads((folder / "meta.json").read_text())["held"]
-    same = not held or found == {key: list(held[key]) for key in held}  # it was made with none
+    same = held is None or found == {key: list(held[key]) for key in held}
     return _tokenizer_of(folder).to_str() == tokenizer.text and same
 
 
@@ -214,7 +213,7 @@ class Text:
             problem = f"the checkpoint's text was split by {before}, and its parts hold"
             raise InputError(f"data.val_fraction {val_fraction}: {problem}; give {before}, or begin a new run")
         known = KnownTokenizer(facts["tokenizer"], facts["eos_token"]) if facts else None
-        kwargs |= {"val_fraction": val_fraction, "known": known, "held": facts.get("held")}
+        kwargs |= {"val_fraction": val_fraction, "known": known, "held": facts.get("held", {}) if facts else None}
         self._prepare = partial(prepare, path, source, **kwargs)
         self.has_changed = False
         special = facts.get("special", {}) if facts else source.special()
@@ -230,6 +229,12 @@ class Text:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         corpus = self._prepare()
+        if "fingerprint" not in self.facts and not rank_zero_only.rank:
+            lost = (
+                f"; the tokenizer does not know {corpus.unknown['val']:.1%} of these, and bits per byte leave them out"
+            )
+            counts = f"{len(corpus.train):,} tokens train, {len(corpus.val):,} validate"
+            print(f"data.path: {counts}{lost if corpus.unknown['val'] else ''}", flush=True)
         known = self.facts.get("fingerprint", corpus.fingerprint)
         self.has_changed = known not in (corpus.fingerprint, corpus.whole)
         if known != corpus.fingerprint and corpus.trained and not rank_zero_only.rank:
@@ -321,6 +326,7 @@ class _Source(NamedTuple):
     name: str
     stamp: list[tuple[str, int, int]]  # changes when the text does
     read: Callable[[], Iterator[Piece]]  # every call starts anew
+    said: str = ""  # of what is left out
 
 
 def _find(path: str | None, column: str, key: str) -> _Source:
@@ -328,11 +334,13 @@ def _find(path: str | None, column: str, key: str) -> _Source:
         # Packages and tests differ between machines. The tables of encodings are nearly alike: some in training would
         # give away others in validation.
         skip = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings")
-        files = _walk(sysconfig.get_paths()["stdlib"], skip)
+        files = find_files(sysconfig.get_paths()["stdlib"], skip).files
         return _files("Python's library", [file for file in files if file.suffix == ".py"], column)
     place, name, fix = Path(path).expanduser(), short_path(path), "'**' in a pattern means any depth of folders"
+    left_out: list[Path] = []
     if place.is_dir():
-        files, fix = _walk(place), "name other kinds by a pattern such as 'folder/**/*.log'"
+        files, left_out = find_files(place)
+        fix = "name other kinds by a pattern such as 'folder/**/*.log'"
     elif place.exists() or not glob.has_magic(path):
         files = [place]
     else:
@@ -340,21 +348,15 @@ def _find(path: str | None, column: str, key: str) -> _Source:
     if not files:
         raise InputError(f"{key}: {name}: no text files there; {fix}")
     if files[0].exists():
-        return _files(name, files, column)
+        some = f"{len(left_out)} of {len(files) + len(left_out)} files are left out, such as "
+        said = f"{key}: {name}: {some}{short_path(left_out[0].name)}; {fix}" if left_out else ""
+        return _files(name, files, column, said)
     while not place.parent.is_dir():
         place = place.parent  # the first missing folder of the path
-    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){1,2}", path) and not FILES.search(path)
+    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){1,2}", path) and ending(Path(path)) not in TEXTS + TABLES
     if hub_name and place.name == path.split("/")[0]:
         return _hub(path, column, key)
     raise InputError(f"{key}: {name}: no such file or folder{nearest(place.name, os.listdir(place.parent))}")
-
-
-def _walk(folder: str | Path, skip: Sequence[str] = ()) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "." and name not in skip]
-        files += [Path(parent, name) for name in names if name[0] != "." and FILES.search(name)]
-    return sorted(filter(Path.is_file, files))
 
 
 def _stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -362,36 +364,11 @@ def _stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
-def _files(name: str, files: Sequence[Path], column: str) -> _Source:
+def _files(name: str, files: Sequence[Path], column: str, said: str = "") -> _Source:
     def read() -> Iterator[Piece]:
-        for file in files:
-            match = FILES.search(file.name)
-            if match and match["table"]:
-                yield from _table(file, match["table"], column)
-            else:
-                yield from _text(file)
+        return chain.from_iterable(read_file(file, column) for file in files)
 
-    return _Source(name, _stamp(files), read)
-
-
-def _text(file: Path) -> Iterator[Piece]:
-    with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
-        try:
-            yield from _pieces(stream)
-        except UnicodeDecodeError as error:
-            offset = raw.tell() - len(error.object) + error.start
-            fix = "convert it (iconv -t utf-8) or leave it out"
-            raise InputError(f"{short_path(file)}: not UTF-8 at byte {offset}; {fix}") from error
-
-
-def _table(file: Path, kind: str, column: str) -> Iterator[Piece]:
-    if not file.stat().st_size:
-        return
-    try:
-        rows = _load(kind, data_files=glob.escape(str(file.resolve())), streaming=True)
-        yield from _rows(rows, column, short_path(file))
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{short_path(file)}: cannot be read as {kind}: {shorten(str(error), 60)}") from error
+    return _Source(name, _stamp(files), read, said)
 
 
 def _hub(name: str, column: str, key: str) -> _Source:
@@ -423,20 +400,7 @@ def _rows(rows: Any, column: str, name: str) -> Iterator[Piece]:
         for text in batch[column].to_pylist():
             if not isinstance(text, str | None):
                 raise InputError(f"{name}: column {column!r} holds {type(text).__name__}; choose one of text")
-            yield from _pieces(io.StringIO(text or ""))
-
-
-def _pieces(document: io.TextIOBase) -> Iterator[Piece]:
-    rest, begins = "", True
-    while chunk := document.read(PIECE):
-        rest += chunk
-        if len(rest) >= PIECE:
-            cut = CUT.match(rest)
-            end = cut.end() if cut else len(rest)
-            yield begins, rest[:end]
-            rest, begins = rest[end:], False
-    if rest:
-        yield begins, rest
+            yield from pieces(io.StringIO(text or ""))
 
 
 class _Plan(NamedTuple):
@@ -457,12 +421,20 @@ def _read(sources: Mapping[str, _Source]) -> Iterator[SplitPiece]:
 
 
 def _build(
-    sources: Mapping[str, _Source], wanted: TokenizerSource, val_fraction: float, seed: int, held: Held, folder: Path
+    sources: Mapping[str, _Source],
+    wanted: TokenizerSource,
+    val_fraction: float,
+    seed: int,
+    held: Held | None,
+    folder: Path,
 ) -> None:
     # A forked process lacks its parent's threads and would wait for them forever.
     forked = multiprocessing.parent_process() is not None
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if forked else "true"
     look = TextColumn("{task.description:>18}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    for source in sources.values():
+        if source.said:
+            print(source.said, flush=True)
     with Progress(*look) as progress:
         plan = _plan(_track(_read(sources), progress, "reading", None), sources, val_fraction, seed, held)
         texts = _track(_split(_read(sources), plan), progress, "training tokenizer", plan.total)
@@ -489,8 +461,9 @@ def _track(pieces: Iterable[SplitPiece], bars: Progress, what: str, total: int |
 
 
 def _plan(
-    pieces: Iterable[SplitPiece], sources: Mapping[str, _Source], val_fraction: float, seed: int, held: Held
+    pieces: Iterable[SplitPiece], sources: Mapping[str, _Source], val_fraction: float, seed: int, held: Held | None
 ) -> _Plan:
+    is_new, held = held is None, held or {}
     digest, digests, lengths, marks = hashlib.blake2b(), bytearray(), array("q"), sorted({n for n, _ in held.values()})
     numbers = dict.fromkeys(sources, 0)
     known: dict[int, str] = {}  # the hash of a held document, by the number of the one that begins like it
@@ -531,9 +504,11 @@ def _plan(
         problem = "all its documents are in data.val_path or data.test_path as well, and none is left to train on"
         raise InputError(f"{sources['train'].name}: {problem}; add text")
     fixed = {int(number) for number in kept if number in known}
-    if "val" not in sources and len(kept) == 1 and not fixed:
-        cuts[kept] = int(length[kept[0]] * (1 - val_fraction))
-        fixed.add(int(kept[0]))
+    longest = kept[length[kept].argmax()]
+    is_most = 3 * length[longest] > 2 * length[kept].sum()  # its side alone would say how much validates
+    if "val" not in sources and not fixed and (len(kept) == 1 or (is_new and is_most)):
+        cuts[longest] = int(length[longest] * (1 - val_fraction))
+        fixed.add(int(longest))
     elif "val" not in sources:  # both sides of a small corpus get a document
         free = kept[[number not in fixed for number in kept]]
         if len(free) and not (cuts[kept] < ends[kept]).any():
@@ -597,24 +572,49 @@ def _encode(
 ) -> dict[str, Any]:
     eos_id, vocab_size = tokenizer.token_to_id(eos_token), max(tokenizer.get_vocab().values()) + 1
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    tokenizer.encode_special_tokens = True  # a text that spells out the end-of-text token does not end there
+    later = Tokenizer.from_str(json.dumps(_within(json.loads(tokenizer.to_str()))))
+    for each in (tokenizer, later):
+        each.encode_special_tokens = True  # a text that spells out the end-of-text token does not end there
     sides = {"train", "val", *sources}
-    tokens, read = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0)
+    tokens, read, unknown = (dict.fromkeys(sides, 0) for _ in range(3))
+    unk_id = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
     with ExitStack() as opened:
         files = {side: opened.enter_context((folder / f"{side}.bin").open("wb")) for side in sides}
         for batch in _batches(pieces):
-            texts = [text for _, _, text in batch]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (side, begins, text), encoding in zip(batch, encodings, strict=True):
+            groups = {by: [text for _, begins, text in batch if begins is by] for by in (True, False)}
+            encodings = {
+                begins: iter((tokenizer if begins else later).encode_batch_fast(texts, add_special_tokens=False))
+                for begins, texts in groups.items()
+            }
+            for side, begins, text in batch:
+                encoding = next(encodings[begins])
                 ids = [eos_id, *encoding.ids] if begins and tokens[side] else encoding.ids
                 files[side].write(np.array(ids, dtype).tobytes())
                 tokens[side] += len(ids)
                 read[side] += len(text.encode())
+                unknown[side] += ids.count(unk_id) if unk_id is not None and side != "train" else 0
     if tokens[least := min(tokens, key=lambda side: tokens[side])] < 2:
         name = sources.get(least, sources["train"]).name
         raise InputError(f"{name}: {sum(tokens.values())} tokens are too few to train and validate; add text")
-    bytes_per_token = {side: read[side] / tokens[side] for side in ("val", "test") if side in sides}
-    return {"eos_id": eos_id, "vocab_size": vocab_size, "dtype": dtype, "bytes_per_token": bytes_per_token}
+    counts = {"bytes_per_token": read, "unknown": unknown}
+    each = {
+        key: {side: some[side] / tokens[side] for side in ("val", "test") if side in sides}
+        for key, some in counts.items()
+    }
+    return {"eos_id": eos_id, "vocab_size": vocab_size, "dtype": dtype, **each}
+
+
+def _within(tokenizer: Any) -> Any:
+    """The parts of a ``tokenizer.json`` without the space that some put before each text, for what is within one."""
+    if isinstance(tokenizer, list):
+        return [_within(part) for part in tokenizer if not (isinstance(part, dict) and part.get("type") == "Prepend")]
+    if not isinstance(tokenizer, dict):
+        return tokenizer
+    parts = {key: part if key in ("model", "added_tokens") else _within(part) for key, part in tokenizer.items()}
+    if parts.get("type") == "Prepend":
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return parts | {key: value for key, value in never.items() if key in parts}
 
 
 def _batches(pieces: Iterable[SplitPiece]) -> Iterator[list[SplitPiece]]:

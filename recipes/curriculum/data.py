@@ -28,8 +28,8 @@ class CurriculumData(BaseDataModule):
 
     Args:
         tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the weights.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
-            standard library.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, compressed or not, or a hub data set; None for the
+            sources of Python's standard library.
         column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
         length: share of ``context`` that a step trains on, from the start of each window; None for all of it
@@ -38,7 +38,7 @@ class CurriculumData(BaseDataModule):
             (https://arxiv.org/abs/1711.00489).
         competence: share of the windows, easiest first, that a step draws from; None for all of them.
         difficulty: the windows' scores, by name: ``DocumentLength``, ``Rarity``, ``ReferenceLoss`` or ``ScoreFile``.
-        val_fraction: share of the documents for validation; of a single document, its end.
+        val_fraction: share of the documents for validation; of one that is most of the text, its end.
         val_path: a text for validation, given like ``path``, in place of that share.
         test_path: a text for testing, given like ``path``; None to test on that for validation.
         cache_dir: folder of prepared corpora.

@@ -24,11 +24,11 @@ class TextWindows(Source):
     Args:
         tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the
             student's ``weights``, or of a checkpoint.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
-            standard library.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, compressed or not, or a hub data set; None for the
+            sources of Python's standard library.
         column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
-        val_fraction: share of the documents for validation; of a single document, its end.
+        val_fraction: share of the documents for validation; of one that is most of the text, its end.
         cache_dir: folder of prepared corpora.
     """
 

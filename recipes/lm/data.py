@@ -90,11 +90,11 @@ class LMData(BaseDataModule):
 
     Args:
         tokenizer: the tokenizer, by class path: one of ``common.sources.tokenizers``; None for that of the weights.
-        path: a text file, a folder, a glob, JSONL/Parquet/CSV, or a hub data set; None for the sources of Python's
-            standard library.
+        path: a text file, a folder, a glob, JSONL/Parquet/CSV, compressed or not, or a hub data set; None for the
+            sources of Python's standard library.
         column: the text's column, in files and data sets with columns.
         context: length of a window in tokens.
-        val_fraction: share of the documents for validation; of a single document, its end.
+        val_fraction: share of the documents for validation; of one that is most of the text, its end.
         val_path: a text for validation, given like ``path``, in place of that share.
         test_path: a text for testing, given like ``path``; None to test on that for validation.
         prompts: texts for ``predict`` to continue.
