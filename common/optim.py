@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
@@ -20,8 +21,10 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
     """Group the trainable parameters by decay, learning rate and fitness for Muon.
 
     Norms and biases do not decay: a parameter that has fewer than two axes or is named bias (an ensemble's biases have
-    two axes). ``use_muon`` marks hidden matrices, not embeddings, convolutions, factors of ensemble members or the
-    output head (the last linear layer); only :class:`MuonAdamW` reads it.
+    two axes). Neither do the rates ``A_log`` of a state-space net (https://arxiv.org/abs/2312.00752), nor a parameter
+    that the net marks by a true attribute ``_no_weight_decay``. ``use_muon`` marks hidden matrices, not embeddings,
+    convolutions, factors of ensemble members or the output head (the last linear layer); only :class:`MuonAdamW` reads
+    it.
 
     Args:
         net: the net to train.
@@ -46,7 +49,7 @@ def param_groups(net: nn.Module, lr_scales: Mapping[str, float] | None = None) -
     for name, p in net.named_parameters():
         if p.requires_grad:
             scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
-            decays = p.ndim >= 2 and not name.endswith("bias")
+            decays = p.ndim >= 2 and not name.endswith(("bias", "A_log")) and not getattr(p, "_no_weight_decay", False)
             use_muon = p.ndim == 2 and "weight" in name.rpartition(".")[2] and id(p) not in not_hidden
             group = groups.setdefault(
                 (scale, decays, use_muon),
@@ -243,7 +246,7 @@ class MuonAdamW(Optimizer):
 
     Muon orthogonalizes the momentum of matrices (https://kellerjordan.github.io/posts/muon). AdamW takes embeddings,
     heads, norms and biases: the groups that :func:`param_groups` marks ``use_muon: False`` or that hold other tensors
-    than matrices.
+    than matrices, as those of experts, which it says.
 
     Args:
         params: parameter groups.
@@ -270,6 +273,10 @@ class MuonAdamW(Optimizer):
             torch.optim.AdamW([scratch], betas=betas, **settings),
         ]
         super().__init__(params, settings)
+        left = sum(p.ndim == 3 for group in self.param_groups for p in group["params"])
+        if left and not rank_zero_only.rank:
+            problem = f"AdamW takes {left} parameters of three axes, such as those of experts"
+            print(f"model.optimizer MuonAdamW: {problem}; Muon takes matrices alone", flush=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and decide which part optimizes it."""

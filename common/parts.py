@@ -77,10 +77,15 @@ def facts_of(strategy: Any) -> StrategyFacts:
 def blocks(net: nn.Module) -> list[nn.Module]:
     """The layers of a net that are gathered, compiled and checkpointed one at a time; empty if it names none.
 
-    Nets of transformers name the classes of these layers in ``_no_split_modules``; any other net can do the same.
+    Nets of transformers name the classes of these layers in ``_no_split_modules``; any other net can do the same. Of
+    layers within each other, as Mamba names them, only the outer ones count.
     """
     names = {name for module in net.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in net.modules() if type(module).__name__ in names]
+    found: dict[str, nn.Module] = {}
+    for path, module in net.named_modules():  # the outer ones come first
+        if type(module).__name__ in names and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return list(found.values())
 
 
 def batch_norms(net: nn.Module) -> list[nn.Module]:

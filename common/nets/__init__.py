@@ -11,9 +11,12 @@ from common.nets.text import (
     check_net,
     freeze_blocks,
     language_model,
+    router_factor,
+    train_logits,
 )
 
 __all__ = [
     "CausalLM", "ConvNet", "ImageClassifier", "Pretrained", "PretrainedEncoder", "PretrainedWordClassifier",
-    "WordClassifier", "body_of", "causal_lm", "check_net", "freeze_blocks", "language_model",
+    "WordClassifier", "body_of", "causal_lm", "check_net", "freeze_blocks", "language_model", "router_factor",
+    "train_logits",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Pretrained nets of transformers with their heads."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +27,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from common.checksums import check_files, is_shape
 from common.errors import InputError
 from common.weights import BUILDING, Building, quietly
+
+CHECKED = 8  # tokens, to see whether a net is causal
 
 
 @quietly()
@@ -157,6 +161,53 @@ def check_context(
         raise InputError(f"{key} {context} exceeds max_position_embeddings {positions} of {whose}; shorten it")
 
 
+def check_causal(net: PreTrainedModel, key: str, context: int = CHECKED) -> None:
+    """Check that no logit of a language model depends on a later token, with a few tokens, on the host.
+
+    A net without values, as ``preflight`` makes it, is left out.
+
+    Args:
+        net: as it is made; it keeps its mode.
+        key: the setting that names it, for messages.
+        context: tokens that it takes at a time.
+
+    Raises:
+        InputError: one does, or the net does not give logits of tokens alone.
+    """
+    first = next(net.parameters())
+    if first.is_meta or isinstance(first, FakeTensor):
+        return
+    name, length = type(net).__name__, min(context, CHECKED)
+    if not _future(net, length, f"{key}: {name}"):
+        return
+    if first.dtype.itemsize < 4 and not _future(copy.deepcopy(net).float(), length, f"{key}: {name}"):
+        return  # 16 bits had rounded
+    has_switch = getattr(net.config, "is_decoder", None) is False
+    fix = "set its is_decoder to true" if has_switch else "take a causal net, such as transformers.LlamaConfig"
+    raise InputError(f"{key}: {name} sees the tokens that it should predict; {fix}")
+
+
+def _future(net: PreTrainedModel, length: int, whose: str) -> bool:
+    """Whether a changed token moves an earlier logit by more than the rounding of fp32."""
+    rows = torch.arange(length)
+    ids = rows.repeat(length + 1, 1)
+    ids[rows, rows] = rows + 1
+    ids %= net.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    training = net.training
+    try:
+        with quietly(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = net.eval()(input_ids=ids, use_cache=False).logits
+            moved = (logits[:-1] - logits[-1:]).abs().amax(-1).tril(-1)  # of a token, by each later one
+    except Exception as error:  # of any class: the code is of transformers, or of the net's own author
+        if torch.cuda.is_available():
+            return False  # it may need one
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise InputError(f"{whose} gives no logits of tokens alone ({reason}); take another net") from error
+    finally:
+        net.train(training)
+    return bool((moved > 1e-5 * logits.abs().max()).any())
+
+
 def preprocessing(name: str) -> dict[str, Any]:
     """What a net's ``preprocessor_config.json`` says, if it scales images by a mean and a deviation; else nothing.
 
@@ -212,6 +263,8 @@ class Pretrained(nn.Module):
         self.new_head = "" if language or its["classes"] == num_classes else f"{its['classes']} classes"
         if language and (found := self.model.config.vocab_size) < num_classes:
             raise InputError(f"{key} {name!r}: knows {found} tokens, and the data have {num_classes}")
+        if language:
+            check_causal(self.model, f"{key} {name!r}")
         self.model.base_model.requires_grad_(not freeze)
 
     def train(self, mode: bool = True) -> "Pretrained":

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from common.errors import InputError
-from common.nets.pretrained import check_context, load
+from common.nets.pretrained import check_causal, check_context, load
 from common.parts import blocks
 
 
@@ -133,14 +134,42 @@ def causal_lm(
         key: the config's setting, for messages.
 
     Raises:
-        InputError: transformers has no language model of this config.
+        InputError: transformers has no language model of this config, it sees later tokens, or the config names other
+            tokens than those of the data.
     """
-    config.vocab_size, config.eos_token_id = vocab_size, eos_id
-    config.bos_token_id = config.pad_token_id = None
     try:
-        return AutoModelForCausalLM.from_config(config)  # SDPA attention wherever the net has it
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{key}: {type(config).__name__} makes no language model: {error}") from error
+        _give_tokens(config, vocab_size, eos_id, key)
+        net = AutoModelForCausalLM.from_config(config)  # SDPA attention wherever the net has it
+        others = [part for part in net.modules() if not isinstance(part, nn.Embedding | PreTrainedModel)]
+        if any(getattr(part, "padding_idx", 0) is None for part in others):  # RoBERTa counts positions from it
+            config.pad_token_id = -1
+            net = AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
+    except Exception as error:  # of any class: a config's settings meet the code of its net
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{key}: {type(config).__name__} makes no language model: {reason}") from error
+    for part in net.modules():
+        if isinstance(part, nn.Embedding):
+            part.padding_idx = None  # no token of a packed text is padding
+    check_causal(net, key)
+    return net
+
+
+def _give_tokens(config: PretrainedConfig, vocab_size: int, eos_id: int | None, key: str) -> None:
+    """Set a config's tokens to those of the data, and refuse others that are given."""
+    tokens = {"vocab_size": vocab_size, "eos_token_id": eos_id, "bos_token_id": None, "pad_token_id": None}
+    # The text's own part, in a net of images and texts.
+    text, default = (each.get_text_config(decoder=True) for each in (config, type(config)()))
+    for name, value in tokens.items():
+        given = getattr(text, name, None)
+        if given not in (value, getattr(default, name, None)):
+            raise InputError(f"{key}.{name} {given}: the data's tokenizer says {value}; leave {name} out")
+        for each in (config, text):
+            try:
+                setattr(each, name, value)
+            except StrictDataclassError:  # which wants a number
+                setattr(each, name, eos_id or 0)
 
 
 def check_net(config: PretrainedConfig | None, weights: str | None, context: int) -> None:
@@ -186,11 +215,47 @@ def language_model(
         problem = f"knows {known} tokens, and the data have {vocab_size}"
         raise InputError(f"model.weights {weights!r}: {problem}; give its own tokenizer, or data.tokenizer null")
     check_context(net.config, context, f"model.weights {weights!r}")
+    check_causal(net, f"model.weights {weights!r}", context)
     for each in (net.config, net.generation_config) if eos_id is not None else ():
         ends = each.eos_token_id
         if eos_id not in (ends if isinstance(ends, list) else [ends]):
             each.eos_token_id = eos_id
     return net
+
+
+def router_factor(net: nn.Module, key: str = "model.config") -> float:
+    """The factor of a mixture of experts' router loss, which keeps its experts in use; 0 for other nets.
+
+    Raises:
+        InputError: the net has a further loss of its own, which only its forward pass with labels would add.
+    """
+    if factor := getattr(net, "z_loss_coefficient", 0.0):
+        raise InputError(f"{key}.z_loss_coefficient {factor}: this loss is not added here; give 0")
+    return next((getattr(net, name) for name in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(net, name)), 0.0)
+
+
+def train_logits(
+    net: nn.Module, input_ids: Int64[Tensor, "batch time"], router: float
+) -> tuple[Float[Tensor, "batch time vocab"], Tensor | float]:
+    """Logits of the next token, and what training adds to their loss: the router loss of a mixture of experts.
+
+    It is transformers' own, of the micro-batch of each rank (Switch, https://arxiv.org/abs/2101.03961, eq. 4).
+
+    Args:
+        net: a causal language model of transformers.
+        input_ids: the tokens.
+        router: its :func:`router_factor`.
+
+    Raises:
+        InputError: the net gives no router loss.
+    """
+    if not router:
+        return net(input_ids=input_ids, use_cache=False).logits, 0.0
+    found = net(input_ids=input_ids, use_cache=False, output_router_logits=True)
+    if not isinstance(loss := getattr(found, "aux_loss", None), Tensor):
+        problem = f"the router loss, with factor {router}, cannot be had of this net, or under this strategy"
+        raise InputError(f"model.config: {problem}; set its coefficient to 0")
+    return found.logits, router * loss
 
 
 def freeze_blocks(net: PreTrainedModel, count: int) -> list[nn.Module]:
@@ -227,6 +292,11 @@ class CausalLM(nn.Module):
     def __init__(self, num_classes: int, config: PretrainedConfig):
         super().__init__()
         self.model = causal_lm(config, num_classes, key="model.net.config")
+        factor, name = router_factor(self.model, "model.net.config"), "router_aux_loss_coef"
+        if factor and factor != getattr(type(config)(), name, factor):
+            raise InputError(
+                f"model.net.config.{name} {factor}: this recipe adds no router loss; leave it out, or take lm"
+            )
 
     def forward(self, input_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time classes"]:
         """Logits of the next token at each position."""

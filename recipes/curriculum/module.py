@@ -10,7 +10,7 @@ from typing_extensions import override
 from common.data import data_ranks
 from common.losses import cross_entropy, text_scores, window_losses
 from common.module import BaseModule, Stage
-from common.nets import check_net, freeze_blocks, language_model
+from common.nets import check_net, freeze_blocks, language_model, router_factor, train_logits
 
 from .data import Batch
 from .lessons import Lesson, Pacing
@@ -56,6 +56,7 @@ class CurriculumModule(BaseModule):
     def build_net(self) -> nn.Module:
         net = language_model(self.config, self.weights, self.vocab_size, self.context)
         self.frozen = freeze_blocks(net, self.frozen_blocks)
+        self.router = router_factor(net)
         return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
@@ -79,11 +80,15 @@ class CurriculumModule(BaseModule):
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train" and self.self_paced and (share := self.self_paced(self.data.tokens_seen)) < 1:
-            each = self.window_losses(batch)
+            logits, further = train_logits(self.net, batch.input_ids, self.router)
+            total, count = window_losses(logits, batch.target)
+            each = total / count
             easy = each.detach() <= each.detach().quantile(share)  # the same number in each micro-batch, up to ties
-            return (each * easy).sum() / easy.sum(), easy.sum()
+            return (each * easy).sum() / easy.sum() + further, easy.sum()
         if stage == "train":
-            return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
+            logits, further = train_logits(self.net, batch.input_ids, self.router)
+            loss = cross_entropy(logits.flatten(0, 1), batch.target.flatten()) + further
+            return loss, (batch.target != -100).sum()
         target = batch.target.masked_fill(~batch.mask[:, None], -100)
         total, count = window_losses(self(batch), target)
         self.note_losses((total / count)[batch.mask])

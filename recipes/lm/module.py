@@ -14,10 +14,11 @@ from common.data import global_seed, seed_draws, step_seed
 from common.errors import InputError
 from common.losses import cross_entropy, text_scores, window_losses
 from common.module import BaseModule, Stage
-from common.nets import check_net, freeze_blocks, language_model
+from common.nets import check_net, freeze_blocks, language_model, router_factor, train_logits
 from common.parts import gathered
 
 from .data import Batch, PromptBatch, PromptDataset
+from .flops import training_flops
 
 
 class LMModule(BaseModule):
@@ -32,11 +33,15 @@ class LMModule(BaseModule):
         weights: folder or hub name of a causal language model of transformers to train further; None for a new one.
         frozen_blocks: how many of its first blocks stay as they are, and with them the embeddings.
         sample_tokens: length of the sample after each validation; 0 for none.
-        temperature: of the samples; 0 takes the most likely token.
+        temperature: of the samples; 0 takes the most likely token, 1 is the net's own distribution.
+        top_k: draw samples of the so many most likely tokens; None for all.
+        top_p: draw them of the most likely tokens that have this share of the probability together; None for all.
         kwargs: of :class:`common.module.BaseModule`.
     """
 
     unit = "tokens"
+    router = 0.0  # factor of the router loss
+    flops: float | None = None  # of a token
 
     def __init__(
         self,
@@ -48,6 +53,8 @@ class LMModule(BaseModule):
         frozen_blocks: int = 0,
         sample_tokens: int = 200,
         temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -58,12 +65,17 @@ class LMModule(BaseModule):
         for name, value in (("sample_tokens", sample_tokens), ("temperature", temperature)):
             if value < 0:
                 raise InputError(f"model.{name} {value} is negative; it must be 0 or more")
-        self.sample_tokens, self.temperature = sample_tokens, temperature
+        if top_k is not None and top_k < 1:
+            raise InputError(f"model.top_k {top_k} must be 1 or more; give null for all tokens")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise InputError(f"model.top_p {top_p} must be above 0 and at most 1; give null for all tokens")
+        self.sample_tokens, self.temperature, self.top_k, self.top_p = sample_tokens, temperature, top_k, top_p
 
     @override
     def build_net(self) -> nn.Module:
         net = language_model(self.config, self.weights, self.vocab_size, self.context, self.eos_id)
         self.frozen = freeze_blocks(net, self.frozen_blocks)
+        self.router, self.flops = router_factor(net), training_flops(net, self.context)
         return net
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch time vocab"]:
@@ -73,7 +85,9 @@ class LMModule(BaseModule):
     @override
     def shared_step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         if stage == "train":
-            return cross_entropy(self(batch).flatten(0, 1), batch.target.flatten()), (batch.target != -100).sum()
+            logits, further = train_logits(self.net, batch.input_ids, self.router)
+            loss = cross_entropy(logits.flatten(0, 1), batch.target.flatten()) + further
+            return loss, (batch.target != -100).sum()
         target = batch.target.masked_fill(~batch.mask[:, None], -100)
         total, count = window_losses(self(batch), target)
         self.note_losses((total / count)[batch.mask])
@@ -91,7 +105,12 @@ class LMModule(BaseModule):
     def generate(self, prompt: Tensor) -> list[int]:
         """Continue a prompt (1, time) by up to ``sample_tokens``; past ``context`` it sees the last half of one."""
         net, ids, end = self.net.eval(), prompt[0].tolist(), prompt.shape[1] + self.sample_tokens
-        options = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
+        options: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            # Else a net's generation config, or transformers' 50 likeliest tokens, would decide.
+            options = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k or 0}
+            options |= {"top_p": self.top_p or 1.0, "min_p": None, "typical_p": 1.0}
+        options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         options |= {"pad_token_id": self.eos_id, "synced_gpus": bool(self._trainer) and self.trainer.world_size > 1}
         # With sharded weights, all ranks must call the net equally often.
         while self._any_rank(len(ids) < end):
@@ -104,6 +123,16 @@ class LMModule(BaseModule):
             end = len(ids) if ids[-1] == self.eos_id else end
         self.train(self.training)
         return ids
+
+    @property
+    def generates(self) -> bool:
+        """Whether the net can continue a prompt."""
+        return hasattr(self.net, "generate") and getattr(self.net, "can_generate", lambda: True)()
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.sample_tokens and not self.generates and self.trainer.is_global_zero:
+            print("model.sample_tokens: the net has no generate, so validations write no sample", flush=True)
 
     def _any_rank(self, decision: bool) -> bool:
         return self.trainer.strategy.reduce_boolean_decision(decision, all=False) if self._trainer else decision
@@ -124,6 +153,8 @@ class LMModule(BaseModule):
 
     @override
     def predict_step(self, batch: PromptBatch) -> dict[str, list[Any]]:
+        if not self.generates:
+            raise InputError("model.config: this net has no generate, so it cannot continue a prompt; take another")
         # A text depends on its place among the prompts, not on the rank that draws it.
         seed_draws(step_seed(global_seed(), int(batch.index)), self.device)
         both = batch.input_ids[0].tolist(), self.generate(batch.input_ids)
@@ -133,14 +164,14 @@ class LMModule(BaseModule):
 
     @override
     def media(self, stage: str) -> dict[str, Any]:
+        if not (self.sample_tokens and self.generates):
+            return {}
         prompt = torch.from_numpy(self.data.corpus.val[:8].astype("int64"))[None]
-        return {"samples": self.data.tokenizer.decode(self.generate(prompt))} if self.sample_tokens else {}
+        return {"samples": self.data.tokenizer.decode(self.generate(prompt))}
 
     @override
-    def flops_per_item(self) -> float:
-        """Forward and backward operations per token (PaLM, appendix B, https://arxiv.org/abs/2204.02311)."""
-        config: Any = self.net.config
-        return 6 * self.num_params + 12 * config.num_hidden_layers * config.hidden_size * self.context
+    def flops_per_item(self) -> float | None:
+        return self.flops
 
     @override
     def num_items(self, batch: Batch) -> int:
