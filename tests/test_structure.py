@@ -175,7 +175,8 @@ PRIVATE = """
   _get_train_description _init_deepspeed_distributed _init_optimizers _init_weights _is_training_done _last_lr
   _launcher _no_weight_decay _non_persistent_buffers_set _opt_called _optimizer _parse_ckpt_path
   _prepare_subcommand_parser _pytree _restarting _run_subcommand _set_pg_timeout _setup_model _should_check_val_fx
-  _signal_connector _step_supports_amp_scaling _stop_progress _subclasses _timeout _trainer _typehints _utils _wandb_init _wrap_closure
+  _signal_connector _step_supports_amp_scaling _stop_progress _subclasses _timeout _trainer _typehints _utils
+  _wandb_init _wrap_closure
 """
 
 
