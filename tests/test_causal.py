@@ -1,12 +1,15 @@
 """Nets of transformers that a config names: causal or refused, their router loss, samples and operations."""
 
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import InputError
@@ -95,8 +98,12 @@ def test_the_command_line_refuses_before_the_first_step(
 
 
 def test_numbers_that_a_config_wants_are_given() -> None:
-    net = causal_lm(transformers.ModernBertDecoderConfig(**SIZES, intermediate_size=32), 60, 0)
-    assert all(part.padding_idx is None for part in net.modules() if isinstance(part, torch.nn.Embedding))
+    config = transformers.ModernBertDecoderConfig(**SIZES, intermediate_size=32)
+    for _ in range(2):  # preflight builds twice
+        net = causal_lm(config, 60, 0)
+        assert all(part.padding_idx is None for part in net.modules() if isinstance(part, torch.nn.Embedding))
+    config = transformers.RobertaConfig(**SIZES, intermediate_size=32, is_decoder=True)
+    assert [causal_lm(config, 60, 0).config.pad_token_id for _ in range(2)] == [-1, -1]
 
 
 def test_the_router_loss_is_transformers() -> None:
@@ -199,3 +206,110 @@ def test_mamba_trains_under_fsdp2(work: Path, small_text: Path, no_report: None)
     ]
     assert run_ranks(main_of("lm"), [*args, *layer], folder=work / "ranks") == [0, 0], logs(work / "ranks")
     assert math.isfinite(read_metrics(work / "runs/lm/default/metrics.csv", "val/loss")[-1])
+
+
+# Small values of the sizes that configs have; a class takes those that it knows.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys((
+        "hidden_size", "intermediate_size", "d_model", "decoder_ffn_dim", "encoder_ffn_dim", "n_embd", "n_inner", "dff",
+        "d_inner", "embedding_size", "dim_ff", "emb_dim", "ffn_dim", "lru_width", "attention_hidden_size",
+    ), 32),
+    **dict.fromkeys((
+        "num_hidden_layers", "decoder_layers", "encoder_layers", "n_layer", "n_layers", "num_layers",
+        "num_key_value_heads", "num_experts_per_tok", "moe_topk", "index_n_heads", "linear_num_key_heads",
+    ), 2),
+    **dict.fromkeys((
+        "num_attention_heads", "decoder_attention_heads", "encoder_attention_heads", "n_head", "n_heads", "num_heads",
+        "num_experts", "n_routed_experts", "num_local_experts", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim",
+        "linear_num_value_heads", "mamba_n_heads",
+    ), 4),
+    **dict.fromkeys((
+        "head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim", "mamba_d_state", "state_size", "linear_key_head_dim",
+        "linear_value_head_dim", "index_head_dim", "dim_head", "d_head", "attn_head_dim", "hidden_size_per_layer_input",
+        "index_topk",
+    ), 8),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mamba_d_head"), 16),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "vocab_size_per_layer_input"), 64),
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {  # what a class checks of its sizes
+    "AXK2Config": {"head_dim": 4},
+    "DeepseekV32Config": {"head_dim": 4},
+    "Dots3NoteConfig": {"num_key_value_heads": 4},
+    "Dots3NoteTextConfig": {"num_key_value_heads": 4},
+    "FalconH1Config": {"mamba_d_ssm": 64},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Gemma4AssistantConfig": {"hidden_size_per_layer_input": 0},
+    "GlmMoeDsaConfig": {"head_dim": 4},
+    "LongcatFlashConfig": {"head_dim": 4},
+    "Mamba2Config": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "ZambaConfig": {"num_hidden_layers": 3},
+    "Zamba2Config": {"num_hidden_layers": 54},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+}
+# Without an option to make them causal, or by their default.
+NOT_CAUSAL = {
+    "BertConfig", "BertGenerationConfig", "BigBirdConfig", "CamembertConfig", "CpmAntConfig", "Data2VecTextConfig",
+    "ElectraConfig", "ErnieConfig", "MegatronBertConfig", "RemBertConfig", "RoCBertConfig", "RoFormerConfig",
+    "RobertaConfig", "RobertaPreLayerNormConfig", "XLMRobertaConfig", "XLMRobertaXLConfig", "XLNetConfig",
+}  # fmt: skip
+CAUSAL = sorted({config.__name__ for config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING})
+OTHERS = {
+    config.__name__
+    for kinds in (transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    for config in kinds
+}
+
+
+def small_config(kind: str) -> Any:
+    made = getattr(transformers, kind)
+    sizes = {**SMALL, **OWN.get(kind, {})}
+    known = {name: value for name, value in sizes.items() if name in inspect.signature(made).parameters}
+    part = (getattr(made, "sub_configs", None) or {}).get("text_config")
+    if part not in (None, transformers.AutoConfig):
+        known["text_config"] = {
+            name: value for name, value in sizes.items() if name in inspect.signature(part).parameters
+        }
+    return made(**known)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_every_net_that_a_config_names_is_causal_or_refused(
+    kind: str, record_property: Callable[[str, Any], None]
+) -> None:
+    try:
+        config = small_config(kind)
+    except (ValueError, StrictDataclassError) as error:  # the parser says so
+        pytest.skip(f"{kind}: {error}")
+    line, net = "", None
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in causal_lm(config, 60, 0).parameters())
+        if size > 30_000_000:
+            pytest.skip(f"{kind}: {size:,} parameters of parts that are not the text's")
+        net = causal_lm(config, 60, 0).train()
+    except InputError as error:
+        line = str(error)
+    assert ("sees the tokens" in line) is (kind in NOT_CAUSAL), line
+    if net is None:
+        record_property("summary", line)
+        assert len(line) <= 240
+        assert "\n" not in line
+        return
+    ids = torch.randint(60, (1, 20))
+    logits = net(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0], ids[0]).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    other = ids.clone()
+    other[0, 12] = (ids[0, 12] + 1) % 60
+    with torch.no_grad():
+        ours, theirs = (net.eval()(input_ids=each, use_cache=False).logits[0, :12] for each in (ids, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", sorted(OTHERS - {*CAUSAL}))
+def test_other_language_models_are_refused(kind: str) -> None:
+    with pytest.raises(InputError, match="makes no language model"):
+        causal_lm(getattr(transformers, kind)(), 60, 0)

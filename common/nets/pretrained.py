@@ -174,13 +174,12 @@ def check_causal(net: PreTrainedModel, key: str, context: int = CHECKED) -> None
     Raises:
         InputError: one does, or the net does not give logits of tokens alone.
     """
-    first = next(net.parameters())
-    if first.is_meta or isinstance(first, FakeTensor):
+    if any(p.is_meta or isinstance(p, FakeTensor) for p in net.parameters()):
         return
     name, length = type(net).__name__, min(context, CHECKED)
     if not _future(net, length, f"{key}: {name}"):
         return
-    if first.dtype.itemsize < 4 and not _future(copy.deepcopy(net).float(), length, f"{key}: {name}"):
+    if net.dtype.itemsize < 4 and not _future(copy.deepcopy(net).float(), length, f"{key}: {name}"):
         return  # 16 bits had rounded
     has_switch = getattr(net.config, "is_decoder", None) is False
     fix = "set its is_decoder to true" if has_switch else "take a causal net, such as transformers.LlamaConfig"

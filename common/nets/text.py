@@ -18,6 +18,8 @@ from common.errors import InputError
 from common.nets.pretrained import check_causal, check_context, load
 from common.parts import blocks
 
+NO_TOKEN = -1  # for a net that wants the number of a padding token
+
 
 class PretrainedEncoder(nn.Module):
     """A pretrained text encoder, the mean of its token vectors, and a new linear head.
@@ -142,7 +144,7 @@ def causal_lm(
         net = AutoModelForCausalLM.from_config(config)  # SDPA attention wherever the net has it
         others = [part for part in net.modules() if not isinstance(part, nn.Embedding | PreTrainedModel)]
         if any(getattr(part, "padding_idx", 0) is None for part in others):  # RoBERTa counts positions from it
-            config.pad_token_id = -1
+            config.pad_token_id = NO_TOKEN
             net = AutoModelForCausalLM.from_config(config)
     except InputError:
         raise
@@ -163,7 +165,7 @@ def _give_tokens(config: PretrainedConfig, vocab_size: int, eos_id: int | None, 
     text, default = (each.get_text_config(decoder=True) for each in (config, type(config)()))
     for name, value in tokens.items():
         given = getattr(text, name, None)
-        if given not in (value, getattr(default, name, None)):
+        if given not in (value, getattr(default, name, None), eos_id or 0, NO_TOKEN):  # or from here, an earlier time
             raise InputError(f"{key}.{name} {given}: the data's tokenizer says {value}; leave {name} out")
         for each in (config, text):
             try:
