@@ -79,6 +79,8 @@ def test_pixels_are_those_of_each_file(mixed: Path, mode: Any, size: Any) -> Non
     assert torch.equal(unlabelled(pictures, facts)[range(6)].inputs["pixel_values"], found)
     deep = Image.fromarray(np.full((9, 12), 40_000, np.uint16))
     assert unlabelled([pictures[0], deep], facts)[[1]].inputs["pixel_values"].unique() == np.float32(156) / 255
+    known = facts | {"decoding": {"levels": [39_950.0, 40_050.0]}}
+    assert unlabelled([pictures[0], deep], known)[[1]].inputs["pixel_values"].unique() == np.float32(128) / 255
     with pytest.raises(InputError, match="32 bits is not known; save 16 bits"):
         unlabelled([pictures[0], Image.fromarray(np.full((9, 12), 40_000, np.int32))], facts)
     with pytest.raises(InputError, match="and in training 0 to 1; scale them alike"):
@@ -166,24 +168,52 @@ def test_transparency_lies_over_white(kind: str) -> None:
 
 
 def test_images_of_more_than_8_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Their format's range becomes that of 8 bits; a range that is not known is refused."""
+    """The least value of all is black and the greatest white, or those that are given."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    values = np.array([[0, 257], [25_700, 65_535]])
+    values = np.array([[1000, 1257], [26_700, 66_535]]) - 1000
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a/0.png")
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a/1.tif", tiffinfo={274: 3})  # upside down
     Image.fromarray(values.astype(">u2")).save(tmp_path / "b/2.tif")
-    Image.fromarray((values / 65_535).astype(np.float32)).save(tmp_path / "b/3.tif")
+    Image.fromarray((65_535 - values).astype(np.uint16)).save(tmp_path / "b/3.tif", tiffinfo={262: 0})  # white is 0
     images = ImageTable(str(tmp_path)).read().inputs["pixel_values"]
     wanted = torch.tensor([[0, 1], [100, 255]]) / 255
     assert images.mode == "L"
+    assert images.levels == [0, 65_535]
     assert torch.equal(everything(images)[:, 0], torch.stack([wanted, wanted.flip(0, 1), wanted, wanted]))
-    said = "data.source: 4 of 4 images have more than 8 bits; their format's range becomes that of 8 bits"
+    said = (
+        "data.source: 4 of 4 images have more than 8 bits; 0 is black and 65535 is white; data.source.levels changes it"
+    )
     assert said in capfd.readouterr().out.splitlines()
-    for wrong, problem in ((values.astype(np.int32), "range of 32 bits"), (values.astype(np.float32), "leave 0 to 1")):
-        Image.fromarray(wrong).save(tmp_path / "a/1.tif")
-        with pytest.raises(InputError, match=rf"a/1.tif is no image that can be read .*{problem}"):
-            everything(ImageTable(str(tmp_path)).read().inputs["pixel_values"])
+    for kind in (np.float32, np.int32):
+        for path in tmp_path.glob("*/*"):
+            path.unlink()
+        Image.fromarray((values - 1_000_000).astype(kind)).save(tmp_path / "a/0.tif")
+        Image.fromarray((values - 1_000_000).astype(kind)).save(tmp_path / "b/1.tif")
+        images = ImageTable(str(tmp_path)).read().inputs["pixel_values"]
+        assert images.levels == ([-1_000_000, 65_535 - 1_000_000])
+        assert torch.equal(everything(images)[:, 0], torch.stack([wanted, wanted]))
+        images = ImageTable(str(tmp_path), levels=[-1_000_000.0, -999_743.0]).read().inputs["pixel_values"]
+        assert everything(images)[0].flatten().tolist() == [0, 1, 1, 1]
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "a/2.tif")
+    with pytest.raises(InputError, match="1 images hold fractions, and 2 whole numbers of more than 8 bits; save"):
+        ImageTable(str(tmp_path)).read()
+
+
+def test_an_earlier_versions_run_on_images_that_it_saw_otherwise_is_refused(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(work / "images")
+    main = main_of("classification")
+    main(fit(steps=1))
+    path = work / "runs/classification/default/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["facts"].pop("decoding") == {"version": 2, "levels": None}
+    torch.save(checkpoint, path)
+    main(["test", "--ckpt_path", str(path), "--trainer.limit_test_batches", "1"])
+    noise(5, 8, 8, 2).convert("LA").save(work / "images/ape/30.png")
+    line = refusal(["test", "--ckpt_path", str(path), "--trainer.limit_test_batches", "1"], capfd)
+    assert "1 images are transparent, of more than 8 bits or have a profile, and an earlier version" in line
 
 
 def test_equal_files_have_equal_keys(tmp_path: Path) -> None:
@@ -289,8 +319,9 @@ def test_a_damaged_image_is_one_line(workers: str, work: Path, capfd: pytest.Cap
     order = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(step_seed(1, 0)))
     sixth = int(data.train_data.positions[order[20]])  # read in the sixth step
     where = data.samples.labelled.inputs["pixel_values"].table[sixth]["image"]["path"]
-    content = Path(where).read_bytes()
-    Path(where).write_bytes(content[:-30])
+    content, cut = Path(where).read_bytes(), io.BytesIO()
+    Image.open(where).save(cut, "JPEG")
+    Path(where).write_bytes(cut.getvalue()[:-30])
     args = fit("--data.num_workers", workers, "--trainer.limit_val_batches", "0", steps=20)
     line = refusal(args, capfd)
     assert f"data.source.image: 'image': {where[-59:]} is no image that can be read (OSError" in line

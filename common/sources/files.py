@@ -144,6 +144,8 @@ class ImageTable(Source):
         size: height and width that images are resized to, in pixels: one number or two. Other proportions are
             stretched. None for the images' own size, if it is one.
         mode: Pillow mode: ``L`` for grey, ``RGB`` for colour; None for ``RGB`` if an image has colour, else ``L``.
+        levels: of images of more than 8 bits, the values that are black and white, such as [0, 65535]; None for the
+            least and the greatest value of all images, or those of the checkpoint.
         split: name of a column that says the part of each sample: train, val or test, as sub-folders of these names do.
         group: name of a column whose equal values stay together in a split, such as a patient or a scene.
         separator: what stands between several labels in a cell of text, as in CSV files; None if a cell is one label.
@@ -159,12 +161,15 @@ class ImageTable(Source):
         split: str | None = None,
         group: str | None = None,
         separator: str | None = None,
+        levels: list[float] | None = None,
     ):
+        if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
+            raise InputError(f"data.source.levels {levels}: give two values, black and a greater one for white")
         both = [size, size] if isinstance(size, int) else size
         if both is not None and (len(both) != 2 or min(both) < 1):
             raise InputError(f"data.source.size must be a number of at least 1, or [height, width], got {size}")
         self.path, self.image, self.label, self.size, self.mode = path, image, label, both, mode
-        self.split, self.group, self.separator = split, group, separator
+        self.split, self.group, self.separator, self.levels = split, group, separator, levels
         self.codes = [*_names(label), *_names(group)]
         refuse_both(split, group)
 
@@ -174,11 +179,14 @@ class ImageTable(Source):
         parts, num_val, num_test = load_splits(self.path, "imagefolder", self.split, codes=self.codes)
         for part in parts:
             column(part, self.image, "data.source.image")
+        if Path(self.path).expanduser().is_dir() and self.label == "label" and parts[0].column_names == [self.image]:
+            fix = "put those of each class into a folder of its name, or give data.source.label null to predict them"
+            raise InputError(f"data.source.path {self.path}: its images lie in no folders of classes; {fix}")
         target, names, labels = _labels(parts, self.label, self.separator)
         groups = groups_of(parts, self.group)
         try:
             table = datasets.concatenate_datasets([part.select_columns([self.image]) for part in parts])
-            images = Images(table, self.image, self.size, self.mode)
+            images = Images(table, self.image, self.size, self.mode, self.levels)
         except (TypeError, NotImplementedError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
             raise InputError(f"data.source.image {self.image!r}: holds no images ({reason})") from error
@@ -188,6 +196,7 @@ class ImageTable(Source):
         if "pixel_values" in facts["shapes"]:
             channels, *size = facts["shapes"]["pixel_values"]
             self.size = self.size or size
+            self.levels = self.levels or facts.get("decoding", {}).get("levels")
             self.mode = self.mode or next((mode for mode, number in CHANNELS.items() if number == channels), None)
         self.codes = self.codes if are_codes(facts["class_names"]) else _names(self.group)
 

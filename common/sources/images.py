@@ -16,29 +16,30 @@ from typing import Any, NamedTuple
 import fsspec
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
-from PIL import Image, ImageOps
+from jaxtyping import Float32, Float64, Int64
+from PIL import Image
 from torch import Tensor
 
 from common.cache import CACHE
 from common.errors import InputError, short_path
+from common.sources.pixels import Levels, decode, look
 
-GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
-DEEP = "IF"  # how the names of modes of 16 bits or more begin; they have no colour
-GREY_KIND, COLOUR_KIND, DEEP_KIND = range(3)
 CHANNELS = {"L": 1, "RGB": 3}
-TURNED = (5, 6, 7, 8)  # orientations of EXIF that swap height and width
-FORMAT = 1  # of what is kept of files; raise it when the same file would be seen otherwise
+COLOUR, DEEP, FRACTIONS, SPECIAL = 1, 2, 4, 8  # what an image is, added up
+FORMAT = 2  # of what is kept of files; raise it when the same file would be seen otherwise
+PHONE_ENDINGS = (".heic", ".heif")
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")  # beside hidden ones
 CHUNK = 256  # images that one thread looks at
 SETTLED = 2_000_000_000  # nanoseconds after which a file that changes again has another time
 
 
 class Seen(NamedTuple):
-    """What is known of each image without decoding it: a hash of its bytes, its height and width, and its kind."""
+    """What is known of each image before it is asked for: a hash of its bytes, and what :class:`Look` says."""
 
     keys: Int64[Tensor, " images"]
     sizes: Int64[Tensor, "images 2"]
-    kinds: Int64[Tensor, " images"]  # GREY_KIND, COLOUR_KIND or DEEP_KIND
+    kinds: Int64[Tensor, " images"]
+    levels: Float64[Tensor, "images 2"]  # least and greatest value of deep ones
 
 
 class Images:
@@ -53,8 +54,12 @@ class Images:
         column: its column of images, file names or bytes.
         size: height and width that images are resized to, in pixels; None for their own.
         mode: Pillow mode, ``L`` or ``RGB``; None for ``RGB`` if an image has colour, else ``L``.
+        levels: of images of more than 8 bits, the values that are black and white; None for the least and the greatest
+            of all.
 
     Attributes:
+        levels: those; None if no image has more than 8 bits.
+        num_special: how many images earlier versions gave other pixels.
         keys: a hash of each image's bytes; equal files have equal ones.
         shape: of all decoded images: (images, channels, height, width).
         decodes: tells a loader that reading is work for its workers.
@@ -66,14 +71,22 @@ class Images:
     decodes = True
     range = 0.0, 1.0
 
-    def __init__(self, table: Any, column: str, size: Sequence[int] | None = None, mode: str | None = None):
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        size: Sequence[int] | None = None,
+        mode: str | None = None,
+        levels: Levels | None = None,
+    ):
         import datasets
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         self.column = column
         self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.keys, sizes, kinds = self._look()
-        colour, deep = int((kinds == COLOUR_KIND).sum()), int((kinds == DEEP_KIND).sum())
+        self.keys, sizes, kinds, values = self._look()
+        colour, is_deep = int((kinds & COLOUR).bool().sum()), (kinds & DEEP).bool()
+        self.num_special = int((kinds & SPECIAL).bool().sum())
         own = sizes.unique(dim=0)
         if size is None and len(own) > 1:
             few, many = ("x".join(map(str, each)) for each in (own[0].tolist(), own[-1].tolist()))
@@ -86,9 +99,21 @@ class Images:
             shape = "{}x{}".format(*self.size)
             said = f"{len(self):,} images, read as {self.mode} ({because}) at {shape} pixels (height x width)"
             print(f"data.source: {said}; data.source.mode and size change it", flush=True)
-        if deep and not rank_zero_only.rank:
-            told = "have more than 8 bits; their format's range becomes that of 8 bits"
-            print(f"data.source: {deep:,} of {len(self):,} images {told}", flush=True)
+        self.levels: list[float] | None = None
+        if deep := int(is_deep.sum()):
+            fractions = int((kinds & FRACTIONS).bool().sum())
+            if 0 < fractions < deep and not levels:
+                problem = (
+                    f"{fractions:,} images hold fractions, and {deep - fractions:,} whole numbers of more than 8 bits"
+                )
+                raise InputError(f"data.source: {problem}; save them alike, or give data.source.levels")
+            self.levels = list(levels or (values[is_deep, 0].min().item(), values[is_deep, 1].max().item()))
+            if not (levels or rank_zero_only.rank):
+                black, white = self.levels
+                told = (
+                    f"have more than 8 bits; {black:g} is black and {white:g} is white; data.source.levels changes it"
+                )
+                print(f"data.source: {deep:,} of {len(self):,} images {told}", flush=True)
 
     @property
     def shape(self) -> torch.Size:  # noqa: D102
@@ -105,12 +130,12 @@ class Images:
     def _decode(self, row: Any, number: int) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(_content(row))) as picture:
-                return decode(picture, self.mode, self.size)
+                return decode(picture, self.mode, self.size, self.levels)
         except Exception as error:  # damaged bytes make a reader raise nearly anything
             raise self._mistake(row, number, error) from error
 
     def _look(self) -> Seen:
-        """Look at each image without decoding it."""
+        """Look at each image; those of 8 bits are not decoded."""
         starts, began = range(0, len(self), CHUNK), time.time_ns()
         # Lists of files in one folder share what is kept, so that one more image changes no name.
         ends = [os.path.abspath((self.table[place][self.column] or {}).get("path") or "") for place in (0, -1)]
@@ -124,10 +149,13 @@ class Images:
         now = now[np.argsort(now[:, 0], kind="stable")]
         if len(local) and not np.array_equal(now, known):
             _keep(kept, now)
-        return Seen(*(torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7)))
+        keys, sizes, kinds, values = (
+            torch.from_numpy(seen[:, part].copy()) for part in (4, slice(5, 7), 7, slice(8, 10))
+        )
+        return Seen(keys, sizes, kinds, values.view(torch.float64))
 
     def _look_at(self, start: int, known: np.ndarray) -> np.ndarray:
-        """Stamp, hash, height, width and kind of each image of a chunk. Known files are not read."""
+        """Stamp, hash, height, width, kind and values of each image of a chunk. Known files are not read."""
         rows = self.table[start : start + CHUNK][self.column]
         stamps = np.array([_stamp(row) for row in rows])
         places = np.searchsorted(known[:, 0], stamps[:, 0]).clip(max=len(known) - 1)
@@ -137,18 +165,17 @@ class Images:
             seen[number, 4:] = self._look_into(rows[number], start + number)
         return seen
 
-    def _look_into(self, row: Any, number: int) -> tuple[int, int, int, int]:
-        """Hash, height, width and kind of an image."""
+    def _look_into(self, row: Any, number: int) -> tuple[int, ...]:
+        """Hash, height, width, kind, and the bits of the least and the greatest value."""
         try:
             content = _content(row)
-            with Image.open(io.BytesIO(content)) as image:
-                turned = "exif" in image.info and image.getexif().get(Image.ExifTags.Base.Orientation) in TURNED
-                height, width = image.size if turned else image.size[::-1]
-                mode = image.mode
+            found = look(content)
         except Exception as error:
             raise self._mistake(row, number, error) from error
-        kind = DEEP_KIND if mode[0] in DEEP else GREY_KIND if mode in GREY else COLOUR_KIND
-        return int.from_bytes(_hash(content), sys.byteorder, signed=True), height, width, kind
+        kinds = {COLOUR: found.has_colour, DEEP: found.is_deep, FRACTIONS: found.is_fractions}
+        kind = sum(number * yes for number, yes in kinds.items()) + SPECIAL * found.is_special
+        values = np.array([found.low, found.high]).view(np.int64).tolist()
+        return int.from_bytes(_hash(content), sys.byteorder, signed=True), found.height, found.width, kind, *values
 
     def _mistake(self, row: Any, number: int, error: Exception) -> InputError:
         if row is None or (row["bytes"] is None and row["path"] is None):
@@ -174,13 +201,13 @@ def _stamp(row: Any) -> tuple[int, int, int, int]:
 
 def _known(kept: Path) -> np.ndarray:
     """What an earlier start has kept, in the order of the first column; a row of zeros where there is nothing."""
-    nothing = np.zeros((1, 8), np.int64)
+    nothing = np.zeros((1, 10), np.int64)
     try:
         with kept.expanduser().open("rb") as content, np.load(content, allow_pickle=False) as file:
             known = file["seen"]
     except Exception:  # damaged bytes make a reader raise nearly anything
         return nothing
-    return known if known.dtype == np.int64 and known.ndim == 2 and known.shape[1] == 8 and len(known) else nothing
+    return known if known.dtype == np.int64 and known.ndim == 2 and known.shape[1] == 10 and len(known) else nothing
 
 
 def _keep(kept: Path, seen: np.ndarray) -> None:
@@ -198,45 +225,6 @@ def _keep(kept: Path, seen: np.ndarray) -> None:
             os.replace(part, kept)
         finally:
             part.unlink(missing_ok=True)
-
-
-def decode(picture: Image.Image, mode: str, size: Sequence[int]) -> np.ndarray:
-    """Bytes (height, width, channels) of a picture, turned as its camera says, in a mode and resized to a size.
-
-    What is transparent lies over white.
-
-    Raises:
-        ValueError: its values have no known range.
-        OSError: it is damaged.
-    """
-    height, width = size
-    is_png = picture.format == "PNG"
-    if picture.getexif().get(Image.ExifTags.Base.Orientation) is not None:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in DEEP:
-        picture = _to_8_bits(picture, is_png)
-    if picture.has_transparency_data:  # which a viewer shows over white; below it are colours that nobody sees
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert(mode).resize((width, height))).reshape(height, width, -1)
-
-
-def _to_8_bits(picture: Image.Image, is_png: bool) -> Image.Image:
-    """A grey picture of 16 bits, or of fractions from 0 to 1, as one of 8 bits: Pillow would cut values off.
-
-    Raises:
-        ValueError: its values have no known range.
-    """
-    values = np.asarray(picture)
-    if picture.mode[0] == "F":
-        most = 1.0
-    elif picture.mode != "I" or is_png:  # which has at most 16 bits
-        most = 65535.0
-    else:
-        raise ValueError("its range of 32 bits is not known; save 16 bits")
-    if not (values.min() >= 0 and values.max() <= most):
-        raise ValueError(f"its values leave 0 to {most:g}; save 16 bits")
-    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
 
 
 def to_tensor(pixels: Sequence[np.ndarray]) -> Float32[Tensor, "pictures channels height width"]:
@@ -260,47 +248,71 @@ def name_of(row: Any, number: int) -> str:
 
 
 def list_images(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
-    """The data sets that the builder ``imagefolder`` of ``datasets`` makes of a folder, in a fiftieth of its time.
+    """Data sets of the images in a folder. The folder at the top is the class, at whatever depth an image lies.
 
     Args:
         folder: the folder.
         parts: patterns of the files of each split: ``**``, or the name of a sub-folder and ``/**``.
 
     Returns:
-        Data sets by split; None where the folder has more than files of images: columns of its own, or archives.
+        Data sets by split; None where the folder has columns of its own, or archives, which ``datasets`` reads.
 
     Raises:
+        InputError: images lie beside folders of classes, or need a package.
         OSError: a folder cannot be read.
     """
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}  # by part and file, its class
+    left_out = []
     for part, patterns in parts.items():
         for pattern in patterns:
-            for file in sorted(_files(folder / pattern.removesuffix("**"))):
+            top = folder / pattern.removesuffix("**")
+            for file in sorted(_files(top)):
                 ending = os.path.splitext(file)[1].lower()
                 if ending == ".zip" or os.path.basename(file) in ImageFolder.METADATA_FILENAMES:
                     return None
-                if ending in ImageFolder.EXTENSIONS:
-                    found.setdefault(part, []).append(file)
-    images = [file for files in found.values() for file in files]
+                if ending in ImageFolder.EXTENSIONS or (ending in PHONE_ENDINGS and _read_phone_photos(file)):
+                    inside = os.path.relpath(file, top).split(os.sep)
+                    found.setdefault(part, {})[file] = inside[0] if len(inside) > 1 else ""
+                else:
+                    left_out.append(file)
+    images = {file: name for files in found.values() for file, name in files.items()}
     if not images:
         return None  # its message says so
-    names = sorted({*map(_folder, images)})
+    if left_out and not rank_zero_only.rank:
+        some = f"{len(left_out):,} of {len(left_out) + len(images):,} files are no images and are left out"
+        print(f"data.source.path: {some}, such as {short_path(left_out[0])}", flush=True)
+    names = sorted({*images.values()})
+    beside = [file for file, name in images.items() if not name]
+    if beside and len(names) > 1:
+        problem = f"{len(beside)} images lie beside the folders of classes, such as {short_path(beside[0])}"
+        raise InputError(f"data.source.path {short_path(folder)}: {problem}; move each into the folder of its class")
     numbers = {name: number for number, name in enumerate(names)}
-    has_labels = len(names) > 1 and len({file.count(os.sep) for file in images}) == 1
-    label = {"label": datasets.ClassLabel(names=names)} if has_labels else {}
+    label = {"label": datasets.ClassLabel(names=names)} if not beside else {}
     features = datasets.Features({"image": datasets.Image(), **label})
     splits = {}
     for part, files in found.items():
-        target = {"label": [numbers[_folder(file)] for file in files]}
-        splits[part] = datasets.Dataset.from_dict({"image": files, **(target if label else {})}, features=features)
+        target = {"label": [numbers[name] for name in files.values()]}
+        splits[part] = datasets.Dataset.from_dict({"image": [*files], **(target if label else {})}, features=features)
     return splits
 
 
-def _folder(file: str) -> str:
-    return os.path.basename(os.path.dirname(file))
+def _read_phone_photos(file: str) -> bool:
+    """Make Pillow read HEIC.
+
+    Raises:
+        InputError: the package for it is missing.
+    """
+    try:
+        import pillow_heif  # type: ignore[import-not-found]
+    except ImportError as error:
+        fix = "pip install pillow-heif, or save it as JPEG"
+        raise InputError(f"data.source.path: {short_path(file)} is HEIC, which Pillow cannot read; {fix}") from error
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -311,4 +323,4 @@ def _files(folder: Path) -> Iterator[str]:
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        yield from (os.path.join(place, name) for name in files if name[0] != ".")
+        yield from (os.path.join(place, name) for name in files if name[0] != "." and name not in SYSTEM_FILES)

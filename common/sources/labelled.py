@@ -20,6 +20,7 @@ from common.errors import InputError, nearest, speaking_of
 from common.sources import Labelled, Source
 from common.sources.files import Labels
 from common.sources.images import Images, name_of
+from common.sources.pixels import DECODING
 
 
 class LabelledBatch(NamedTuple):
@@ -496,7 +497,8 @@ class Samples:
         if data.labels not in self._takes:
             there = {"several": "several labels per sample", "words": "a label per word"}.get(data.labels, data.labels)
             raise InputError(f"data.source: has {there}, which this recipe does not take; recipes/classification does")
-        by_file = isinstance(data.inputs.get("pixel_values"), Images)
+        images = data.inputs.get("pixel_values")
+        by_file = isinstance(images, Images)
         inputs = keys_of(replace(data, groups=None))
         if known is None:
             self.facts |= {
@@ -517,6 +519,12 @@ class Samples:
                 raise InputError(f"data.source.label: {problem}; give the same kind")
             data = as_known(data, self.facts["class_names"], self._may_grow)
             self.facts["class_names"] = [*map(str, data.class_names)] or self.facts["class_names"]
+        if isinstance(images, Images):
+            if known is not None and images.num_special and self.facts.get("decoding", {}).get("version") != DECODING:
+                problem = f"{images.num_special:,} images are transparent, of more than 8 bits or have a profile"
+                seen = "and an earlier version, which made the checkpoint, gave them other pixels"
+                raise InputError(f"data.source: {problem}, {seen}; begin a new run")
+            self.facts["decoding"] = {"version": DECODING, "levels": images.levels}
         together = self.facts.setdefault("equal_together", known is not None or self._can_be_together(data, inputs))
         numbers = sample_numbers(data, inputs, together)
         alike = numbers["keys"] if together else torch.arange(len(inputs))

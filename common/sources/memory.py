@@ -10,8 +10,9 @@ from torch import Tensor
 
 from common.errors import InputError, speaking_of
 from common.sources.files import Labelled, made_again, tokenize
-from common.sources.images import CHANNELS, decode, to_tensor
+from common.sources.images import CHANNELS, to_tensor
 from common.sources.labelled import LabelledDataset
+from common.sources.pixels import Levels, decode
 
 MODES = {channels: mode for mode, channels in CHANNELS.items()}
 TEXTS = {"attention_mask", "input_ids"}
@@ -37,7 +38,11 @@ def unlabelled(samples: Any, facts: Mapping[str, Any]) -> LabelledDataset:
     if shapes.keys() == TEXTS:
         inputs = _texts(samples, facts["tokenizer"])
     elif "pixel_values" in shapes:
-        inputs = {"pixel_values": _images(samples, shapes["pixel_values"], facts["range"])}
+        inputs = {
+            "pixel_values": _images(
+                samples, shapes["pixel_values"], facts["range"], facts.get("decoding", {}).get("levels")
+            )
+        }
     else:
         takes = f"the net takes {', '.join(shapes)}" if shapes else "the checkpoint does not say what its net takes"
         raise InputError(f"samples: {takes}, neither images nor whole texts; predict by the command line")
@@ -52,7 +57,7 @@ def _texts(texts: Any, tokenizer: Mapping[str, Any]) -> dict[str, Tensor]:
         return tokenize(made_again(tokenizer), texts, tokenizer["model_max_length"])
 
 
-def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tensor:
+def _images(samples: Any, shape: Sequence[int], limits: Sequence[float], levels: Levels | None) -> Tensor:
     low, high = limits
     if isinstance(samples, Tensor | np.ndarray) and "uint8" not in str(samples.dtype):
         values = torch.as_tensor(samples).float().contiguous()
@@ -74,12 +79,12 @@ def _images(samples: Any, shape: Sequence[int], limits: Sequence[float]) -> Tens
     if isinstance(samples, Tensor | np.ndarray) and (samples.ndim < 3 or (samples.ndim == 3 and samples.shape[2] == 3)):
         raise InputError(f"samples: an array of the shape {tuple(samples.shape)} is one picture; give a list of them")
     pictures = [each if isinstance(each, Image.Image) else _picture(np.asarray(each)) for each in samples]
-    return to_tensor([_decoded(each, number, shape) for number, each in enumerate(pictures)])
+    return to_tensor([_decoded(each, number, shape, levels) for number, each in enumerate(pictures)])
 
 
-def _decoded(picture: Image.Image, number: int, shape: Sequence[int]) -> np.ndarray:
+def _decoded(picture: Image.Image, number: int, shape: Sequence[int], levels: Levels | None) -> np.ndarray:
     try:
-        return decode(picture, MODES[shape[0]], shape[1:])
+        return decode(picture, MODES[shape[0]], shape[1:], levels)
     except (ValueError, OSError) as error:
         raise InputError(f"samples: picture {number} {error}; give 8 bits per channel, in whole files") from error
 
