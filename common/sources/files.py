@@ -137,7 +137,7 @@ class ImageTable(Source):
     """Labelled images in Parquet files, an image folder or a hub data set; they are decoded batch by batch.
 
     Args:
-        path: a folder of images in one sub-folder per class, a Parquet file or glob, or a hub name.
+        path: a folder of images in one sub-folder per class, at any depth in it; a Parquet file or glob; or a hub name.
         image: name of the column of images, file names or bytes.
         label: name of the label column, whose cells may be lists; or a list of columns of 0 and 1, one per label; None
             for images without labels, to predict.

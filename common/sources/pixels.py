@@ -143,7 +143,7 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
             return picture
         mode = "RGBA" if picture.mode == "RGBA" else "RGB"
         found: Any = ImageCms.profileToProfile(picture, own, _screen(), outputMode=mode)
-    except ImageCms.PyCMSError:  # viewers leave out a profile that is damaged or of another kind
+    except (ImageCms.PyCMSError, OSError):  # viewers leave out a profile that is damaged or of another kind
         return picture
     return found
 
