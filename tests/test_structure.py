@@ -34,6 +34,7 @@ STARTS = ("train.py", "training.py")
 ONE_USER = {
     "common.sources.documents": "the documents of a corpus, which lm, curriculum and distillation take",
     "common.sources.images": "the images of a source, which any recipe of images takes by class path",
+    "common.sources.pixels": "an image as a viewer shows it, which images of files and of memory take",
     "common.sources.numerals": "the numbers in a table's text, which regression and classification take",
 }
 HEAVY = {"wandb", "datasets", "matplotlib", "kornia", "deepspeed", "ray", "megatron", "horovod"}
