@@ -93,6 +93,8 @@ def test_the_command_line_refuses_before_the_first_step(
     assert not list(work.glob("runs/lm/default/checkpoints/*"))
     line = refused("lm", lm("LlamaConfig", small_text, vocab_size=1024), capfd)
     assert "model.config.vocab_size: 1024: the data's tokenizer says" in line
+    line = refused("lm", lm("LlamaConfig", small_text, attn_implementation="eager"), capfd)
+    assert line.endswith("if its net reads it, give --model.config.dict_kwargs.attn_implementation")
     line = refused("lm", lm("LlamaConfig", small_text, pad_token_id=5), capfd)
     assert "model.config.pad_token_id: 5: the data's tokenizer says None" in line
 
@@ -194,6 +196,21 @@ def test_of_blocks_within_blocks_the_outer_ones_count() -> None:
     assert [type(block).__name__ for block in blocks(net)] == ["FalconMambaBlock"] * 2
 
 
+def test_settings_beside_a_config_and_a_net_without_generate(
+    work: Path, small_text: Path, no_report: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = lm("Qwen3MoeConfig", small_text, **SIZES, num_key_value_heads=2, moe_intermediate_size=16, num_experts=4)
+    further = {"head_dim": 8, "attn_implementation": "eager"}
+    args += [part for name, value in further.items() for part in (f"--model.config.dict_kwargs.{name}", str(value))]
+    args += ["--model.config.num_experts_per_tok", "2"]
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "can_generate", classmethod(lambda _: False))
+    net = main_of("lm")(args).model.net
+    assert net.config._attn_implementation == "eager"
+    assert net.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (2 * 8, 32)
+    assert "the net has no generate, so validations write no sample" in capfd.readouterr().out
+    assert "cannot continue a prompt" in refused("lm", ["predict", *args[1:], "--ckpt_path", "last"], capfd)
+
+
 def test_mamba_trains_under_fsdp2(work: Path, small_text: Path, no_report: None) -> None:
     args = lm("FalconMambaConfig", small_text, hidden_size=32, num_hidden_layers=2, state_size=4)
     layer = [
@@ -233,14 +250,14 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "vocab_size_per_layer_input"), 64),
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {  # what a class checks of its sizes
-    "AXK2Config": {"head_dim": 4},
-    "DeepseekV32Config": {"head_dim": 4},
+    "AXK2Config": {"num_key_value_heads": 4},
+    "DeepseekV32Config": {"num_key_value_heads": 4},
     "Dots3NoteConfig": {"num_key_value_heads": 4},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
     "FalconH1Config": {"mamba_d_ssm": 64},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Gemma4AssistantConfig": {"hidden_size_per_layer_input": 0},
-    "GlmMoeDsaConfig": {"head_dim": 4},
+    "GlmMoeDsaConfig": {"num_key_value_heads": 4},
     "LongcatFlashConfig": {"head_dim": 4},
     "Mamba2Config": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ZambaConfig": {"num_hidden_layers": 3},

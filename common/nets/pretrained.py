@@ -176,7 +176,8 @@ def check_causal(net: PreTrainedModel, key: str, context: int = CHECKED) -> None
     """
     if any(p.is_meta or isinstance(p, FakeTensor) for p in net.parameters()):
         return
-    name, length = type(net).__name__, min(context, CHECKED)
+    positions = getattr(net.config, "max_position_embeddings", None) or 0  # XLNet says -1
+    name, length = type(net).__name__, min(context, CHECKED, positions if positions > 0 else CHECKED)
     if not _future(net, length, f"{key}: {name}"):
         return
     if net.dtype.itemsize < 4 and not _future(copy.deepcopy(net).float(), length, f"{key}: {name}"):

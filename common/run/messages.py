@@ -153,6 +153,8 @@ def _problem(text: str, keys: list[str], given: str, paths: list[str], known: Ma
         others = re.findall(r"([\w.]+)(?:,|$)", getattr(known.get(keys[0]), "extra_help", str)())
         have = [other.rpartition(".")[2] for other in others if len(others) < 12 and m[1] in _names(other)]
         hint = f"; give --{keys[0]} too, as {' or '.join(have)}" if have and not hint.startswith("; did") else hint
+        if re.match(r"transformers\.\w+Config$", path) and not hint.startswith("; did"):
+            hint = f"; if its net reads it, give --{keys[0]}.dict_kwargs.{m[1]}"  # jsonargparse's place for such
         return f"no such argument of {path}{hint}"
     if len(keys) == 1 and (m := re.search(r"Expected a dot import path string: (\S+)", text)):
         classes = re.findall(r"\.(\w+)(?:,|$)", getattr(known.get(keys[0]), "extra_help", str)())
